@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The environment of every test: offline, headless, and away from the user's own Ultralytics settings."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_CONFIG_DIR = tempfile.TemporaryDirectory(prefix="yolo-prune-tests-")  # removed at exit
+
+# Ultralytics and torch read these once, when they are first imported: so here, not in a fixture.
+os.environ.update(
+    {
+        "MPLBACKEND": "Agg",
+        "OMP_NUM_THREADS": "2",
+        "YOLO_AUTOINSTALL": "false",
+        "YOLO_CONFIG_DIR": _CONFIG_DIR.name,
+        "YOLO_OFFLINE": "1",
+    }
+)
+os.environ.pop("YOLO_PRUNE_HOOK", None)
+
+
+@pytest.fixture
+def clean_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder for the test, and its path."""
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder

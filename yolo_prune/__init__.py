@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Structured pruning as an ordinary part of an Ultralytics YOLO run.
+
+Importing this package lets `YOLO.train` take `callbacks="prune"` and `recipe=...`. A start-up file imports it
+whenever Python starts in an environment that has it, so the public names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from yolo_prune import _startup
+
+TYPE_CHECKING = False  # typing's constant; importing typing would slow down every start of Python
+if TYPE_CHECKING:
+    from yolo_prune._version import __version__
+    from yolo_prune.api import apply, is_pruned, plan, prune
+    from yolo_prune.errors import PruneError
+    from yolo_prune.plans import Plan
+    from yolo_prune.recipe import Recipe, load_recipe
+
+__all__ = [
+    "Plan",
+    "PruneError",
+    "Recipe",
+    "__version__",
+    "apply",
+    "is_pruned",
+    "load_recipe",
+    "plan",
+    "prune",
+]
+
+_HOMES = {
+    "Plan": "yolo_prune.plans",
+    "PruneError": "yolo_prune.errors",
+    "Recipe": "yolo_prune.recipe",
+    "__version__": "yolo_prune._version",
+    "apply": "yolo_prune.api",
+    "is_pruned": "yolo_prune.api",
+    "load_recipe": "yolo_prune.recipe",
+    "plan": "yolo_prune.api",
+    "prune": "yolo_prune.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_startup.install(imported=True)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The two Ultralytics functions that are replaced, and the one public list that is extended.
+
+`ultralytics.cfg.check_dict_alignment` lets `callbacks=` and `recipe=` through for `yolo train`; `Model.train` takes
+them out again before anything else sees them. `default_callbacks["on_export_start"]` gets one more entry.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from yolo_prune.keys import is_pruning_key, without_pruning_keys
+
+MARK = "__yolo_prune__"
+EXAMPLES = {"callbacks": "prune", "recipe": "half-flops"}
+
+
+def apply(module: ModuleType) -> None:
+    """Patch one of the two modules; does nothing the second time.
+
+    Raises:
+        RuntimeError: If this Ultralytics does not have what is patched, or has it with another signature.
+    """
+    if module.__name__ == "ultralytics.cfg":
+        _replace(module, "check_dict_alignment", ["base", "custom", "e", "allowed_custom_keys"], _alignment)
+    elif module.__name__ == "ultralytics.engine.model":
+        _replace(module.Model, "train", ["self", "trainer", "kwargs"], _train)
+        _extend_export()
+
+
+def _replace(
+    owner: Any, name: str, expected: list[str], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    original = getattr(owner, name, None)
+    if original is None:
+        raise RuntimeError(f"{owner.__name__} has no '{name}'")
+    if hasattr(original, MARK):
+        return
+    found = list(inspect.signature(original).parameters)
+    if found != expected:
+        raise RuntimeError(f"{owner.__name__}.{name} takes {found}, expected {expected}")
+    replacement = functools.wraps(original)(wrap(original))
+    setattr(replacement, MARK, True)
+    setattr(owner, name, replacement)
+
+
+def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_dict_alignment(
+        base: Mapping[str, Any],
+        custom: Mapping[str, Any],
+        e: Exception | None = None,
+        allowed_custom_keys: set[str] | None = None,
+    ) -> None:
+        if "train" not in base:  # not the command line: run configurations never hold our keys
+            return original(base, custom, e, allowed_custom_keys)
+        ours = [key for key in custom if is_pruning_key(key)]
+        mode = custom.get("mode")
+        if ours and e is None and "mode" in custom and mode != "train":
+            raise SyntaxError(
+                f"'{ours[0]}' is an argument of 'yolo train' only; 'yolo {mode}' works on pruned models as on any "
+                f"other, leave it out."
+            )
+        if ours and e is None and "callbacks" not in custom and mode == "train":
+            raise SyntaxError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
+        # The examples make the suggestions for misspelt keys know ours too.
+        return original({**base, **EXAMPLES}, without_pruning_keys(custom), e, allowed_custom_keys)
+
+    return check_dict_alignment
+
+
+def _train(original: Callable[..., Any]) -> Callable[..., Any]:
+    def train(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        from yolo_prune import launch  # on first use: imports the trainer and torch-pruning
+
+        return launch.train(self, original, trainer, kwargs)
+
+    return train
+
+
+def _extend_export() -> None:
+    from ultralytics.utils.callbacks.base import default_callbacks
+
+    from yolo_prune.export import on_export_start
+
+    if on_export_start not in default_callbacks["on_export_start"]:
+        default_callbacks["on_export_start"].append(on_export_start)

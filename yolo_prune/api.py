@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The Python API: plan, apply, prune, is_pruned."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from ultralytics import YOLO
+
+from yolo_prune import _startup, metadata, planner, proof, recipe, surgery
+from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
+from yolo_prune.files import write_bytes
+from yolo_prune.metadata import Record
+from yolo_prune.plans import Plan
+from yolo_prune.recipe import Recipe
+from yolo_prune.report import Report
+from yolo_prune.report.data import FILE_NAME
+
+if TYPE_CHECKING:
+    from ultralytics.engine.model import Model
+
+
+def plan(
+    model: Model | nn.Module | str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    imgsz: int = 640,
+    **overrides: Any,
+) -> Plan:
+    """Look before you cut: what a recipe would remove from a model. The model is not changed.
+
+    Args:
+        model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
+        recipe: a bundled name, a path, a mapping, a `Recipe`; the default recipe where None.
+        imgsz: image size in pixels at which FLOPs are counted.
+        **overrides: recipe fields, dotted: `**{"target.flops": 0.4}`.
+
+    Returns:
+        The plan; print it for a table of groups, protected parts and predicted cost.
+
+    Raises:
+        PruneError: If the recipe is wrong, the target out of reach, or the model not supported.
+    """
+    return planner.make_plan(_module(model), _load(recipe, overrides), imgsz)
+
+
+def apply(model: Model | nn.Module, plan: Plan, *, prove: bool = True) -> proof.Proof | None:
+    """Cut a model in place, in one shot, without training.
+
+    The cut is proved on a copy first; if the proof fails the model is unchanged. Expect accuracy to be low until the
+    model is trained again (`model.train(...)` keeps the pruned structure).
+
+    Args:
+        model: a `YOLO` object or its module.
+        plan: a plan made for this model.
+        prove: compare masked reference and pruned copy first.
+
+    Returns:
+        The proof, or None with `prove=False`.
+
+    Raises:
+        PlanError: If the plan was made for another model, or removes nothing.
+        ProofError: If the pruned model would not compute what the masked reference computes.
+    """
+    module = _module(model)
+    if not plan:
+        raise PlanError("The plan removes nothing; there is nothing to apply.")
+    surgery.check(module, plan)
+    record = metadata.read(module)
+    proven = proof.prove(module, plan) if prove else None
+    widths = record.widths if record and record.plan else planner.widths(module)
+    surgery.apply(module, plan)
+    composed = record.plan.then(plan) if record and record.plan else plan
+    forecast = plan.forecast
+    cost = {"flops": forecast.flops_after, "params": forecast.params_after} if forecast else {}
+    row = {"number": 1, "epoch": None, "plan": plan.hash, **cost}
+    metadata.write(module, Record(record.recipe if record else {}, composed, widths, (row,)))
+    if isinstance(model, YOLO):
+        model.ckpt = {
+            **(model.ckpt or {}),
+            "model": module,
+        }  # train() takes the weights from here, not from a YAML
+        model.predictor = None
+    return proven
+
+
+def prune(
+    model: Model | str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    **train_arguments: Any,
+) -> Report:
+    """Train and prune in one call: `model.train(callbacks="prune", recipe=...)` and the report of the run.
+
+    Args:
+        model: a `YOLO` object, or a path to a `.pt` or `.yaml` file. A `YOLO` object is the pruned model afterwards.
+        recipe: as for `plan`.
+        overrides: recipe fields, dotted.
+        **train_arguments: for `YOLO.train`: `data`, `epochs`, `imgsz`, ...
+
+    Returns:
+        What was measured, as in the run folder's `prune.json`.
+
+    Raises:
+        PruneError: If the recipe does not fit, or the run did not end pruned.
+    """
+    _startup.install(force=True)
+    if isinstance(model, str | Path):
+        model = YOLO(str(model))
+    model.train(callbacks="prune", recipe=_load(recipe, overrides or {}), **train_arguments)
+    trainer = model.trainer
+    if trainer is None:
+        raise RunError("The run left no trainer; its report is in the run folder.")
+    return Report.load(Path(trainer.save_dir) / FILE_NAME)
+
+
+def is_pruned(model: Model | nn.Module | str | Path) -> bool:
+    """True if channels were removed from a model.
+
+    Args:
+        model: a `YOLO` object, its module, or a path to a checkpoint.
+    """
+    return metadata.is_pruned(_module(model))
+
+
+def open_model(path: str | Path) -> YOLO:
+    """A `YOLO` object for a checkpoint file.
+
+    Raises:
+        PruneError: If the file is missing or is not a checkpoint that can be pruned.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt", ".yaml", ".yml"):
+        raise UnsupportedModelError(
+            f"'{path}' cannot be pruned: pass a .pt checkpoint (an exported model has to be exported anew)."
+        )
+    try:
+        return YOLO(str(path))
+    except FileNotFoundError as e:
+        raise RunError(f"The model '{path}' does not exist.") from e
+    except (EOFError, RuntimeError, TypeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
+        raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
+
+
+def save(model: Model, path: str | Path) -> Path:
+    """Save a model as Ultralytics does; the file appears whole or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / "model.pt"
+        model.save(temporary)
+        return write_bytes(path, temporary.read_bytes())
+
+
+def describe(model: Model | nn.Module | str | Path) -> str:
+    """What was done to a checkpoint, for people: rounds, cost, layers before and after."""
+    module = _module(model)
+    record = metadata.read(module)
+    if not record or not record.plan:
+        return "This model is not pruned."
+    surgery.check_applied(module, record.plan)
+    flops, params = planner.present_cost(module, 640)
+    dense = planner.dense_cost(module, record.plan, 640)
+    lines = [
+        f"{'':12}{'dense':>12}{'pruned':>12}{'kept':>10}",
+        f"{'GFLOPs':12}{dense[0] / 1e9:12.3f}{flops / 1e9:12.3f}{flops / dense[0]:10.1%}   at imgsz 640",
+        f"{'parameters':12}{dense[1]:12,}{params:12,}{params / dense[1]:10.1%}",
+        "",
+    ]
+    for r in record.rounds:
+        when = f"before epoch {r['epoch'] + 1}" if r.get("epoch") is not None else "in one shot"
+        lines.append(f"round {r['number']} {when}: plan {r['plan'][:12]}")
+    lines += ["", f"{'layer':44}{'dense':>8}{'pruned':>8}"]
+    for name, width in planner.layer_widths(module):
+        before = record.plan.shapes.get(f"{name}.weight", (width,))[0]
+        lines.append(f"{name:44}{before:8}{width:8}" + ("" if before != width else "   ="))
+    return "\n".join(lines)
+
+
+def _module(model: Model | nn.Module | str | Path) -> nn.Module:
+    if isinstance(model, str | Path):
+        model = open_model(model)
+    module = model if isinstance(model, nn.Module) and not hasattr(model, "overrides") else model.model
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModelError(
+            f"'{module}' is an exported model, which cannot be pruned. Pass the .pt checkpoint it was exported from."
+        )
+    return module
+
+
+def _load(source: str | Path | Mapping[str, Any] | Recipe | None, overrides: Mapping[str, Any]) -> Recipe:
+    return recipe.load_recipe(source, overrides)

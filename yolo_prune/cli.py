@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The console script `yolo-prune`, in Ultralytics' `key=value` grammar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from yolo_prune._version import __version__
+from yolo_prune.errors import PruneError
+
+HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of an Ultralytics YOLO run
+
+  yolo-prune train model=best.pt data=data.yaml epochs=60 [recipe=half-flops]   prune while training
+  yolo-prune plan  model=best.pt [recipe=half-flops] [imgsz=640] [save=plan.json]   look before you cut
+  yolo-prune apply model=best.pt [recipe=half-flops | plan=plan.json] [save=pruned.pt]   one shot, no training
+  yolo-prune show  model=pruned.pt | recipe=half-flops   what was done to a checkpoint; what a recipe says
+  yolo-prune demo  [folder=yolo-prune-demo]   everything on a small made-up dataset, in a few minutes
+  yolo-prune doctor   is the start-up hook active, which versions are here
+  yolo-prune schema [save=recipe.schema.json]   JSON schema of recipes, for editors
+
+'train' takes every argument of 'yolo train'. Recipe fields are overridden by recipe.<field>=<value>, for example
+recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle, edge. After installation
+'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. A user's mistake is one message on standard error, and status 1."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0].lstrip("-") in ("help", "h"):
+        print(HELP)
+        return 0
+    if given[0].lstrip("-") in ("version", "v"):
+        print(__version__)
+        return 0
+    name, *rest = given
+    try:
+        if name not in COMMANDS:
+            near = get_close_matches(name, COMMANDS)
+            hint = f"Did you mean '{near[0]}'? " if near else ""
+            raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
+        if any(a.lstrip("-") in ("help", "h") for a in rest):
+            print(HELP)
+            return 0
+        return COMMANDS[name](rest)
+    except (PruneError, SyntaxError, FileNotFoundError) as e:
+        print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
+        return 1
+
+
+def _train(arguments: list[str]) -> int:
+    from yolo_prune import _startup
+
+    _startup.install(force=True)
+    import ultralytics.cfg
+    import ultralytics.engine.model  # imported to be patched
+
+    if errors := _startup.state().errors:
+        raise PruneError("; ".join(f"{k} could not be patched: {v}" for k, v in errors.items()))
+    if not any(a.startswith("callbacks=") for a in arguments) and not any(a.startswith("resume") for a in arguments):
+        arguments = [*arguments, "callbacks=prune"]
+    ultralytics.cfg.ARGV[:] = ["yolo", "train", *arguments]
+    ultralytics.cfg.entrypoint()
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    values, overrides = _parse("plan", arguments, ("model", "recipe", "imgsz", "save"))
+    from yolo_prune import api
+
+    plan = api.plan(_model(values), values.get("recipe"), imgsz=_imgsz(values), **overrides)
+    print(plan.describe())
+    if save := values.get("save"):
+        print(f"saved {plan.save(_target(save, '.json'))}")
+    return 0
+
+
+def _apply(arguments: list[str]) -> int:
+    values, overrides = _parse("apply", arguments, ("model", "recipe", "plan", "imgsz", "save"))
+    if "plan" in values and ("recipe" in values or overrides):
+        raise PruneError("plan= and recipe= exclude one another: a plan already says what goes.")
+    source = Path(_model(values))
+    target = _target(values.get("save") or f"{source.stem}-pruned.pt", ".pt")
+    if target.resolve() == source.resolve():
+        raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
+    from yolo_prune import api
+    from yolo_prune.plans import Plan
+
+    model = api.open_model(source)
+    if "plan" in values:
+        plan = Plan.load(values["plan"])
+    else:
+        plan = api.plan(model, values.get("recipe"), imgsz=_imgsz(values), **overrides)
+    proven = api.apply(model, plan)
+    api.save(model, target)
+    print(plan.describe())
+    if proven:
+        print(f"exact: the pruned model computes what silencing computes, to {proven.error:.0e} in float64")
+    print(f"saved {target}; its accuracy returns with training: yolo train model={target} data=... epochs=...")
+    return 0
+
+
+def _show(arguments: list[str]) -> int:
+    values, overrides = _parse("show", arguments, ("model", "recipe"))
+    if "model" not in values:
+        from yolo_prune.recipe import load_recipe
+
+        print(load_recipe(values.get("recipe"), overrides).to_yaml(), end="")
+        return 0
+    from yolo_prune import api
+
+    print(api.describe(_model(values)))
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    values, _ = _parse("demo", arguments, ("folder",))
+    from yolo_prune import demo
+
+    return demo.run(Path(values.get("folder", "yolo-prune-demo")))
+
+
+def _doctor(arguments: list[str]) -> int:
+    _parse("doctor", arguments, ())
+    from yolo_prune import doctor
+
+    diagnosis = doctor.diagnose()
+    print(doctor.render(diagnosis))
+    return diagnosis.exit_code
+
+
+def _schema(arguments: list[str]) -> int:
+    values, _ = _parse("schema", arguments, ("save",))
+    from yolo_prune.files import write_text
+    from yolo_prune.recipe import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if "save" in values:
+        print(f"saved {write_text(_target(values['save'], '.json'), text)}")
+    else:
+        print(text, end="")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "plan": _plan,
+    "apply": _apply,
+    "show": _show,
+    "demo": _demo,
+    "doctor": _doctor,
+    "schema": _schema,
+}
+
+
+def _parse(command: str, arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Split `key=value` into the command's own arguments and recipe overrides."""
+    values: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not equals or not value:
+            raise PruneError(f"'{argument}' is not of the form key=value. {_usage(command)}")
+        if key.startswith("recipe.") and "recipe" in known:
+            overrides[key.removeprefix("recipe.")] = value
+        elif key in known:
+            values[key] = value
+        else:
+            near = get_close_matches(key, known)
+            raise PruneError(
+                f"'{key}' is not an argument of '{command}'. "
+                + (f"Did you mean '{near[0]}'? " if near else "")
+                + (f"It takes {', '.join(known)}." if known else "It takes none.")
+            )
+    return values, overrides
+
+
+def _usage(command: str) -> str:
+    return next((f"Usage: {line.strip()}" for line in HELP.splitlines() if f"yolo-prune {command}" in line), "")
+
+
+def _model(values: dict[str, str]) -> str:
+    if "model" not in values:
+        raise PruneError("model= is missing: pass a .pt checkpoint, for example model=best.pt.")
+    return values["model"]
+
+
+def _imgsz(values: dict[str, str]) -> int:
+    text = values.get("imgsz", "640")
+    if not text.isdigit() or not 32 <= int(text) <= 8192 or int(text) % 32:
+        raise PruneError(f"imgsz={text}: must be a multiple of 32 between 32 and 8192.")
+    return int(text)
+
+
+def _target(name: str, suffix: str) -> Path:
+    path = Path(name)
+    if path.suffix != suffix:
+        raise PruneError(f"save={name}: the name must end in {suffix}.")
+    return path

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The errors a user can meet. Every message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class PruneError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class RecipeError(PruneError):
+    """A recipe that cannot be read, or that asks for something impossible."""
+
+
+class ScheduleError(RecipeError):
+    """Rounds that do not fit the epochs of the run."""
+
+
+class TargetError(RecipeError):
+    """A target that this model cannot reach under the recipe's constraints."""
+
+
+class NothingToRemoveError(TargetError):
+    """A target that the model already meets."""
+
+
+class UnsupportedModelError(PruneError):
+    """A model with a part whose channel dependencies are not known."""
+
+
+class PlanError(PruneError):
+    """A plan that does not fit the model it is applied to."""
+
+
+class ProofError(PruneError):
+    """The pruned model does not compute what the masked reference computes."""
+
+
+class RunError(PruneError):
+    """A training run that cannot be pruned, or that did not end pruned."""

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Which channels of a model live together."""
+
+from yolo_prune.graph.scope import read_as_is, register_block
+from yolo_prune.graph.structure import Attribute, ChannelSet, ExtraCost, Graph, Group, Rows, Slot
+from yolo_prune.graph.trace import trace
+
+__all__ = [
+    "Attribute",
+    "ChannelSet",
+    "ExtraCost",
+    "Graph",
+    "Group",
+    "Rows",
+    "Slot",
+    "read_as_is",
+    "register_block",
+    "trace",
+]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The pruning record that travels inside a checkpoint: plain data in `model.yaml["pruning"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from yolo_prune._version import __version__
+from yolo_prune.errors import PruneError
+from yolo_prune.plans import Plan
+
+KEY = "pruning"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done to a model.
+
+    Attributes:
+        recipe: the resolved recipe, plain data.
+        plan: everything removed so far, composed: dense model in, this model out; None before the first cut.
+        widths: `{set name: channels}` of the dense model.
+        rounds: plain data per finished round of the run that made this checkpoint.
+        start: fraction of the dense model that this run started from, in the target's metric.
+    """
+
+    recipe: Mapping[str, Any]
+    plan: Plan | None = None
+    widths: Mapping[str, int] = field(default_factory=dict)
+    rounds: tuple[Mapping[str, Any], ...] = ()
+    start: float = 1.0
+
+
+def read(model: nn.Module) -> Record | None:
+    """The record of a model, or None if it was never touched.
+
+    Raises:
+        PruneError: If the record was written by a later version of yolo-prune, or is damaged.
+    """
+    yaml = getattr(model, "yaml", None)
+    data = yaml.get(KEY) if isinstance(yaml, Mapping) else None
+    if data is None:
+        return None
+    try:
+        if data["version"] != VERSION:
+            raise PruneError(
+                f"This checkpoint's pruning record has version {data['version']}; yolo-prune {__version__} reads "
+                f"version {VERSION}. Install the yolo-prune that made it ({data.get('yolo_prune', 'unknown')})."
+            )
+        return Record(
+            recipe=data["recipe"],
+            plan=Plan.from_dict(data["plan"]) if data["plan"] else None,
+            widths=dict(data["widths"]),
+            rounds=tuple(data["rounds"]),
+            start=float(data["start"]),
+        )
+    except (KeyError, TypeError, ValueError) as e:
+        raise PruneError(f"This checkpoint's pruning record is damaged: {type(e).__name__}: {e}.") from e
+
+
+def write(model: nn.Module, record: Record) -> None:
+    """Put the record into the model, as plain data that stock Ultralytics carries along."""
+    yaml = dict(getattr(model, "yaml", None) or {})
+    yaml[KEY] = {
+        "version": VERSION,
+        "yolo_prune": __version__,
+        "recipe": dict(record.recipe),
+        "plan": record.plan.to_dict() if record.plan else None,
+        "widths": dict(record.widths),
+        "rounds": [dict(r) for r in record.rounds],
+        "start": record.start,
+    }
+    model.yaml = yaml  # type: ignore[assignment]  # an Ultralytics attribute
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """True if channels were removed from this model."""
+    record = read(model)
+    return bool(record and record.plan)

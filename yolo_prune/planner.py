@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""From a model and a recipe to a `Plan`: groups, scores, selection. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from yolo_prune import criteria
+from yolo_prune.cost import Cost, measure
+from yolo_prune.errors import NothingToRemoveError
+from yolo_prune.graph import Graph, trace
+from yolo_prune.metadata import read
+from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Shapes
+from yolo_prune.select import Constraints, Goal, select
+
+if TYPE_CHECKING:
+    from yolo_prune.recipe import Recipe
+
+
+def make_plan(
+    model: nn.Module, recipe: Recipe, imgsz: int = 640, keep: float | None = None, frozen: Sequence[str] = ()
+) -> Plan:
+    """Plan one cut.
+
+    Args:
+        model: the model (what `YOLO(...).model` holds); dense, or pruned before.
+        recipe: target, criterion, constraints, protected modules.
+        imgsz: image size in pixels that FLOPs are counted at.
+        keep: fraction of the *dense* model to keep after this cut; the recipe's target where None.
+        frozen: names of modules that are not trained, and so are not cut.
+
+    Raises:
+        TargetError: If the target is out of reach.
+        NothingToRemoveError: If the model already meets it.
+        UnsupportedModelError: If the model has a part whose dependencies are not known.
+        RecipeError: If a protect pattern matches nothing or the criterion is unknown.
+    """
+    graph = trace(model, recipe.protect, frozen)
+    cost = measure(model, graph, imgsz)
+    record = read(model)
+    dense = record.plan.shapes if record and record.plan else {}
+    dense_widths = record.widths if record and record.plan else graph.widths
+    metric, wanted = recipe.target.metric, recipe.target.keep if keep is None else keep
+    count = cost.flops if metric == "flops" else cost.parameters
+    whole, present = count(dense), count()
+    if present <= wanted * whole:
+        raise NothingToRemoveError(
+            f"target.{metric}: the model already is at {present / whole:.3f} of its dense size; "
+            f"a target of {wanted:g} leaves nothing to remove. Ask for less."
+        )
+    criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    tensors = model.state_dict()
+    scores = {s.name: criterion(tensors, s) for g in graph.groups if not g.protected for s in g.sets}
+    c = recipe.channels
+    constraints = Constraints(c.round_to, c.min, c.max_removed)
+    goal = Goal(metric, wanted * whole, whole)
+    kept = select(graph.groups, cost, scores, goal, constraints, dense_widths)
+    return build_plan(graph, cost, kept, dense)
+
+
+def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], dense: Shapes) -> Plan:
+    """Translate kept channels per set into kept indices per tensor, the attributes that follow, and a forecast.
+
+    Args:
+        graph: of the model.
+        cost: of the model.
+        kept: `{set name: kept channels}`; a set that is not named stays whole.
+        dense: shapes in the dense model of the tensors that earlier cuts made smaller.
+    """
+    removed: dict[tuple[str, int], set[int]] = {}
+    narrower = []
+    for group in graph.groups:
+        for channels in group.sets:
+            if channels.name not in kept:
+                continue
+            gone = set(range(channels.size)) - set(kept[channels.name])
+            for slot in channels.slots:
+                removed.setdefault((slot.tensor, slot.dim), set()).update(slot.index[i] for i in gone)
+        widest = max(group.sets, key=lambda s: s.size)
+        if widest.name in kept:
+            narrower.append(GroupWidth(group.name, group.layers, group.width, len(kept[widest.name])))
+    keep: Keep = {}
+    for (tensor, dim), gone in sorted(removed.items()):
+        size = cost.shapes[tensor][dim]
+        keep.setdefault(tensor, {})[dim] = tuple(i for i in range(size) if i not in gone)
+    attributes: Attributes = {}
+    for a in graph.attributes:
+        gone = removed.get((a.rows.tensor, a.rows.dim), set())
+        left = sum(i not in gone for i in range(a.rows.start, a.rows.stop))
+        if left != a.rows.stop - a.rows.start:
+            attributes.setdefault(a.module, {})[a.name] = left
+    plan = Plan(keep, attributes, {t: cost.shapes[t] for t in keep}, tuple(narrower), protected_parts(graph))
+    after = {t: plan.shape_after(t) for t in keep}
+    forecast = Forecast(
+        imgsz=cost.imgsz,
+        dense_flops=cost.flops(dense),
+        flops_before=cost.flops(),
+        flops_after=cost.flops(after),
+        dense_params=cost.parameters(dense),
+        params_before=cost.parameters(),
+        params_after=cost.parameters(after),
+    )
+    return Plan(plan.keep, plan.attributes, plan.shapes, plan.groups, plan.protected, forecast)
+
+
+def protected_parts(graph: Graph) -> tuple[Protected, ...]:
+    """What may not be touched, gathered by reason."""
+    reasons: dict[str, list[str]] = {}
+    for group in graph.groups:
+        if group.protected:
+            reasons.setdefault(group.protected, []).extend(group.layers)
+    return tuple(Protected(tuple(layers), reason) for reason, layers in reasons.items())
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    """`{set name: channels}` of a model."""
+    return trace(model).widths
+
+
+def present_cost(model: nn.Module, imgsz: int) -> tuple[float, int]:
+    """FLOPs (2 x MACs, one image) and parameters of a model as it is."""
+    cost = measure(model, trace(model), imgsz)
+    return cost.flops(), cost.parameters()
+
+
+def dense_cost(model: nn.Module, plan: Plan, imgsz: int) -> tuple[float, int]:
+    """FLOPs and parameters of the dense model that `plan` turned into `model`."""
+    cost = measure(model, trace(model), imgsz)
+    return cost.flops(plan.shapes), cost.parameters(plan.shapes)
+
+
+def layer_widths(model: nn.Module) -> Sequence[tuple[str, int]]:
+    """`(name, output channels)` of every convolution, in model order."""
+    return [(n, m.out_channels) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]

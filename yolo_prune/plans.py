@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`Plan`: which channels of which tensors are kept. The only thing that crosses processes, files and rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from yolo_prune.errors import PlanError
+from yolo_prune.files import write_text
+
+VERSION = 1
+
+Keep = dict[str, dict[int, tuple[int, ...]]]
+Attributes = dict[str, dict[str, int]]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class GroupWidth:
+    """One line of the plan's table: a group of coupled channels and its width before and after."""
+
+    name: str
+    layers: tuple[str, ...]
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Layers that the plan leaves alone, and why."""
+
+    layers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the plan does to the cost of the model, at one image size. FLOPs are 2 x MACs for one image."""
+
+    imgsz: int
+    dense_flops: float
+    flops_before: float
+    flops_after: float
+    dense_params: int
+    params_before: int
+    params_after: int
+
+    def present(self, metric: str) -> float:
+        """Fraction of the dense model's "flops" or "params" that is left before the plan is applied."""
+        return self.flops_before / self.dense_flops if metric == "flops" else self.params_before / self.dense_params
+
+    @property
+    def flops_kept(self) -> float:
+        """FLOPs kept, as a fraction of the dense model."""
+        return self.flops_after / self.dense_flops
+
+    @property
+    def params_kept(self) -> float:
+        """Parameters kept, as a fraction of the dense model."""
+        return self.params_after / self.dense_params
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept indices per tensor and dimension, with the module attributes that follow from them.
+
+    Attributes:
+        keep: `{tensor name: {dimension: kept indices, ascending}}`, for the tensors that get smaller.
+        attributes: `{module name: {attribute: value}}` for blocks that remember a width (`C2f.c`, ...).
+        shapes: shapes of the tensors in `keep` before the plan is applied.
+        groups: the groups that get narrower, for people.
+        protected: what was left alone and why, for people.
+        forecast: predicted cost, or None where it was not asked for.
+    """
+
+    keep: Keep
+    attributes: Attributes
+    shapes: Shapes
+    groups: tuple[GroupWidth, ...] = ()
+    protected: tuple[Protected, ...] = ()
+    forecast: Forecast | None = None
+    _hash: list[str] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over what the plan does (not over what it tells people)."""
+        if not self._hash:
+            body = {k: v for k, v in self.to_dict().items() if k in ("keep", "attributes", "shapes")}
+            self._hash.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
+        return self._hash[0]
+
+    @property
+    def predicted(self) -> Forecast:
+        """The forecast, where there must be one.
+
+        Raises:
+            PlanError: If the plan has none.
+        """
+        if self.forecast is None:
+            raise PlanError("This plan has no forecast; make it with yolo_prune.plan.")
+        return self.forecast
+
+    def __bool__(self) -> bool:
+        """True if the plan removes anything."""
+        return bool(self.keep)
+
+    def shape_after(self, tensor: str) -> tuple[int, ...]:
+        """Shape of `tensor` once the plan is applied."""
+        shape = list(self.shapes[tensor])
+        for dim, kept in self.keep[tensor].items():
+            shape[dim] = len(kept)
+        return tuple(shape)
+
+    def then(self, later: Plan) -> Plan:
+        """Compose: the plan that does at once what this plan and then `later` do.
+
+        Raises:
+            PlanError: If `later` was made for a model of other shapes.
+        """
+        keep: Keep = {name: dict(dims) for name, dims in self.keep.items()}
+        shapes = dict(self.shapes)
+        for name, dims in later.keep.items():
+            if name in self.keep and self.shape_after(name) != later.shapes[name]:
+                raise PlanError(
+                    f"The plans do not follow one another: '{name}' has shape {self.shape_after(name)} after the "
+                    f"first and {later.shapes[name]} before the second."
+                )
+            shapes.setdefault(name, later.shapes[name])
+            mine = keep.setdefault(name, {})
+            for dim, kept in dims.items():
+                mine[dim] = tuple(mine[dim][i] for i in kept) if dim in mine else kept
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        for name, values in later.attributes.items():
+            attributes.setdefault(name, {}).update(values)
+        return Plan(keep, attributes, shapes, later.groups, later.protected, later.forecast)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (dict, list, str, numbers), as `from_dict` reads it."""
+        data: dict[str, Any] = {
+            "version": VERSION,
+            "keep": {n: {str(d): _to_ranges(k) for d, k in sorted(v.items())} for n, v in sorted(self.keep.items())},
+            "attributes": {n: dict(sorted(v.items())) for n, v in sorted(self.attributes.items())},
+            "shapes": {n: list(s) for n, s in sorted(self.shapes.items())},
+            "groups": [[g.name, list(g.layers), g.before, g.after] for g in self.groups],
+            "protected": [[list(p.layers), p.reason] for p in self.protected],
+        }
+        if self.forecast:
+            data["forecast"] = dict(vars(self.forecast))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: If the data is not a plan, or of another version.
+        """
+        try:
+            if data["version"] != VERSION:
+                raise PlanError(f"This plan has version {data['version']}; this yolo-prune reads version {VERSION}.")
+            keep = {n: {int(d): _from_ranges(k) for d, k in v.items()} for n, v in data["keep"].items()}
+            shapes = {n: tuple(int(i) for i in s) for n, s in data["shapes"].items()}
+            plan = cls(
+                keep=keep,
+                attributes={n: {a: int(x) for a, x in v.items()} for n, v in data["attributes"].items()},
+                shapes=shapes,
+                groups=tuple(GroupWidth(n, tuple(ls), int(b), int(a)) for n, ls, b, a in data.get("groups", ())),
+                protected=tuple(Protected(tuple(ls), str(r)) for ls, r in data.get("protected", ())),
+                forecast=Forecast(**data["forecast"]) if data.get("forecast") else None,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise PlanError(f"This is not a yolo-prune plan: {type(e).__name__}: {e}.") from e
+        plan._validate()
+        return plan
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON; the file appears whole or not at all."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: If the file is missing, is not JSON, or is not a plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise PlanError(f"Cannot read the plan '{path}': {e.strerror or e}.") from e
+        except ValueError as e:
+            raise PlanError(f"'{path}' is not a yolo-prune plan: it is not valid JSON ({e}).") from e
+        if not isinstance(data, dict):
+            raise PlanError(f"'{path}' is not a yolo-prune plan: expected a mapping, found {type(data).__name__}.")
+        return cls.from_dict(data)
+
+    def _validate(self) -> None:
+        for name, dims in self.keep.items():
+            shape = self.shapes.get(name, ())
+            for dim, kept in dims.items():
+                size = shape[dim] if 0 <= dim < len(shape) else 0
+                ascending = all(a < b for a, b in pairwise(kept))
+                if not kept or not ascending or kept[0] < 0 or kept[-1] >= size:
+                    raise PlanError(
+                        f"The plan is damaged: kept indices of '{name}', dimension {dim}, must be ascending and "
+                        f"within 0..{size - 1}."
+                    )
+
+    def __str__(self) -> str:
+        """The readable table that `describe` makes."""
+        return self.describe()
+
+    def describe(self) -> str:
+        """A table for people: groups before and after, what is protected and why, predicted cost."""
+        lines = [_row("group", "layers", "before", "after", "kept"), "-" * 92]
+        for g in self.groups:
+            layers = _shorten(g.layers, 44)
+            lines.append(_row(g.name, layers, str(g.before), str(g.after), f"{g.after / g.before:.0%}"))
+        if not self.groups:
+            lines.append("nothing is removed")
+        for p in self.protected:
+            lines.append(f"protected ({p.reason}): {_shorten(p.layers, 60)}")
+        if f := self.forecast:
+            lines += [
+                "-" * 92,
+                f"{'':12}{'dense':>12}{'before':>12}{'after':>12}{'kept':>10}",
+                f"{'GFLOPs':12}{f.dense_flops / 1e9:12.3f}{f.flops_before / 1e9:12.3f}"
+                f"{f.flops_after / 1e9:12.3f}{f.flops_kept:10.1%}   at imgsz {f.imgsz}",
+                f"{'parameters':12}{f.dense_params:12,}{f.params_before:12,}{f.params_after:12,}{f.params_kept:10.1%}",
+            ]
+        return "\n".join(lines)
+
+
+def _row(name: str, layers: str, before: str, after: str, kept: str) -> str:
+    return f"{name[:28]:28} {layers:44} {before:>6} {after:>6} {kept:>5}"
+
+
+def _shorten(names: Iterable[str], width: int) -> str:
+    names = list(names)
+    text = ", ".join(names)
+    if len(text) <= width:
+        return text
+    shown = ""
+    for i, name in enumerate(names):
+        rest = f", +{len(names) - i} more"
+        if len(shown) + len(name) + len(rest) + 2 > width and i:
+            return shown + rest
+        shown += (", " if i else "") + name
+    return shown[: width - 3] + "..."
+
+
+def _to_ranges(keep: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> '0-2,5'."""
+    parts: list[str] = []
+    start = previous = keep[0]
+    for i in (*keep[1:], None):
+        if i is not None and i == previous + 1:
+            previous = i
+            continue
+        parts.append(str(start) if start == previous else f"{start}-{previous}")
+        if i is not None:
+            start = previous = i
+    return ",".join(parts)
+
+
+def _from_ranges(text: str) -> tuple[int, ...]:
+    keep: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        stop = int(last or first) + 1
+        if stop > 1_000_000:
+            raise ValueError(f"index {stop - 1} is out of reason")
+        keep.extend(range(int(first), stop))
+    return tuple(keep)

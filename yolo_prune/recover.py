@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What can be recovered right after a cut, before training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, images: Iterable[Tensor], frozen: Sequence[str] = ()) -> int:
+    """Estimate the running statistics of every batch norm anew, as plain averages over `images`.
+
+    Removed channels shift what the next layers see, so the old statistics are wrong.
+
+    Args:
+        model: the model; its mode and each batch norm's momentum are as before afterwards.
+        images: batches `(n, channels, height, width)` on the model's device, as training feeds them.
+        frozen: names of modules whose statistics stay as they are.
+
+    Returns:
+        Number of batches used. With none, nothing changes.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
+    norms = [m for n, m in layers.items() if n not in frozen]
+    modes = {m: m.training for m in model.modules()}
+    momenta = [m.momentum for m in norms]
+    count = 0
+    try:
+        model.train()
+        for name in frozen:
+            model.get_submodule(name).eval()
+        for batch in images:
+            if not count:
+                for m in norms:
+                    m.reset_running_stats()
+                    m.momentum = None  # cumulative average
+            model(batch)
+            count += 1
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    return count

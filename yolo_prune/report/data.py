@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`prune.json`: everything a pruning run measured, as plain data.
+
+A value that was not measured is None, in memory and in the file; NaN and infinities are stored as None too.
+FLOPs are 2 x MACs as Ultralytics prints them, sizes are megabytes (1e6 bytes), times are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from yolo_prune._version import __version__
+from yolo_prune.errors import PruneError
+from yolo_prune.files import write_text
+
+FORMAT = 1
+FILE_NAME = "prune.json"
+
+
+def _plain(value: object) -> object:
+    """`value` with numpy and torch scalars as numbers, paths as strings and non-finite floats as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if getattr(value, "ndim", None) == 0 and callable(item := getattr(value, "item", None)):
+        value = item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+_Float = Annotated[float | None, BeforeValidator(_plain)]
+_Int = Annotated[int | None, BeforeValidator(_plain)]
+_Count = Annotated[int, BeforeValidator(_plain)]
+_Text = Annotated[str, BeforeValidator(_plain)]
+_Mapping = Annotated[dict[str, Any], BeforeValidator(_plain)]
+
+
+class _Row(BaseModel):
+    """Mutable, checked on construction and on assignment; unknown keys of a newer release are left out."""
+
+    model_config = ConfigDict(extra="ignore", validate_assignment=True)
+
+
+class Figures(_Row):
+    """What one model costs and how good it is."""
+
+    flops: _Float = None
+    params: _Int = None
+    size_mb: _Float = None
+    fitness: _Float = None
+
+
+class RoundFitness(_Row):
+    """Fitness around a cut: before it, right after it, with BatchNorm recalibrated, before the next cut."""
+
+    before: _Float = None
+    cut: _Float = None
+    recalibrated: _Float = None
+    end: _Float = None
+
+
+class Proof(_Row):
+    """Largest relative difference between the masked reference and the pruned model, and what it took."""
+
+    error: _Float = None
+    seconds: _Float = None
+
+
+class RoundRow(_Row):
+    """One round: `epoch` is the 0-based epoch at whose start the cut is made, `target` the fraction kept."""
+
+    number: _Count
+    epoch: _Count
+    target: Annotated[dict[str, float], BeforeValidator(_plain)] = Field(default_factory=dict)
+    flops: _Float = None
+    params: _Int = None
+    size_mb: _Float = None
+    plan: str | None = None
+    proof: Proof | None = None
+    fitness: RoundFitness = Field(default_factory=RoundFitness)
+    seconds: _Float = None
+
+
+class EpochRow(_Row):
+    """One finished epoch, 1-based as in results.csv, with the cost of the model it trained."""
+
+    epoch: _Count
+    fitness: _Float = None
+    flops: _Float = None
+    params: _Int = None
+
+
+class LayerRow(_Row):
+    """Output channels of one convolution in the dense and in the pruned model."""
+
+    name: str
+    dense: _Count
+    pruned: _Int = None
+    protected: bool = False
+
+
+class ProtectedRow(_Row):
+    """Layers that no round touches, and why."""
+
+    layers: list[str]
+    reason: str
+
+
+class Report(_Row):
+    """The content of `prune.json`; fill it in while the run goes on, and save it as often as you like."""
+
+    version: Literal[1] = 1  # FORMAT
+    yolo_prune: str = __version__
+    versions: dict[str, str] = Field(default_factory=dict)
+    recipe: _Mapping = Field(default_factory=dict)
+    model: _Text = ""
+    data: _Text = ""
+    imgsz: Annotated[int | list[int] | None, BeforeValidator(_plain)] = None
+    epochs: _Int = None
+    status: Literal["running", "finished", "failed"] = "running"
+    dense: Figures = Field(default_factory=Figures)
+    pruned: Figures = Field(default_factory=Figures)
+    rounds: list[RoundRow] = Field(default_factory=list)
+    epochs_log: list[EpochRow] = Field(default_factory=list)
+    layers: list[LayerRow] = Field(default_factory=list)
+    protected: list[ProtectedRow] = Field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """This report as plain data, ready for JSON."""
+        return {key: _plain(value) for key, value in self.model_dump().items()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write this report to `path`, which always holds the old or the new report, never half of one."""
+        return write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a report from a file, or from the `prune.json` of a run's folder.
+
+        Raises:
+            PruneError: The file is missing, incomplete, of another format version, or not a report.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        return cls._from_data(_read_json(path), path)
+
+    @classmethod
+    def _from_data(cls, data: object, path: Path) -> Report:
+        if not isinstance(data, dict) or "version" not in data:
+            raise PruneError(f"{path} is not a pruning report: it has no 'version'. {_WHERE}")
+        if data["version"] != FORMAT:
+            raise PruneError(
+                f"{path} is a report of format version {data['version']!r}, written by yolo-prune "
+                f"{data.get('yolo_prune', '(unknown)')}; this yolo-prune {__version__} reads version "
+                f"{FORMAT}. Read it with the yolo-prune that wrote it, or a newer one."
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r:.80})"
+                for item in error.errors()[:5]
+            )
+            raise PruneError(f"{path} is a damaged report: {wrong}. {_WHERE}") from error
+
+
+_WHERE = f"Give the {FILE_NAME} of a run that was trained with callbacks=prune, or its folder."
+
+
+def _read_json(path: Path) -> object:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PruneError(f"No pruning report at {path}. {_WHERE}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PruneError(f"Cannot read the pruning report {path}: {error}. {_WHERE}") from error
+    try:
+        data: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PruneError(
+            f"{path} is not complete JSON ({error}): it was cut short or edited. Restore it from a copy, or "
+            "resume the run, which writes it again."
+        ) from error
+    return data

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`prune.png`: what a run took out of each layer, and what that did to the fitness, on one 1600 x 900 slide.
+
+Drawn on a Figure of its own: pyplot's figures and settings, which Ultralytics uses too, are never touched.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from yolo_prune.files import write_bytes
+from yolo_prune.report.data import LayerRow, Report, RoundRow
+from yolo_prune.report.table import MISSING, difference, fitness, number, percent, target_text
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT, DPI = 16.0, 9.0, 100  # inches, inches, pixels per inch
+LEFT, RIGHT = 0.055, 0.945  # of the figure, shared by both panels
+
+# Blue and vermilion (after Okabe & Ito, 2008) differ in every common colour blindness; the rest is grey.
+DENSE, PRUNED, PROTECTED = "#bcd4e6", "#0a5c94", "#8c8c8c"
+FITNESS, COST = "#0a5c94", "#d55e00"
+INK, QUIET, FAINT, BAND = "#222222", "#666666", "#d9d9d9", "#f5f5f5"
+
+GAP = 1.2  # between the convolutions of two modules, in bars
+LABEL_EM = 0.62  # width of a digit over the font size, generous for DejaVu Sans
+
+
+def draw(report: Report, path: str | Path) -> Path:
+    """Draw `report` to the PNG file `path`, which appears whole or not at all; None values leave gaps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    _header(figure, report)
+    _layers(figure.add_axes((LEFT, 0.475, RIGHT - LEFT, 0.325)), report.layers)
+    _history(figure.add_axes((LEFT, 0.075, RIGHT - LEFT, 0.265)), report)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return write_bytes(path, buffer.getvalue())
+
+
+# ---- header ------------------------------------------------------------------------------------------------
+
+
+def _header(figure: Figure, report: Report) -> None:
+    title = _title(report)
+    size = min(21.0, 0.46 * WIDTH * 72 / (len(title) * 0.68))
+    figure.text(LEFT, 0.936, title, fontsize=size, weight="bold", color=INK, va="center")
+    figure.text(LEFT, 0.889, _subtitle(report), fontsize=12, color=QUIET, va="center")
+    dense, pruned = report.dense, report.pruned
+    change = difference(pruned.fitness, dense.fitness).replace("-", "\N{MINUS SIGN}")
+    tiles = [
+        _tile("GFLOPs", dense.flops, pruned.flops, 1e9),
+        _tile("M parameters", dense.params, pruned.params, 1e6),
+        _tile("MB on disk", dense.size_mb, pruned.size_mb, 1.0),
+        ("fitness", fitness(dense.fitness), fitness(pruned.fitness), change),
+    ]
+    for (label, before, after, note), x in zip(tiles, (0.545, 0.645, 0.745, 0.845), strict=True):
+        both = before if after == MISSING else f"{before} → {after}"
+        size = 15.5 if len(both) < 14 else 14
+        figure.text(x, 0.963, label, fontsize=11, color=QUIET, va="center")
+        figure.text(x, 0.927, both, fontsize=size, color=INK, va="center", weight="bold")
+        if MISSING not in (before, after):
+            figure.text(x, 0.889, note, fontsize=11, color=QUIET, va="center")
+
+
+def _tile(label: str, before: float | None, after: float | None, scale: float) -> tuple[str, str, str, str]:
+    return label, number(before, scale), number(after, scale), f"{percent(after, before)} kept"
+
+
+def _title(report: Report) -> str:
+    name = _shorten(Path(report.model).stem or "model", 24)
+    if report.status == "failed":
+        return f"{name}: run failed"
+    if report.status == "running":
+        return f"{name}: run in progress"
+    kept = percent(report.pruned.flops, report.dense.flops)
+    return f"{name} pruned" if kept == MISSING else f"{name} pruned to {kept} of its FLOPs"
+
+
+def _subtitle(report: Report) -> str:
+    rounds = len(report.rounds)
+    parts = [Path(report.data).name, "" if report.imgsz is None else f"imgsz {report.imgsz}"]
+    parts += [f"{rounds} round{'s' if rounds != 1 else ''}"]
+    parts += ["" if report.epochs is None else f"{report.epochs} epoch{'s' if report.epochs != 1 else ''}"]
+    return _shorten(",  ".join(part for part in parts if part), 68)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+# ---- upper panel: channels of every convolution ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A top-level module: its label, and its slot and the centres of its bars, in bar widths."""
+
+    label: str
+    left: float
+    right: float
+    centres: tuple[float, ...]
+
+
+def _layers(axes: Axes, layers: Sequence[LayerRow]) -> None:
+    _panel(axes, "Output channels of every convolution", pad=14)
+    if not layers:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        _say(axes, "no layers recorded")
+        return
+    modules = _arrange(layers)
+    centres = [centre for module in modules for centre in module.centres]
+    axes.set_xlim(modules[0].left, modules[-1].right)
+    # Square roots: from zero, like any bar, and yet 16 channels show beside 1024.
+    axes.set_yscale("function", functions=(_root, _square))
+    top = max(2, *(max(row.dense, row.pruned or 0) for row in layers))
+    axes.set_ylim(0, top * 1.06)
+    apart = 0.045 * math.sqrt(top)  # closer ticks would overlap
+    ticks = [tick for power in range(3, 24) if (tick := 2**power) <= top and math.sqrt(tick) * 0.29 > apart]
+    ticks.insert(0, 0)
+    axes.set_yticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylabel("channels (square-root scale)", fontsize=11, color=QUIET)
+    for module in modules[::2]:
+        axes.axvspan(module.left, module.right, color=BAND, linewidth=0, zorder=0)
+    _bars(axes, centres, layers)
+    middles = [(module.left + module.right) / 2 for module in modules]
+    axes.set_xticks(middles, labels=[module.label for module in modules])
+    axes.tick_params(axis="x", labelsize=_label_size(modules), length=0, pad=3)
+    axes.set_xlabel("module (model.N), its convolutions in model order", fontsize=11, color=QUIET)
+
+
+def _root(values: Any) -> Any:
+    return values.clip(min=0) ** 0.5
+
+
+def _square(values: Any) -> Any:
+    return values**2
+
+
+def _bars(axes: Axes, centres: Sequence[float], layers: Sequence[LayerRow]) -> None:
+    from matplotlib.patches import Patch
+
+    def bars(rows: Iterable[tuple[float, int | None]], width: float, **style: Any) -> None:
+        drawn = [(x, height) for x, height in rows if height is not None]
+        axes.bar([x for x, _ in drawn], [height for _, height in drawn], width=width, **style)
+
+    free = [(x, row) for x, row in zip(centres, layers, strict=True) if not row.protected]
+    kept = [(x, row) for x, row in zip(centres, layers, strict=True) if row.protected]
+    bars(((x, row.dense) for x, row in free), 0.86, color=DENSE, linewidth=0, zorder=2)
+    bars(((x, row.pruned) for x, row in free), 0.86, color=PRUNED, linewidth=0, zorder=3)
+    protected: dict[str, Any] = {"facecolor": "white", "edgecolor": PROTECTED, "hatch": "/////", "lw": 0.6}
+    bars(((x, row.pruned or row.dense) for x, row in kept), 0.80, zorder=3, **protected)
+    handles: list[Artist] = [Patch(facecolor=DENSE, label="dense"), Patch(facecolor=PRUNED, label="pruned")]
+    if kept:
+        handles.append(Patch(label="protected, unchanged", **protected))
+    _legend(axes, handles, pad=8)
+
+
+def _arrange(layers: Sequence[LayerRow]) -> list[_Module]:
+    """Places for the bars: the runs of a module side by side, every slot wide enough for its label."""
+    runs: list[tuple[str, int]] = []
+    for row in layers:
+        label = _module_label(row.name)
+        if runs and runs[-1][0] == label:
+            runs[-1] = (label, runs[-1][1] + 1)
+        else:
+            runs.append((label, 1))
+    # Widening a slot shrinks the bars, which widens the slots (in bars): a few steps reach the fixed point.
+    panel = (RIGHT - LEFT) * WIDTH * 72  # points
+    total = sum(count + GAP for _, count in runs)
+    for _ in range(20):
+        character = LABEL_EM * 9 * total / panel
+        needed = [max(count + GAP, (len(label) + 0.9) * character) for label, count in runs]
+        total = sum(needed)
+        if total > 6 * len(layers):  # a model of many long names: let the labels shrink instead
+            break
+    modules, left = [], 0.0
+    for (label, count), width in zip(runs, needed, strict=True):
+        first = left + (width - count) / 2 + 0.5
+        modules.append(_Module(label, left, left + width, tuple(first + index for index in range(count))))
+        left += width
+    return modules
+
+
+def _module_label(name: str) -> str:
+    """`23` for `model.23.cv2.0.2`: the index of the module in an Ultralytics model, else its first name."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "model" and parts[1].isdigit() else parts[0]
+
+
+def _label_size(modules: Sequence[_Module]) -> float:
+    """The font size, in points and at most 10, at which every label fits its slot."""
+    point = (RIGHT - LEFT) * WIDTH * 72 / modules[-1].right
+    fits = ((module.right - module.left) / (len(module.label) + 0.5) for module in modules)
+    return min(10.0, min(fits) * point / LABEL_EM)
+
+
+# ---- lower panel: fitness and FLOPs over the epochs --------------------------------------------------------
+
+
+def _history(axes: Axes, report: Report) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    _panel(axes, "Fitness while training, and FLOPs kept", pad=30)
+    last = max([report.epochs or 1, *(row.epoch for row in report.epochs_log)])
+    margin = max(0.02 * last, 0.02)
+    axes.set_xlim(-margin, last + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("epochs finished", fontsize=11, color=QUIET)
+    axes.tick_params(axis="x", labelsize=10)
+    right = axes.twinx()
+    _panel(right)
+    right.set_ylim(0, 107)
+    right.set_yticks(range(0, 101, 25), labels=[f"{tick} %" for tick in range(0, 101, 25)])
+    right.set_ylabel("FLOPs kept", fontsize=11, color=COST)
+    right.tick_params(axis="y", colors=COST, labelsize=10)
+    axes.set_zorder(right.get_zorder() + 1)  # fitness over FLOPs
+    axes.patch.set_visible(False)
+    handles = [*_fitness(axes, report), *_cost(right, report)]
+    _cuts(axes, report.rounds)
+    _legend(axes, handles, pad=24)
+
+
+def _fitness(axes: Axes, report: Report) -> list[Artist]:
+    """Draw the fitness; between a cut and the epoch before it the line is interrupted."""
+    handles: list[Artist] = []
+    values: list[float] = []
+    look: dict[str, Any]
+    dot = 4.5 if len(report.epochs_log) <= 60 else 2.5
+    if report.dense.fitness is not None:
+        values.append(report.dense.fitness)
+        look = {"color": INK, "linewidth": 1.2, "linestyle": (0, (1, 2)), "label": "dense fitness"}
+        handles.append(axes.axhline(values[0], zorder=3, **look))
+    for index, (xs, ys) in enumerate(_stretches(report)):
+        look = {"color": FITNESS, "linewidth": 2.2, "marker": "o", "markersize": dot, "label": "fitness"}
+        line = axes.plot(xs, ys, zorder=4, **look)
+        handles += line if index == 0 else []
+        values += [y for y in ys if not math.isnan(y)]
+    for key, label, marker, fill in (
+        ("cut", "right after the cut", "v", "white"),
+        ("recalibrated", "BatchNorm recalibrated", "D", DENSE),
+    ):
+        shown = [(row.epoch, y) for row in report.rounds if (y := getattr(row.fitness, key)) is not None]
+        if shown:
+            at, heights = zip(*shown, strict=True)
+            values += heights
+            look = {"marker": marker, "color": fill, "edgecolors": FITNESS, "linewidths": 1.6, "label": label}
+            handles.append(axes.scatter(at, heights, s=58, zorder=6, clip_on=False, **look))
+    if not values:
+        axes.set_yticks([])
+        _headline(axes, "FLOPs kept (fitness was not measured)", pad=30)
+        return []
+    axes.set_ylim(min(0.0, *values), max(1e-3, *values) * 1.07)
+    axes.set_ylabel("fitness", fontsize=11, color=FITNESS)
+    axes.tick_params(axis="y", colors=FITNESS, labelsize=10)
+    return handles
+
+
+def _stretches(report: Report) -> list[tuple[list[float], list[float]]]:
+    """The fitness line from cut to cut, as x (epochs finished) and y (NaN where not measured)."""
+    log = {row.epoch: row.fitness for row in report.epochs_log}
+    edges = [(0, report.dense.fitness)]
+    edges += [(row.epoch, _first(row.fitness.recalibrated, row.fitness.cut)) for row in report.rounds]
+    if len(edges) > 1 and edges[1][0] == 0:
+        edges = edges[1:]  # the first cut was made before the first epoch
+    stretches = []
+    for index, (start, value) in enumerate(edges):
+        end = edges[index + 1][0] if index + 1 < len(edges) else max([start, *log])
+        points = [(start, value), *((epoch, log.get(epoch)) for epoch in range(start + 1, end + 1))]
+        stretches.append(([float(x) for x, _ in points], [math.nan if y is None else y for _, y in points]))
+    return stretches
+
+
+def _cost(axes: Axes, report: Report) -> list[Artist]:
+    """Draw the FLOPs of the model, in percent of the dense one, as steps at the cuts."""
+    dense = report.dense.flops
+    if not dense:
+        axes.set_yticks([])
+        axes.set_ylabel("")
+        return []
+    xs, ys = [axes.get_xlim()[0]], [100.0]
+    for row in report.rounds:
+        xs.append(float(row.epoch))
+        ys.append(math.nan if row.flops is None else 100 * row.flops / dense)
+    last = max([0, *(row.epoch for row in report.epochs_log), *(row.epoch for row in report.rounds)])
+    xs.append(float(last))
+    ys.append(ys[-1])
+    return list(axes.step(xs, ys, where="post", color=COST, linewidth=1.8, alpha=0.85, label="FLOPs kept"))
+
+
+def _cuts(axes: Axes, rounds: Sequence[RoundRow]) -> None:
+    """A vertical line per cut with its label above the panel; rounds too close for a label each share one."""
+    low, high = axes.get_xlim()
+    points = (RIGHT - LEFT) * WIDTH * 72 / (high - low)
+    limit = (RIGHT - LEFT + 0.05) * WIDTH * 72
+    labels: list[tuple[float, list[RoundRow]]] = []  # left edge in points, rounds
+    for row in rounds:
+        axes.axvline(row.epoch, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        group = [row]
+        while True:
+            width = len(_cut_text(group)) * LABEL_EM * 10
+            left = min((group[0].epoch - low) * points, limit - width)
+            if not labels or labels[-1][0] + len(_cut_text(labels[-1][1])) * LABEL_EM * 10 < left:
+                break
+            group = labels.pop()[1] + group
+        labels.append((left, group))
+    for left, group in labels:
+        at = low + (left - 4) / points
+        pad = 4 / (72 * HEIGHT * axes.get_position().height)
+        above = axes.get_xaxis_transform()
+        axes.text(at, 1.0 + pad, _cut_text(group), transform=above, fontsize=10, color=INK, va="bottom")
+
+
+def _cut_text(rounds: Sequence[RoundRow]) -> str:
+    first, last = rounds[0], rounds[-1]
+    name = f"round {last.number}" if len(rounds) == 1 else f"rounds {first.number}-{last.number}"
+    target = target_text(last)
+    return f"{name} → {target}" if target else name
+
+
+# ---- shared ------------------------------------------------------------------------------------------------
+
+
+def _panel(axes: Axes, title: str = "", pad: float = 0.0) -> None:
+    axes.set_facecolor("white")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(QUIET)
+    axes.tick_params(axis="both", colors=QUIET, labelsize=10, length=0)
+    if title:
+        axes.grid(axis="y", color=FAINT, linewidth=0.7)
+        axes.set_axisbelow(True)
+        _headline(axes, title, pad)
+
+
+def _headline(axes: Axes, title: str, pad: float) -> None:
+    axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK, pad=pad)
+
+
+def _legend(axes: Axes, handles: Sequence[Artist], pad: float) -> None:
+    """A legend in one line, `pad` points above the panel, where there is no data to cover."""
+    if handles:
+        anchor = (1.0, 1.0 + pad / (72 * HEIGHT * axes.get_position().height))
+        place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": anchor, "borderaxespad": 0.0}
+        look: dict[str, Any] = {"ncol": len(handles), "frameon": False, "fontsize": 11, "labelcolor": INK}
+        axes.legend(handles=list(handles), **place, **look)
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=13, color=QUIET)
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)

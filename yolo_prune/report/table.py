@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Plain-text tables of a report, for the training log and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from yolo_prune.report.data import Report, RoundRow
+
+MISSING = "-"
+
+
+def number(value: float | None, scale: float = 1.0) -> str:
+    """`value / scale` with three significant digits and no exponent, or a dash when it was not measured."""
+    if value is None:
+        return MISSING
+    value /= scale
+    size = abs(value)
+    decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 or size == 0 else 3
+    return f"{value:.{decimals}f}"
+
+
+def fitness(value: float | None) -> str:
+    """A fitness (0..1) with three decimals, or a dash when it was not measured."""
+    return MISSING if value is None else f"{value:.3f}"
+
+
+def percent(part: float | None, whole: float | None) -> str:
+    """`part` as a percentage of `whole`, or a dash when either was not measured."""
+    return MISSING if part is None or not whole else f"{100 * part / whole:.1f} %"
+
+
+def difference(after: float | None, before: float | None) -> str:
+    """`after - before` with its sign and three decimals, or a dash when either was not measured."""
+    return MISSING if after is None or before is None else f"{after - before:+.3f}"
+
+
+def summary_table(report: Report) -> str:
+    """Dense against pruned: cost, file size and fitness, and how much of each was kept."""
+    dense, pruned = report.dense, report.pruned
+    rows = [["", "dense", "pruned", "kept"]]
+    for label, before, after, scale in (
+        ("GFLOPs", dense.flops, pruned.flops, 1e9),
+        ("M params", dense.params, pruned.params, 1e6),
+        ("size, MB", dense.size_mb, pruned.size_mb, 1.0),
+    ):
+        rows.append([label, number(before, scale), number(after, scale), percent(after, before)])
+    change = difference(pruned.fitness, dense.fitness)
+    rows.append(["fitness", fitness(dense.fitness), fitness(pruned.fitness), change])
+    return _align(rows, left=1)
+
+
+def rounds_table(report: Report) -> str:
+    """One line per round: what was asked and kept, and the fitness around the cut.
+
+    `epoch` is the epoch that began with the cut, 1-based as in results.csv; the dense model comes first.
+    """
+    rows = [
+        ["", "", "", "", "", "", "", "fitness", "", "", ""],
+        ["round", "epoch", "target", "GFLOPs", "kept", "M params", "kept", "before", "cut", "recal.", "end"],
+    ]
+    dense = report.dense
+    rows.append(["dense", MISSING, MISSING, number(dense.flops, 1e9), percent(dense.flops, dense.flops)])
+    rows[-1] += [number(dense.params, 1e6), percent(dense.params, dense.params)]
+    rows[-1] += [MISSING, MISSING, MISSING, fitness(dense.fitness)]
+    rows += [_round_line(item, report) for item in report.rounds]
+    return _align(rows, left=1)
+
+
+def target_text(row: RoundRow) -> str:
+    """What the round was asked to keep, as in `65 % FLOPs`; empty when the report does not say."""
+    names = {"flops": "FLOPs"}
+    return ", ".join(f"{100 * keep:.3g} % {names.get(name, name)}" for name, keep in row.target.items())
+
+
+def _round_line(row: RoundRow, report: Report) -> list[str]:
+    around = (row.fitness.before, row.fitness.cut, row.fitness.recalibrated, row.fitness.end)
+    return [
+        str(row.number),
+        str(row.epoch + 1),
+        target_text(row) or MISSING,
+        number(row.flops, 1e9),
+        percent(row.flops, report.dense.flops),
+        number(row.params, 1e6),
+        percent(row.params, report.dense.params),
+        *map(fitness, around),
+    ]
+
+
+def _align(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Columns two spaces apart, the first `left` of them left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""When the model is cut, and how much each cut takes: pure functions of the recipe and the number of epochs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from yolo_prune.errors import ScheduleError
+from yolo_prune.recipe import Schedule
+
+DEFAULT_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Round:
+    """One cut.
+
+    Attributes:
+        number: counted from 1.
+        epoch: the cut is made at the start of this epoch, counted from 0.
+        keep: fraction of the dense model that is left after it.
+    """
+
+    number: int
+    epoch: int
+    keep: float
+
+
+def rounds(schedule: Schedule, target: float, epochs: int, present: float = 1.0) -> tuple[Round, ...]:
+    """Lay out the rounds of a run.
+
+    Cubic is the curve of "To prune, or not to prune" (Zhu & Gupta 2017, arXiv:1710.01878): most is removed early, while
+    there is time to recover.
+
+    Args:
+        schedule: as the recipe gives it.
+        target: fraction of the dense model to keep in the end.
+        epochs: epochs of the run.
+        present: fraction of the dense model that the run starts from.
+
+    Returns:
+        Rounds in order, each in an epoch of its own, the last one at `target`.
+
+    Raises:
+        ScheduleError: If they do not fit; says what would.
+    """
+    count = schedule.rounds or (1 if schedule.curve == "one-shot" else DEFAULT_ROUNDS)
+    start = schedule.start or 0
+    if count > epochs - start:
+        fit = f"at most {epochs - start} rounds fit" if epochs > start else "no round fits"
+        raise ScheduleError(
+            f"schedule: {count} rounds from epoch {start} need at least {start + count} epochs, the run has {epochs}; "
+            f"{fit}. Set schedule.rounds or schedule.start, or train longer."
+        )
+    cuts = _epochs(schedule, count, start, epochs)
+    if cuts[-1] > epochs - 1:
+        longest = (epochs - 1 - start) // (count - 1)
+        raise ScheduleError(
+            f"schedule.interval: with interval {schedule.interval} the last of {count} rounds falls on epoch "
+            f"{cuts[-1]}, counted from 0, and the run has {epochs} epochs. The interval can be at most {longest}, or give fewer "
+            "rounds, or train longer."
+        )
+    shares = [_removed(schedule.curve, i / count) for i in range(1, count + 1)]
+    keeps = [present - (present - target) * share for share in shares[:-1]] + [target]
+    return tuple(Round(i, e, k) for i, (e, k) in enumerate(zip(cuts, keeps, strict=True), 1))
+
+
+def _epochs(schedule: Schedule, count: int, start: int, epochs: int) -> list[int]:
+    if schedule.interval is not None:
+        return [start + i * schedule.interval for i in range(count)]
+    # The first half of the run, or what start leaves of it; when that is too short, one epoch each.
+    span = max(epochs / 2 - start, count)
+    cuts = [start + int(i * span / count) for i in range(count)]
+    if any(a >= b for a, b in pairwise(cuts)):
+        cuts = [start + i for i in range(count)]
+    return cuts
+
+
+def _removed(curve: str, progress: float) -> float:
+    """Share of the removal that is done after a share `progress` of the rounds."""
+    return progress if curve == "linear" else 1 - (1 - progress) ** 3

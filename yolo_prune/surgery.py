@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Apply a plan to a model and its optimizer. The only module that changes a model's structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune.errors import PlanError
+from yolo_prune.plans import Plan
+
+
+def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
+    """Cut `model` in place. Its parameters become new `nn.Parameter`s: old autograd graphs keep the old ones.
+
+    `requires_grad` and the memory format are kept, gradients are dropped.
+
+    Args:
+        model: the model the plan was made for, or one of the same shapes (its EMA, an early checkpoint).
+        plan: what to keep.
+
+    Returns:
+        `{old parameter: new parameter}` for those that changed, for `apply_to_optimizer`.
+
+    Raises:
+        PlanError: If a tensor is missing or has another shape; the model is unchanged then.
+    """
+    check(model, plan)
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name, dims in plan.keep.items():
+        layer_name, _, key = name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        old = getattr(layer, key)
+        new = cut(old, dims)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            replaced[old] = new
+        setattr(layer, key, new)
+        _follow(layer)
+    for layer_name, values in plan.attributes.items():
+        layer = model.get_submodule(layer_name)
+        for key, value in values.items():
+            setattr(layer, key, value)
+    return replaced
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan made for another model.
+
+    Raises:
+        PlanError: Names the first tensor or attribute that differs.
+    """
+    state = model.state_dict(keep_vars=True)
+    for name in plan.keep:
+        if name not in state:
+            raise PlanError(f"The plan was made for another model: this one has no '{name}'. Make a new plan for it.")
+        found = tuple(state[name].shape)
+        if found != plan.shapes[name]:
+            raise PlanError(
+                f"The plan was made for another model: '{name}' has shape {found} here and {plan.shapes[name]} in the "
+                "plan. Make a new plan for this model."
+            )
+    modules = dict(model.named_modules())
+    for name, values in plan.attributes.items():
+        for key in values:
+            if not isinstance(getattr(modules.get(name), key, None), int):
+                raise PlanError(f"The plan was made for another model: '{name}' has no width '{key}' here.")
+
+
+def check_applied(model: nn.Module, plan: Plan) -> None:
+    """Make sure that a model has the structure that `plan` leaves.
+
+    Raises:
+        PlanError: Names the first tensor that differs.
+    """
+    state = model.state_dict(keep_vars=True)
+    for name in plan.keep:
+        found = tuple(state[name].shape) if name in state else None
+        if found != plan.shape_after(name):
+            raise PlanError(f"'{name}' has shape {found}, and should have {plan.shape_after(name)} after pruning.")
+
+
+def apply_to_optimizer(
+    optimizer: torch.optim.Optimizer,
+    replaced: Mapping[nn.Parameter, nn.Parameter],
+    model: nn.Module,
+    plan: Plan,
+) -> None:
+    """Point `optimizer` to the new parameters, in the old order, and slice its per-parameter state alike.
+
+    Args:
+        optimizer: any optimizer whose state holds tensors of the parameter's shape (momenta) and scalars.
+        replaced: what `apply` returned.
+        model: the cut model, for the parameters' names.
+        plan: the plan that was applied.
+    """
+    names = {new: name for name, new in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(p, p) for p in group["params"]]
+    for old, new in replaced.items():
+        if old not in optimizer.state:
+            continue
+        dims = plan.keep[names[new]]
+        state = optimizer.state.pop(old)
+        optimizer.state[new] = {
+            key: cut(value, dims) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in state.items()
+        }
+
+
+@torch.no_grad()
+def cut(tensor: Tensor, dims: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The kept part of a tensor, detached, in the same memory format."""
+    nhwc = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    nhwc = nhwc and not tensor.is_contiguous()
+    kept = tensor.detach()
+    for dim, keep in dims.items():
+        kept = kept.index_select(dim, torch.tensor(keep, device=tensor.device))
+    return kept.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def _follow(layer: nn.Module) -> None:
+    """Set the widths that torch layers remember to what their tensors say."""
+    if isinstance(layer, nn.Conv2d):
+        out, per_group = layer.weight.shape[:2]
+        if layer.groups > 1:
+            layer.groups = out
+        layer.out_channels, layer.in_channels = out, per_group * layer.groups
+    elif isinstance(layer, nn.BatchNorm2d):
+        layer.num_features = layer.weight.shape[0]
+    else:
+        raise PlanError(f"Do not know how to cut a {type(layer).__name__}.")

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What this package does to an Ultralytics trainer, and the trainer class that keeps a pruned structure."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_prune import metadata, surgery
+from yolo_prune.errors import RunError
+from yolo_prune.plans import Plan
+
+
+class KeepStructure:
+    """Mixin over any Ultralytics trainer: a pruned model is trained as it is instead of being rebuilt from its YAML."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Build the trainer; refuses several GPUs before anything is trained."""
+        super().__init__(*args, **kwargs)
+        if getattr(self, "ddp", False) or getattr(self, "world_size", 0) > 1:
+            raise RunError(
+                "Training a pruned model on several GPUs is not supported yet. Pass one device, for example device=0."
+            )
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+        """The model to train: a copy of `weights` if it is pruned, else what the stock trainer builds."""
+        if not isinstance(weights, nn.Module) or not metadata.is_pruned(weights):
+            return super().get_model(cfg, weights, verbose)  # type: ignore[misc, no-any-return]
+        model = deepcopy(weights).float()
+        model.criterion = None  # built anew for this run's arguments
+        model.requires_grad_(True)  # checkpoints are saved frozen
+        _check_classes(model, self.data)  # type: ignore[attr-defined]
+        return model
+
+
+@cache
+def prune_trainer(base: type[BaseTrainer]) -> type[BaseTrainer]:
+    """`base` with `KeepStructure`; importable by name from this module, so that worker processes can load it."""
+    if issubclass(base, KeepStructure):
+        return base
+    name = f"Prune{base.__name__}"
+    return type(name, (KeepStructure, base), {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    """Trainer classes by name, for unpickling in a fresh process: `PruneDetectionTrainer`."""
+    if name == "PruneDetectionTrainer":
+        from ultralytics.models.yolo.detect import DetectionTrainer
+
+        return prune_trainer(DetectionTrainer)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _check_classes(model: nn.Module, data: Mapping[str, Any]) -> None:
+    classes, channels = data["nc"], data.get("channels", 3)
+    head, first = model.model[-1], next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    if head.nc != classes or first.in_channels != channels:
+        raise RunError(
+            f"The pruned model has {head.nc} classes and {first.in_channels} input channels, the dataset {classes} and "
+            f"{channels}. Training a pruned model on other classes is not supported yet: train the dense model on this "
+            "dataset first, then prune it."
+        )
+
+
+def live(trainer: BaseTrainer) -> nn.Module:
+    """The module that is trained, without wrappers."""
+    return unwrap_model(trainer.model)
+
+
+def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:
+    """Names of the modules that this run does not train (`freeze=`); the box distribution never is."""
+    return tuple(
+        name
+        for name, module in live(trainer).named_modules()
+        if (own := list(module.parameters(recurse=False)))
+        and not any(p.requires_grad for p in own)
+        and ".dfl" not in name
+    )
+
+
+def cut(trainer: BaseTrainer, plan: Plan) -> None:
+    """Apply a plan to the live model, its average and the optimizer, between two batches."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.loss = None  # holds the last batch's graph, and with it the old parameters
+    model = live(trainer)
+    replaced = surgery.apply(model, plan)
+    surgery.apply_to_optimizer(trainer.optimizer, replaced, model, plan)
+    surgery.apply(trainer.ema.ema, plan)
+    trainer.ema._pairs = None  # caches the old tensors; left alone, the average would silently freeze
+
+
+def forget_best(trainer: BaseTrainer, aside: Path) -> None:
+    """Start the search for the best epoch anew: what was best so far has another structure; it is moved `aside`."""
+    if trainer.best.exists():
+        trainer.best.replace(aside)
+    trainer.best_fitness = None
+    trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
+    trainer.stopper.possible_stop = False
+
+
+def hold_early_stopping(trainer: BaseTrainer) -> float:
+    """Keep the run from stopping before its last round; returns the patience to restore."""
+    patience = trainer.stopper.patience
+    trainer.stopper.patience = math.inf
+    return float(patience)
+
+
+def save_last(trainer: BaseTrainer) -> None:
+    """Rewrite last.pt with the present structure, as of the epoch before: recovery and resume restart this epoch.
+
+    At epoch 0 there is nothing that could be resumed, and nothing is written.
+    """
+    if trainer.epoch == 0 or not trainer.args.save:
+        return
+    trainer.epoch -= 1
+    try:
+        trainer.save_model()
+    finally:
+        trainer.epoch += 1
+
+
+def validate(trainer: BaseTrainer) -> float:
+    """Fitness of the averaged model, measured as the run itself does; the run's bookkeeping is left alone."""
+    if not hasattr(trainer, "loss_items"):  # before the first batch the validator has no names for the losses
+        dataset = trainer.test_loader.dataset
+        batch = trainer.preprocess_batch(dataset.collate_fn([dataset[0]]))
+        with torch.no_grad():
+            trainer.loss_items = trainer.ema.ema.loss(batch)[1]
+    plots, trainer.validator.args.plots = trainer.validator.args.plots, False
+    try:
+        return float(trainer.validator(trainer)["fitness"])
+    finally:
+        trainer.validator.args.plots = plots
+
+
+def training_images(trainer: BaseTrainer, batches: int, seed: int) -> Iterator[Tensor]:
+    """Batches of training images as the model sees them, drawn without disturbing the run's own loader.
+
+    Args:
+        trainer: after its set-up.
+        batches: at most this many; never more than the training set holds.
+        seed: same seed, same images.
+    """
+    dataset, size = trainer.train_loader.dataset, trainer.train_loader.batch_size
+    order = np.random.default_rng(seed).permutation(len(dataset))[: batches * size]
+    loader = DataLoader(
+        Subset(dataset, order.tolist()),
+        batch_size=size,
+        num_workers=trainer.train_loader.num_workers,
+        collate_fn=dataset.collate_fn,
+    )
+    for batch in loader:
+        yield trainer.preprocess_batch(batch)["img"]
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Draw random numbers from `seed` inside, and leave the run's own sequence as it was."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
