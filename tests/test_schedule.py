@@ -3,21 +3,30 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from typing import Literal, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from yolo_prune.errors import ScheduleError
 from yolo_prune.recipe import Schedule
 from yolo_prune.schedule import rounds
 
+Curve = Literal["linear", "cubic"]
+
 
 def test_left_out_the_rounds_are_spread_over_the_first_half() -> None:
     assert [r.epoch for r in rounds(Schedule(), 0.5, 30)] == [0, 5, 10]
     assert [r.epoch for r in rounds(Schedule(rounds=4), 0.5, 100)] == [0, 12, 25, 37]
     assert [r.epoch for r in rounds(Schedule(start=10), 0.5, 60)] == [10, 16, 23]
+
+
+def test_when_the_first_half_is_too_short_the_rounds_take_an_epoch_each() -> None:
+    assert [r.epoch for r in rounds(Schedule(), 0.5, 3)] == [0, 1, 2]
+    assert [r.epoch for r in rounds(Schedule(start=25), 0.5, 30)] == [25, 26, 27]
 
 
 def test_start_and_interval_are_taken_at_their_word() -> None:
@@ -28,8 +37,25 @@ def test_start_and_interval_are_taken_at_their_word() -> None:
     ("curve", "keeps"),
     [("linear", [0.75, 0.5]), ("cubic", [1 - 0.5 * (1 - 0.5**3), 0.5])],
 )
-def test_curves(curve: str, keeps: list[float]) -> None:
+def test_curves(curve: Curve, keeps: list[float]) -> None:
     assert [r.keep for r in rounds(Schedule(rounds=2, curve=curve), 0.5, 20)] == pytest.approx(keeps)
+
+
+def test_the_default_is_three_cubic_rounds() -> None:
+    assert [r.keep for r in rounds(Schedule(), 0.1, 30)] == pytest.approx(
+        [1 - 0.9 * (1 - (2 / 3) ** 3), 1 - 0.9 * (1 - (1 / 3) ** 3), 0.1]
+    )
+
+
+@pytest.mark.parametrize(("interval", "last"), [(14, 28), (None, 10)])
+def test_the_last_round_has_an_epoch_after_it(interval: int | None, last: int) -> None:
+    assert rounds(Schedule(rounds=3, interval=interval), 0.5, 30)[-1].epoch == last
+    assert rounds(Schedule(rounds=3, interval=14), 0.5, 29)[-1].epoch == 28
+
+
+@pytest.mark.parametrize("schedule", [Schedule(rounds=1), Schedule(curve="one-shot"), Schedule(rounds=1, interval=9)])
+def test_one_epoch_holds_one_round(schedule: Schedule) -> None:
+    assert [(r.number, r.epoch, r.keep) for r in rounds(schedule, 0.4, 1)] == [(1, 0, 0.4)]
 
 
 def test_one_shot_is_one_round_at_the_target() -> None:
@@ -47,6 +73,10 @@ def test_rounds_go_on_from_what_is_left_of_a_pruned_model() -> None:
     [
         (Schedule(), 2, "3 rounds from epoch 0 need at least 3 epochs, the run has 2; at most 2 rounds fit"),
         (Schedule(start=30), 30, "no round fits"),
+        (Schedule(), 1, "3 rounds from epoch 0 need at least 3 epochs, the run has 1"),
+        (Schedule(rounds=4, start=8), 10, "4 rounds from epoch 8 need at least 12 epochs, the run has 10"),
+        (Schedule(curve="one-shot"), 0, "no round fits"),
+        (Schedule(rounds=3, interval=14), 28, "falls on epoch 28.* interval can be at most 13"),
         (Schedule(interval=20), 30, "falls on epoch 40.* interval can be at most 14"),
     ],
 )
@@ -56,19 +86,45 @@ def test_rounds_that_do_not_fit_are_refused_with_what_would(schedule: Schedule, 
 
 
 @given(
-    count=st.integers(1, 20),
-    spare=st.integers(0, 100),
+    count=st.integers(1, 100),
+    spare=st.integers(0, 300),
     start=st.integers(0, 30),
     target=st.floats(0.05, 0.95),
-    curve=st.sampled_from(["linear", "cubic"]),
+    pruned=st.floats(0.01, 0.9),
+    curve=st.sampled_from(get_args(Curve)),
 )
 def test_rounds_are_distinct_ascending_within_the_run_and_end_at_the_target(
-    count: int, spare: int, start: int, target: float, curve: str
+    count: int, spare: int, start: int, target: float, pruned: float, curve: Curve
 ) -> None:
-    epochs = start + count + spare
-    plan = rounds(Schedule(rounds=count, start=start, curve=curve), target, epochs)
+    epochs, present = start + count + spare, 1 - pruned * (1 - target)
+    plan = rounds(Schedule(rounds=count, start=start, curve=curve), target, epochs, present)
     assert [r.number for r in plan] == list(range(1, count + 1))
     assert all(a.epoch < b.epoch and a.keep > b.keep for a, b in pairwise(plan))
-    assert start <= plan[0].epoch
+    assert plan[0].epoch == start
     assert plan[-1].epoch <= epochs - 1
+    assert plan[0].keep < present
     assert plan[-1].keep == target
+
+
+@given(count=st.integers(1, 100), epochs=st.integers(1, 400))
+def test_left_out_the_rounds_stay_in_the_first_half_if_it_has_room(count: int, epochs: int) -> None:
+    assume(epochs >= 2 * count)
+    cuts = [r.epoch for r in rounds(Schedule(rounds=count), 0.5, epochs)]
+    assert cuts[-1] < epochs / 2
+    gaps = [b - a for a, b in pairwise(cuts)]
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+@given(count=st.integers(2, 40), start=st.integers(0, 30), interval=st.integers(1, 30), epochs=st.integers(1, 300))
+def test_an_interval_fits_or_the_one_that_is_named_does(count: int, start: int, interval: int, epochs: int) -> None:
+    assume(count <= epochs - start)
+    schedule = Schedule(rounds=count, start=start, interval=interval)
+    if start + (count - 1) * interval <= epochs - 1:
+        assert [r.epoch for r in rounds(schedule, 0.5, epochs)] == [start + i * interval for i in range(count)]
+        return
+    with pytest.raises(ScheduleError, match="interval can be at most") as error:
+        rounds(schedule, 0.5, epochs)
+    longest = int(re.findall(r"at most (\d+)", str(error.value))[0])
+    assert rounds(Schedule(rounds=count, start=start, interval=longest), 0.5, epochs)
+    with pytest.raises(ScheduleError):
+        rounds(Schedule(rounds=count, start=start, interval=longest + 1), 0.5, epochs)

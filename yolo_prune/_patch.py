@@ -56,7 +56,8 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         allowed_custom_keys: set[str] | None = None,
     ) -> None:
         if "train" not in base:  # not the command line: run configurations never hold our keys
-            return original(base, custom, e, allowed_custom_keys)
+            original(base, custom, e, allowed_custom_keys)
+            return
         ours = [key for key in custom if is_pruning_key(key)]
         mode = custom.get("mode")
         if ours and e is None and "mode" in custom and mode != "train":
@@ -67,7 +68,7 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         if ours and e is None and "callbacks" not in custom and mode == "train":
             raise SyntaxError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
         # The examples make the suggestions for misspelt keys know ours too.
-        return original({**base, **EXAMPLES}, without_pruning_keys(custom), e, allowed_custom_keys)
+        original({**base, **EXAMPLES}, without_pruning_keys(custom), e, allowed_custom_keys)
 
     return check_dict_alignment
 

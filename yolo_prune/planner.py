@@ -112,6 +112,8 @@ def protected_parts(graph: Graph) -> tuple[Protected, ...]:
     for group in graph.groups:
         if group.protected:
             reasons.setdefault(group.protected, []).extend(group.layers)
+    for layer, reason in graph.constant:
+        reasons.setdefault(reason, []).append(layer)
     return tuple(Protected(tuple(layers), reason) for reason, layers in reasons.items())
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -27,7 +28,8 @@ class _Part(BaseModel):
 class Target(_Part):
     """How much of the dense model is kept. Exactly one metric."""
 
-    flops: Fraction | None = Field(None, description="fraction of the dense model's FLOPs to keep, between 0 and 1")
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+    flops: Fraction | None = Field(None, description="fraction of the dense model's FLOPs to keep")
     params: Fraction | None = Field(None, description="fraction of the dense model's parameters to keep")
 
     @model_validator(mode="after")
@@ -62,7 +64,7 @@ class Schedule(_Part):
     @model_validator(mode="after")
     def _one_shot(self) -> Schedule:
         if self.curve == "one-shot" and (self.rounds or 1) > 1:
-            raise ValueError(f"curve one-shot is a single cut, but rounds is {self.rounds}; drop one of them")
+            raise ValueError("curve one-shot is a single cut; set rounds to 1, or curve to cubic or linear")
         return self
 
 
@@ -103,11 +105,11 @@ class Recipe(_Part):
 
     version: Literal[1] = Field(1, description="version of the recipe format")
     target: Target = Field(description="how much of the dense model is kept")
-    schedule: Schedule = Field(default_factory=Schedule, description="when, and how much each time")
-    criterion: CriterionSpec = Field(default_factory=CriterionSpec, description="a name, or a mapping with options")
-    channels: Channels = Field(default_factory=Channels, description="constraints on widths")
+    schedule: Schedule = Field(Schedule(), description="when, and how much each time")
+    criterion: CriterionSpec = Field(CriterionSpec(), description="a name, or a mapping with options")
+    channels: Channels = Field(Channels(), description="constraints on widths")
     protect: tuple[str, ...] = Field((), strict=False, description="modules that are never touched: names or globs")
-    recover: Recover = Field(default_factory=Recover, description="what follows each cut")
+    recover: Recover = Field(Recover(), description="what follows each cut")
     proof: bool = Field(True, description="prove each cut on a copy before it is made")
     measure: bool = Field(True, description="validate before and after each cut, for the report")
 
@@ -143,9 +145,13 @@ def load_recipe(
         RecipeError: One message with every problem: where, what was given, what is allowed.
     """
     data, origin = _read(source)
-    for key, value in (overrides or {}).items():
+    overrides = overrides or {}
+    if any(str(key).startswith("target.") for key in overrides):
+        data["target"] = {}  # the metrics exclude one another
+    for key, value in overrides.items():
         _override(data, key, value)
-        origin = f"{origin}, with overrides" if not origin.endswith("overrides") else origin
+    if overrides:
+        origin += ", with overrides"
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
@@ -160,8 +166,11 @@ def bundled_names() -> list[str]:
 def json_schema() -> dict[str, Any]:
     """JSON schema of recipes, for completion in editors."""
     schema = Recipe.model_json_schema()
+    for field in schema["properties"].values():
+        field.update(*field.pop("allOf", ()))  # pydantic before 2.9 wraps references
     criterion = schema["properties"]["criterion"]
     reference = {"$ref": criterion.pop("$ref", "#/$defs/CriterionSpec")}
+    criterion["title"] = "Criterion"
     criterion["anyOf"] = [{"type": "string", "description": "name of a criterion"}, reference]
     schema["properties"]["protect"]["anyOf"] = [
         {"type": "string"},
@@ -178,7 +187,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe | None) -> tuple[dict[
         return _deep(source), "mapping"
     name = DEFAULT if source is None else str(source)
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix.lower() in (".yaml", ".yml"):
         return _parse(path), name
     if name in bundled_names():
         return _parse(_bundle() / f"{name}.yaml"), name
@@ -198,40 +207,70 @@ def _bundle() -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(f"The recipe '{path}' is larger than {MAX_BYTES // 1024} KiB; that is not a recipe.")
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
-    except OSError as e:
-        raise RecipeError(f"The recipe '{path}' cannot be read: {e.strerror or e}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
-        raise RecipeError(f"The recipe '{path}' is not valid YAML: {' '.join(str(e).split())}.") from None
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as e:  # ValueError: a null byte in the path
+        hint = f" The bundled recipe is called '{path.stem}'." if path.stem in bundled_names() else ""
+        raise RecipeError(f"The recipe '{path}' cannot be read: {getattr(e, 'strerror', e)}.{hint}") from None
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(f"The recipe '{path}' is larger than {MAX_BYTES // 1024} KiB; that is not a recipe.")
+    try:
+        data = _yaml(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise RecipeError(f"The recipe '{path}' is not UTF-8 text. Save it as UTF-8.") from None
+    except ValueError as e:
+        raise RecipeError(f"The recipe '{path}' is not valid YAML: {e}.") from None
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise RecipeError(f"The recipe '{path}' must be a mapping such as 'target: {{flops: 0.5}}', found {found}.")
     return data
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key that is given twice is an error."""
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without duplicate keys, which hide one another, and without aliases, which can explode."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, refusing duplicate keys."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if isinstance(key, str | int | float) and key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key}' is given twice", problem_mark=key_node.start_mark)
-            seen.add(key if isinstance(key, str | int | float) else str(key))
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Build a node, refusing aliases."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError("while scanning an alias", None, f"'*{event.anchor}'", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _yaml(text: str) -> Any:
+    """Read YAML; a ValueError says what is wrong with it, and where."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        if e.context == "while scanning an alias":
+            raise ValueError(f"{where}aliases cannot be used; put quotes around a text that begins with *") from None
+        raise ValueError(where + ", ".join(filter(None, (e.context, e.problem)))) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as e:  # PyYAML lets through whatever its constructors stumble over, such as a 13th month
+        raise ValueError(" ".join(str(e).split())) from None
 
 
 def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
-    if isinstance(value, str):
+    *parents, last = str(dotted).split(".")
+    if not all((*parents, last)):
+        raise RecipeError(f"'recipe.{dotted}' does not name a field; write it as in recipe.target.flops=0.4.")
+    if isinstance(value, str) and not (dotted == "protect" and value.startswith("*")):  # a glob, not a YAML alias
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"recipe.{dotted}={value}: the value is not valid YAML.") from None
-    *parents, last = dotted.split(".")
+            value = _yaml(value)
+        except ValueError as e:
+            raise RecipeError(f"recipe.{dotted}={_SHORT.repr(value)}: the value is not valid YAML: {e}.") from None
     place = data
     for parent in parents:
         inner = place.get(parent)
@@ -239,8 +278,6 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
             inner = {"name": inner}
         place[parent] = inner = dict(inner) if isinstance(inner, Mapping) else {}
         place = inner
-    if parents == ["target"]:
-        place.clear()  # the metrics exclude one another
     place[last] = value
 
 
@@ -248,42 +285,89 @@ def _deep(data: Mapping[str, Any]) -> dict[str, Any]:
     return {str(k): _deep(v) if isinstance(v, Mapping) else v for k, v in data.items()}
 
 
+class _Short(Repr):
+    """A value as a message quotes it: never pages of it."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Digits, unless there are more than Python is willing to print."""
+        return "a huge number" if x.bit_length() > 256 else repr(x)
+
+
+_SHORT = _Short()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
 def _explain(error: ValidationError) -> list[str]:
     return [f"  {line}" for line in dict.fromkeys(_line(e) for e in error.errors())]
 
 
 def _line(e: ErrorDetails) -> str:
-    where = [str(part) for part in e["loc"] if not str(part).startswith("function-")]
-    path, got, kind = ".".join(where), e["input"], e["type"]
-    if kind == "extra_forbidden":
-        known = _fields_at(where[:-1])
-        near = get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        return f"{path}: unknown key; " + (f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}")
+    where = [str(part) for part in e["loc"]]
+    path, got, kind = ".".join(where), _SHORT.repr(e["input"]), e["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        return f"{path}: unknown key; {_remedy(where, got)}"
     if kind == "missing":
         return f"{path}: is missing; give it, for example 'target: {{flops: 0.5}}'"
     if kind == "value_error":
-        return f"{path or 'recipe'}: {e['msg'].removeprefix('Value error, ')}"
-    limits = _limits(where)
-    message = e["msg"][0].lower() + e["msg"][1:]
-    return f"{path}: {message}, got {got!r}" + (f"; {limits}" if limits else "")
+        return f"{path}: {e['msg'].removeprefix('Value error, ')}, got {got}"
+    field = _describe(json_schema(), where)
+    names = [str(name) for option in _options(field) for name in option.get("enum", ())]
+    near = get_close_matches(e["input"], names, n=1) if isinstance(e["input"], str) else []
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"{path}: must be {_allowed(field)}, got {got}{hint} ({field.get('description', 'a recipe')})"
 
 
-def _fields_at(where: list[str]) -> list[str]:
-    part: type[BaseModel] = Recipe
+def _remedy(where: list[str], got: str) -> str:
+    """What to write in place of an unknown key."""
+    key, keys = where[-1], _keys()
+    here = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == ".".join(where[:-1])]
+    if "." in key and key in keys:
+        parent, _, field = key.partition(".")
+        return f"write it as '{parent}: {{{field}: {got}}}'"
+    moved = [k for k in keys if k.rpartition(".")[2] == key]
+    near = moved or get_close_matches(key, here, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(here)}"
+
+
+def _keys() -> list[str]:
+    """Dotted paths of all fields, sections included."""
+    fields = Recipe.model_fields
+    return [
+        *fields,
+        *(f"{name}.{key}" for name in fields for key in getattr(fields[name].annotation, "model_fields", ())),
+    ]
+
+
+def _describe(schema: dict[str, Any], where: list[str]) -> dict[str, Any]:
+    """The part of the JSON schema that is about a field; of a list's items, about the list."""
+    node = schema
     for name in where:
-        inner = part.model_fields[name].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        part = inner
-    return list(part.model_fields)
+        known = {key: field for option in _options(node) for key, field in option.get("properties", {}).items()}
+        field = known.get(name, node)
+        options = [{**o, **schema["$defs"].get(o.get("$ref", "").rpartition("/")[2], {})} for o in _options(field)]
+        node = {**field, "anyOf": options, "description": field.get("description", "")}
+    return node
 
 
-def _limits(where: list[str]) -> str:
-    part: type[BaseModel] = Recipe
-    for name in where[:-1]:
-        inner = part.model_fields[name].annotation if name in part.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return ""
-        part = inner
-    field = part.model_fields.get(where[-1]) if where else None
-    return field.description or "" if field else ""
+def _options(node: dict[str, Any]) -> list[dict[str, Any]]:
+    return [o for o in node.get("anyOf", [node]) if o.get("type") != "null"]
+
+
+def _allowed(node: dict[str, Any]) -> str:
+    """In words, the values that a part of the JSON schema admits."""
+    options = _options(node)
+    if len(options) > 1:
+        return " or ".join(map(_allowed, options))
+    node = options[0]
+    if "const" in node:
+        return str(node["const"])
+    if "enum" in node:
+        return "one of " + ", ".join(map(str, node["enum"]))
+    words = {"boolean": "true or false", "string": "a text", "integer": "a whole number", "number": "a number"}
+    bounds = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+    limits = " and ".join(f"{word} {node[key]:g}" for key, word in bounds.items() if key in node)
+    if node["type"] == "object":
+        return f"a mapping with {', '.join(node['properties'])}"
+    if node["type"] == "array":
+        return "a list of texts"
+    return f"{words[node['type']]} {limits}".strip()

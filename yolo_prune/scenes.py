@@ -25,11 +25,12 @@ NAMES = ("disc", "ring", "square", "triangle", "cross")
 SPLITS = ("train", "val")
 YAML_NAME = "scenes.yaml"
 STAMP_NAME = "scenes.json"
-FORMAT = 2  # of the drawing: another number draws datasets anew
+FORMAT = 3  # of the drawing: another number draws datasets anew
 
 SHIFT = 4  # fractional bits of the coordinates given to OpenCV
 SIZES = (0.09, 0.25)  # half the extent of a shape, as a fraction of the image
 MOST_HIDDEN = 0.25  # of a shape, by those drawn after it
+HUE_SPREAD = 0.08  # standard deviation, in turns of the colour wheel, of the hue of one kind of shape
 Box = tuple[int, float, float, float, float]  # class; centre x, centre y, width, height / size of the image
 
 
@@ -133,7 +134,7 @@ def draw_scene(imgsz: int, seed: tuple[int, ...]) -> tuple[NDArray[np.uint8], li
         left = [old & ~area for old in visible]
         if any(new.sum() < (1 - MOST_HIDDEN) * old.sum() for new, old in zip(left, masks, strict=True)):
             continue
-        _paint(rng, image, mask)
+        _paint(rng, image, mask, kind)
         kinds.append(kind)
         masks.append(area)
         visible = [*left, area]
@@ -229,16 +230,28 @@ def _shape(rng: np.random.Generator, kind: int, imgsz: int) -> NDArray[np.uint8]
     return mask
 
 
-def _paint(rng: np.random.Generator, image: NDArray[np.float32], mask: NDArray[np.uint8]) -> None:
+def _paint(
+    rng: np.random.Generator, image: NDArray[np.float32], mask: NDArray[np.uint8], kind: int | None = None
+) -> None:
     """Blend a colour that differs from what lies under the mask, lit unevenly, into `image`, in place."""
     import numpy as np
 
     inside = mask > 127
     under = image[inside].mean(axis=0) if inside.any() else np.full(3, 128.0)
-    colour = rng.uniform(10, 245, 3)
+    colour = _colour(rng, kind)
     while np.abs(colour - under).max() < 70:
-        colour = rng.uniform(10, 245, 3)
+        colour = _colour(rng, kind)
     along = np.linspace(-1, 1, image.shape[0])
     light = 1 + rng.uniform(-0.2, 0.2) * along[None, :] + rng.uniform(-0.2, 0.2) * along[:, None]
     opacity = mask[..., None] / 255 * rng.uniform(0.8, 1.0)
     image += opacity * (colour * light[..., None] - image)
+
+
+def _colour(rng: np.random.Generator, kind: int | None) -> NDArray[np.float64]:
+    """Any colour, BGR; for a shape the hue is near that of its kind, so that colour is a hint but no proof."""
+    import numpy as np
+
+    hue = rng.uniform() if kind is None else kind / len(NAMES) + rng.normal(0.0, HUE_SPREAD)
+    saturation, value = rng.uniform(0.35, 1.0), rng.uniform(80, 250)
+    wheel = np.clip(np.abs((hue + np.array([1 / 3, 2 / 3, 0.0])) % 1 * 6 - 3) - 1, 0, 1)
+    return np.asarray(value * (1 - saturation + saturation * wheel), dtype=np.float64)

@@ -58,8 +58,8 @@ def rounds(schedule: Schedule, target: float, epochs: int, present: float = 1.0)
         longest = (epochs - 1 - start) // (count - 1)
         raise ScheduleError(
             f"schedule.interval: with interval {schedule.interval} the last of {count} rounds falls on epoch "
-            f"{cuts[-1]}, counted from 0, and the run has {epochs} epochs. The interval can be at most {longest}, or give fewer "
-            "rounds, or train longer."
+            f"{cuts[-1]}, counted from 0, and the run has {epochs} epochs. The interval can be at most {longest}, or "
+            "give fewer rounds, or train longer."
         )
     shares = [_removed(schedule.curve, i / count) for i in range(1, count + 1)]
     keeps = [present - (present - target) * share for share in shares[:-1]] + [target]

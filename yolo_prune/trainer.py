@@ -35,11 +35,11 @@ class KeepStructure:
                 "Training a pruned model on several GPUs is not supported yet. Pass one device, for example device=0."
             )
 
-    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """The model to train: a copy of `weights` if it is pruned, else what the stock trainer builds."""
         if not isinstance(weights, nn.Module) or not metadata.is_pruned(weights):
-            return super().get_model(cfg, weights, verbose)  # type: ignore[misc, no-any-return]
-        model = deepcopy(weights).float()
+            return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+        model: Any = deepcopy(weights).float()
         model.criterion = None  # built anew for this run's arguments
         model.requires_grad_(True)  # checkpoints are saved frozen
         _check_classes(model, self.data)  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _check_classes(model: nn.Module, data: Mapping[str, Any]) -> None:
+def _check_classes(model: Any, data: Mapping[str, Any]) -> None:
     classes, channels = data["nc"], data.get("channels", 3)
     head, first = model.model[-1], next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     if head.nc != classes or first.in_channels != channels:
@@ -77,7 +77,8 @@ def _check_classes(model: nn.Module, data: Mapping[str, Any]) -> None:
 
 def live(trainer: BaseTrainer) -> nn.Module:
     """The module that is trained, without wrappers."""
-    return unwrap_model(trainer.model)
+    model: nn.Module = unwrap_model(trainer.model)
+    return model
 
 
 def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:

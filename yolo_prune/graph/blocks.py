@@ -51,7 +51,8 @@ class _HalfStream(nn.Module):
         self.a, self.b, self.m, self.cv2 = a, b, m, cv2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.cv2(torch.cat((self.a(x), self.m(self.b(x))), 1))
+        out: Tensor = self.cv2(torch.cat((self.a(x), self.m(self.b(x))), 1))
+        return out
 
 
 @register_block(C2PSA)
@@ -74,7 +75,8 @@ class _Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.products = [q(x) * k(x) for q, k in zip(self.q, self.k, strict=True)]
         v = torch.cat([v(x) for v in self.v], 1)
-        return self.proj(v + self.pe(v))
+        out: Tensor = self.proj(v + self.pe(v))
+        return out
 
 
 @register_block(Attention)
@@ -101,7 +103,7 @@ class _Towers(nn.Module):
         self.towers = nn.ModuleList(towers)
 
     def forward(self, x: list[Tensor]) -> list[Tensor]:
-        return [level(f) for tower in self.towers for level, f in zip(tower, x, strict=True)]
+        return [level(f) for tower in self.towers for level, f in zip(tower.children(), x, strict=True)]
 
 
 @register_block(Detect)
@@ -109,7 +111,7 @@ def _detect(block: Detect, scope: Scope) -> nn.Module:
     if block.cv2 is None:
         raise_fused(scope.path)
     names = [n for n in ("cv2", "cv3", "one2one_cv2", "one2one_cv3") if getattr(block, n, None) is not None]
-    towers = {name: scope.child(name) for name in names}
+    towers = {name: scope.child(name) for name in names}  # of each level: two hidden layers and the output
     for name in names:
         for level in range(block.nl):
             scope.fixed(f"{name}.{level}.2", "task output")

@@ -7,6 +7,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,14 +71,14 @@ class Scope:
     facts: Facts
     path: str
 
-    def child(self, name: str) -> nn.Module:
+    def child(self, name: str) -> Any:
         """Stand-in of a named child of the block."""
         module = self._block.get_submodule(name)
         return self._inside(name).stand_in(module)
 
-    def split(self, name: str, parts: Mapping[str, int]) -> list[nn.Module]:
+    def split(self, name: str, parts: Mapping[str, int]) -> list[Any]:
         """Stand-ins of a child `Conv` cut along its output channels; `parts` gives label -> channels, in order."""
-        conv = self._block.get_submodule(name)
+        conv: Any = self._block.get_submodule(name)
         total = conv.conv.out_channels
         if sum(parts.values()) != total:
             raise UnsupportedModelError(
@@ -86,24 +87,24 @@ class Scope:
             )
         pieces, start = [], 0
         for label, size in parts.items():
-            piece = self._inside(name).stand_in(conv)
+            piece: Any = self._inside(name).stand_in(conv)
             piece.conv = self._piece(conv.conv, f"{name}.conv", start, size, label)
             piece.bn = self._piece(conv.bn, f"{name}.bn", start, size, label)
             pieces.append(piece)
             start += size
         return pieces
 
-    def equal(self, *parts: nn.Module | Rows) -> None:
+    def equal(self, *parts: Any) -> None:
         """Fact: these (the output channels of stand-ins, or rows) always keep equal fractions."""
         self.facts.equal.append(tuple(p if isinstance(p, Rows) else self.outputs(p) for p in parts))
 
-    def attribute(self, name: str, of: nn.Module) -> None:
+    def attribute(self, name: str, of: Any) -> None:
         """Fact: the block's attribute `name` is the number of output channels of stand-in `of`."""
         self.facts.attributes.append(Attribute(self.path, name, self.outputs(of)))
 
     def fixed(self, name: str, reason: str) -> None:
         """Fact: the output channels of the child layer `name` may not change."""
-        layer = self._block.get_submodule(name)
+        layer: Any = self._block.get_submodule(name)
         rows = Rows(f"{self._inside(name).path}.weight", 0, 0, layer.weight.shape[0])
         self.facts.fixed.append((rows, reason))
 
@@ -115,18 +116,18 @@ class Scope:
         """Fact: the child `name` does not run in deployment beside its twin."""
         self.facts.spare.append(f"{self.path}.{name}.")
 
-    def outputs(self, piece: nn.Module) -> Rows:
+    def outputs(self, piece: Any) -> Rows:
         """The stock rows that a stand-in convolution (or `Conv`) produces."""
         conv = piece if isinstance(piece, nn.Conv2d) else piece.conv
         origin = self.facts.origins[conv]
         return Rows(f"{origin.layer}.weight", 0, origin.start, origin.start + conv.out_channels)
 
-    def inputs(self, piece: nn.Module) -> Rows:
+    def inputs(self, piece: Any) -> Rows:
         """The stock input channels that a stand-in convolution (or `Conv`) reads."""
         conv = piece if isinstance(piece, nn.Conv2d) else piece.conv
         return Rows(f"{self.facts.origins[conv].layer}.weight", 1, 0, conv.in_channels)
 
-    def stand_in(self, module: nn.Module) -> nn.Module:
+    def stand_in(self, module: nn.Module) -> Any:
         """Stand-in of `module` at this path: by its rule, or a weightless copy.
 
         Raises:
@@ -163,15 +164,12 @@ class Scope:
 
     def _piece(self, layer: nn.Module, name: str, start: int, size: int, label: str) -> nn.Module:
         twin = weightless(layer)
-        for store in (twin._parameters, twin._buffers):
-            for key, tensor in store.items():
-                if tensor is not None and tensor.ndim:
-                    cut = torch.empty((size, *tensor.shape[1:]), device="meta")
-                    store[key] = nn.Parameter(cut) if store is twin._parameters else cut
-        if isinstance(twin, nn.Conv2d):
-            twin.out_channels = size
-        else:
-            twin.num_features = size
+        for key, parameter in twin.named_parameters(recurse=False):
+            setattr(twin, key, nn.Parameter(torch.empty((size, *parameter.shape[1:]), device="meta")))
+        for key, buffer in twin.named_buffers(recurse=False):
+            if buffer.ndim:
+                setattr(twin, key, torch.empty(size, device="meta"))
+        setattr(twin, "out_channels" if isinstance(twin, nn.Conv2d) else "num_features", size)
         self.facts.origins[twin] = Origin(self._inside(name).path, start, label)
         return twin
 

@@ -110,13 +110,14 @@ class Graph:
         attributes: widths that blocks remember.
         extra_costs: see `ExtraCost`.
         spare: prefixes of modules that do not run in deployment beside their twin (the one-to-one copy of a head).
-        prunable: `{set name: size}` of this model, for constraints relative to the dense model.
+        constant: `(layer, reason)` of fixed layers that no group reaches.
     """
 
     groups: tuple[Group, ...]
     attributes: tuple[Attribute, ...]
     extra_costs: tuple[ExtraCost, ...]
     spare: tuple[str, ...]
+    constant: tuple[tuple[str, str], ...]
 
     @property
     def widths(self) -> dict[str, int]:

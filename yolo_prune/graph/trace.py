@@ -44,7 +44,9 @@ def trace(model: nn.Module, protect: Sequence[str] = (), frozen: Sequence[str] =
     sets = list(_channel_sets(engine, facts))
     guarded = dict.fromkeys(frozen, "frozen in this run") | _match(model, protect)
     groups = _groups(sets, facts, guarded)
-    return Graph(tuple(groups), tuple(facts.attributes), tuple(facts.extra_costs), tuple(facts.spare))
+    reached = {s.tensor for c in sets for s in c.slots}
+    constant = tuple((r.tensor.removesuffix(".weight"), why) for r, why in facts.fixed if r.tensor not in reached)
+    return Graph(tuple(groups), tuple(facts.attributes), tuple(facts.extra_costs), tuple(facts.spare), constant)
 
 
 def _channels(model: nn.Module) -> int:

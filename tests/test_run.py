@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Real Ultralytics runs, tiny: what a user gets, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import pickletools
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import ROOT, YAML
+
+import yolo_prune
+from yolo_prune import metadata, surgery
+from yolo_prune.errors import PruneError, RecipeError, RunError, TargetError
+from yolo_prune.report import Report
+from yolo_prune.scenes import make_dataset
+
+TINY: dict[str, Any] = {
+    "imgsz": 64,
+    "batch": 8,
+    "nbs": 8,
+    "workers": 0,
+    "amp": False,
+    "plots": False,
+    "verbose": False,
+    "device": "cpu",
+    "warmup_epochs": 0,
+    "optimizer": "AdamW",
+    "lr0": 0.001,
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_dataset(tmp_path_factory.mktemp("data") / "scenes", train=16, val=8, imgsz=64))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def dense_checkpoint(folder: Path, name: str = "yolo11n.yaml") -> Path:
+    """An untrained model saved as a checkpoint: accuracy does not matter here."""
+    torch.manual_seed(0)
+    model = YOLO(name)
+    model.model = type(model.model)(name, nc=5, verbose=False)
+    model.model.names = dict(enumerate("abcde"))
+    model.model.args = {}
+    model.model.task = "detect"
+    path = folder / "dense.pt"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: four epochs, two rounds."""
+    folder = tmp_path_factory.mktemp("run")
+    model = YOLO(dense_checkpoint(folder))
+    overrides = {"recipe.schedule.rounds": 2}
+    model.train(
+        data=data, epochs=4, callbacks="prune", recipe="half-flops", project=str(folder), name="a", **TINY, **overrides
+    )
+    return folder / "a"
+
+
+def test_the_delivered_checkpoint_has_the_target_structure(pruned: Path) -> None:
+    best, dense = load_checkpoint(pruned / "weights/best.pt")[0], load_checkpoint(pruned.parent / "dense.pt")[0]
+    record = metadata.read(best)
+    assert record is not None
+    assert record.plan is not None
+    surgery.check_applied(best, record.plan)
+    report = Report.load(pruned)
+    assert report.status == "finished"
+    assert 0.49 <= report.pruned.flops / report.dense.flops <= 0.5
+    assert report.pruned.params == parameters(best)
+    assert report.dense.params == parameters(dense)
+    assert [r["plan"] for r in record.rounds] == [r.plan for r in report.rounds]
+    modules = pickled_modules(pruned / "weights/best.pt")
+    assert "ultralytics.nn.tasks" in modules
+    assert {name.split(".")[0] for name in modules} <= {"ultralytics", "torch", "collections", "__builtin__"}
+
+
+def pickled_modules(path: Path) -> set[str]:
+    """Modules whose classes a checkpoint names."""
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+    return {str(a).split(" ")[0] for op, a, _ in pickletools.genops(data) if op.name == "GLOBAL"}
+
+
+def test_the_report_holds_every_round_and_every_epoch(pruned: Path) -> None:
+    report = Report.load(pruned)
+    assert [r.epoch for r in report.rounds] == [0, 1]
+    assert [e.epoch for e in report.epochs_log] == [1, 2, 3, 4]
+    for r in report.rounds:
+        assert r.fitness.before is not None
+        assert r.fitness.cut is not None
+        assert r.fitness.recalibrated is not None
+        assert r.fitness.end is not None
+        assert r.proof is not None
+        assert r.proof.error <= 1e-8
+    assert {"ultralytics", "torch", "torch-pruning", "python"} <= set(report.versions)
+    assert yolo_prune.load_recipe(pruned / "prune.yaml").to_dict() == report.recipe
+    assert (pruned / "prune.png").stat().st_size > 10_000
+    assert any("DFL" in p.reason for p in report.protected)
+
+
+def test_results_csv_is_unbroken_and_agrees_with_the_report(pruned: Path) -> None:
+    rows = list(csv.DictReader((pruned / "results.csv").open()))
+    assert [int(r["epoch"]) for r in rows] == [1, 2, 3, 4]
+    logged = {e.epoch: e.fitness for e in Report.load(pruned).epochs_log}
+    for row in rows:
+        assert float(row["metrics/mAP50-95(B)"]) == pytest.approx(logged[int(row["epoch"])], abs=1e-4)
+
+
+def test_what_was_best_before_a_cut_is_kept_with_its_own_structure(pruned: Path) -> None:
+    before = load_checkpoint(pruned / "weights/round2.pt")[0]
+    best = load_checkpoint(pruned / "weights/best.pt")[0]
+    report = Report.load(pruned)
+    assert parameters(before) == report.rounds[0].params
+    assert parameters(best) == report.rounds[1].params
+    assert parameters(load_checkpoint(pruned / "weights/last.pt")[0]) == report.rounds[1].params
+    assert not (pruned / "weights/round1.pt").exists()
+
+
+STRANGER = """
+import sys
+for name in [n for n in sys.modules if n.split(".")[0] == "yolo_prune"]:
+    del sys.modules[name]
+sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("yolo_prune")]
+sys.modules["yolo_prune"] = None
+import torch
+from ultralytics import YOLO
+model = YOLO(sys.argv[1])
+torch.manual_seed(0)
+out = model.model(torch.rand(1, 3, 64, 64))[0]
+boxes = model.predict(torch.rand(1, 3, 64, 64), verbose=False)
+print(sum(p.numel() for p in model.model.parameters()), float(out.abs().sum()), len(boxes))
+"""
+
+
+def test_a_python_without_this_package_runs_it_under_safe_load(pruned: Path) -> None:
+    path = pruned / "weights/best.pt"
+    environment = os.environ | {"ULTRALYTICS_SAFE_LOAD": "1", "YOLO_PRUNE_HOOK": "0"}
+    command = [sys.executable, "-c", STRANGER, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, total, images = done.stdout.split()[-3:]
+    model = load_checkpoint(path)[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        here = float(model(torch.rand(1, 3, 64, 64))[0].abs().sum())
+    assert (int(count), int(images)) == (parameters(model), 1)
+    assert float(total) == pytest.approx(here, rel=1e-5)
+
+
+@pytest.mark.parametrize("pruning_keys", [{}, {"callbacks": "prune", "recipe": "edge", "recipe.schedule.rounds": 1}])
+def test_training_a_pruned_checkpoint_keeps_or_thins_its_structure(
+    pruned: Path, data: str, tmp_path: Path, pruning_keys: dict[str, Any]
+) -> None:
+    model = YOLO(pruned / "weights/best.pt")
+    before = parameters(model.model)
+    weight = model.model.model[0].conv.weight.clone()
+    model.train(data=data, epochs=1, project=str(tmp_path), **TINY, **pruning_keys)
+    after = load_checkpoint(tmp_path / "train/weights/best.pt")[0]
+    if pruning_keys:
+        report = Report.load(tmp_path / "train")
+        assert 0.29 <= report.pruned.flops / report.dense.flops <= 0.3
+        assert report.dense.params == Report.load(pruned).dense.params  # fractions are of the first dense model
+        assert parameters(after) == report.pruned.params < before
+    else:
+        assert parameters(after) == before
+        assert not torch.equal(after.model[0].conv.weight, weight)
+        assert metadata.read(after).plan.hash == metadata.read(YOLO(pruned / "weights/best.pt").model).plan.hash
+
+
+def test_pruning_as_far_as_it_is_already_is_refused_before_a_folder_exists(
+    pruned: Path, data: str, tmp_path: Path
+) -> None:
+    model = YOLO(pruned / "weights/best.pt")
+    with pytest.raises(RunError, match=r"already is at 0\.\d+ of its dense size"):
+        model.train(data=data, epochs=4, callbacks="prune", project=str(tmp_path), **TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_goes_on_with_the_right_round_and_ends_like_an_unbroken_run(data: str, tmp_path: Path) -> None:
+    keys = {"callbacks": "prune", "recipe.schedule.rounds": 2, "recipe.schedule.interval": 2}
+    dense = dense_checkpoint(tmp_path)
+
+    def stop(trainer: Any) -> None:
+        if trainer.epoch == 2:  # the second cut was made, its first epoch is running
+            raise KeyboardInterrupt
+
+    model = YOLO(dense)
+    model.add_callback("on_train_batch_end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.train(data=data, epochs=4, project=str(tmp_path), name="killed", **TINY, **keys)
+    last = tmp_path / "killed/weights/last.pt"
+    stopped = Report.load(tmp_path / "killed")
+    assert stopped.status == "failed"
+    assert len(metadata.read(load_checkpoint(last)[0]).rounds) == 2
+
+    YOLO(last).train(resume=True)
+    report = Report.load(tmp_path / "killed")
+    assert report.status == "finished"
+    assert [r.plan for r in report.rounds] == [r.plan for r in stopped.rounds]
+    assert [e.epoch for e in report.epochs_log] == [1, 2, 3, 4]
+    best = load_checkpoint(tmp_path / "killed/weights/best.pt")[0]
+    assert parameters(best) == report.rounds[-1].params
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters(
+    optimizer: str, data: str, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def cut_made(trainer: Any) -> None:
+        if trainer.epoch == 1 and "ema" not in seen:
+            seen["ema"] = {k: v.clone() for k, v in trainer.ema.ema.state_dict().items()}
+            owned = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+            everything = {id(p) for p in trainer.model.parameters()}
+            trainable = {id(p) for p in trainer.model.parameters() if p.requires_grad}
+            seen["owned"] = trainable <= owned <= everything
+            shapes = [(p.shape, v.shape) for p, s in trainer.optimizer.state.items() for v in s.values() if v.ndim]
+            seen["state"] = bool(shapes) and all(a == b for a, b in shapes)
+
+    def trained(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            now = trainer.ema.ema.state_dict()
+            seen["moved"] = [k for k, v in seen["ema"].items() if v.is_floating_point() and not torch.equal(v, now[k])]
+
+    model = YOLO(dense_checkpoint(tmp_path))
+    model.add_callback("on_train_batch_start", cut_made)
+    model.add_callback("on_train_epoch_end", trained)
+    overrides = {"recipe.schedule.rounds": 1, "recipe.schedule.start": 1}
+    settings = {**TINY, "optimizer": optimizer, "lr0": 0.01}
+    model.train(data=data, epochs=2, callbacks="prune", project=str(tmp_path), freeze=[0], **settings, **overrides)
+    assert seen["owned"]
+    assert seen["state"]
+    moving = [k for k in seen["ema"] if k.endswith("conv.weight") and ".dfl" not in k and not k.startswith("model.0.")]
+    assert set(moving) <= set(seen["moved"])
+    # freeze=[0] keeps its layer as it is, structure included
+    best = load_checkpoint(tmp_path / "train/weights/best.pt")[0]
+    dense = load_checkpoint(tmp_path / "dense.pt")[0]
+    assert torch.equal(best.model[0].conv.weight, dense.model[0].conv.weight)
+
+
+def test_early_stopping_waits_for_the_last_round(data: str, tmp_path: Path) -> None:
+    patience: list[float] = []
+    model = YOLO(dense_checkpoint(tmp_path))
+    model.add_callback("on_train_epoch_end", lambda trainer: patience.append(trainer.stopper.patience))
+    overrides = {"recipe.schedule.rounds": 2, "recipe.schedule.interval": 2, "recipe.measure": False}
+    model.train(data=data, epochs=3, patience=1, callbacks="prune", project=str(tmp_path), **TINY, **overrides)
+    assert patience == [math.inf, math.inf, 1]
+    assert [r.fitness.cut for r in Report.load(tmp_path / "train").rounds] == [None, None]
+
+
+def test_a_failed_proof_stops_the_run_before_anything_is_cut(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from yolo_prune import planner, proof
+
+    true_plan = planner.make_plan
+
+    def wrong(*args: Any, **kwargs: Any) -> yolo_prune.Plan:
+        plan = true_plan(*args, **kwargs)
+        name = next(n for n, dims in plan.keep.items() if 1 in dims and 0 not in dims)
+        kept = list(plan.keep[name][1])
+        gone = next(i for i in range(plan.shapes[name][1]) if i not in kept)
+        kept[0] = gone
+        plan.keep[name][1] = tuple(sorted(kept))
+        return plan
+
+    seen = {}
+    model = YOLO(dense_checkpoint(tmp_path))
+    model.add_callback("teardown", lambda t: seen.update(parameters=parameters(t.model), files=list(t.wdir.iterdir())))
+    monkeypatch.setattr(planner, "make_plan", wrong)
+    with pytest.raises(yolo_prune.PruneError, match=r"first layer that differs is 'model\..*unchanged") as error:
+        model.train(data=data, epochs=4, callbacks="prune", project=str(tmp_path), **TINY)
+    assert isinstance(error.value, proof.ProofError)
+    assert seen == {"parameters": parameters(load_checkpoint(tmp_path / "dense.pt")[0]), "files": []}
+    assert Report.load(tmp_path / "train").status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"recipe": "half"}, RecipeError, "no recipe 'half'. Did you mean 'half-flops'"),
+        ({"recipe.target.flops": 0.01}, TargetError, r"0\.01 of the dense model cannot be reached.*Ask for at least"),
+        ({"recipe.protect": "backbone"}, RecipeError, "protect: 'backbone' matches no module"),
+        ({"epochs": 2}, RecipeError, "3 rounds from epoch 0 need at least 3 epochs, the run has 2"),
+        ({"recipe.criterion": "taylr"}, RecipeError, "no criterion 'taylr'.*choose one of magnitude, random"),
+        ({"compile": True}, RunError, "compile=True does not work with callbacks=prune"),
+        ({"quantize": 8}, RunError, "prune first, then train the pruned checkpoint with quantize=8"),
+        ({"time": 1.0}, RunError, "time=1.0 does not work with callbacks=prune"),
+        ({"device": "0,1"}, RunError, "pass one device"),
+        ({"callbacks": "prun"}, SyntaxError, "Did you mean callbacks=prune"),
+        ({"callback": "prune"}, SyntaxError, "'callback' is not a valid YOLO argument. Did you mean 'callbacks'"),
+        ({"callbacks": None}, SyntaxError, "'recipe' has no effect by itself"),
+        ({"lr": 0.1}, SyntaxError, "'lr' is not a valid YOLO argument"),
+    ],
+)
+def test_bad_arguments_are_refused_before_a_folder_exists(
+    arguments: dict[str, Any], kind: type[Exception], message: str, data: str, tmp_path: Path
+) -> None:
+    model = YOLO("yolo11n.yaml")
+    settings = {
+        **TINY,
+        "data": data,
+        "epochs": 4,
+        "callbacks": "prune",
+        "recipe": "half-flops",
+        "project": str(tmp_path),
+    }
+    with pytest.raises(kind, match=message):
+        model.train(**{**settings, **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_callbacks_do_not_outlive_the_call(data: str, tmp_path: Path) -> None:
+    model = YOLO(dense_checkpoint(tmp_path))
+    before = {event: list(functions) for event, functions in model.callbacks.items()}
+    with pytest.raises(TargetError):
+        model.train(data=data, epochs=4, callbacks="prune", **{"recipe.target.flops": 0.01}, **TINY)
+    assert model.callbacks == before
+    model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
+    assert not yolo_prune.is_pruned(model)
+
+
+def test_python_api_one_shot_then_train_keeps_the_structure(data: str, tmp_path: Path) -> None:
+    yaml = YAML.load(ROOT / "cfg/models/v8/yolov8.yaml") | {"nc": 5, "scale": "n"}
+    YAML.save(tmp_path / "mine.yaml", yaml)
+    model = YOLO(tmp_path / "mine.yaml")
+    dense = parameters(model.model)
+    plan = yolo_prune.plan(model, "half-flops", imgsz=64)
+    assert parameters(model.model) == dense
+    table = str(plan)
+    for text in ("model.22.cv2.0.2", "task output", "GFLOPs", "before", "kept"):
+        assert text in table
+    proof = yolo_prune.apply(model, plan)
+    assert proof is not None
+    assert proof.error <= 1e-8
+    cut = parameters(model.model)
+    assert cut < dense
+    assert yolo_prune.is_pruned(model)
+    model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
+    assert yolo_prune.is_pruned(model)
+    assert parameters(model.model) == cut
+
+
+def test_a_pruned_model_refuses_a_dataset_with_other_classes(data: str, tmp_path: Path) -> None:
+    model = YOLO("yolo11n.yaml")
+    yolo_prune.apply(model, yolo_prune.plan(model, imgsz=64))
+    with pytest.raises(RunError, match="has 80 classes and 3 input channels, the dataset 5 and 3"):
+        model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
+
+
+def test_prune_in_one_call_returns_the_report(data: str, tmp_path: Path) -> None:
+    report = yolo_prune.prune(
+        dense_checkpoint(tmp_path, "yolo26n.yaml"),
+        {"target": {"params": 0.6}, "schedule": {"curve": "one-shot"}},
+        data=data,
+        epochs=1,
+        project=str(tmp_path),
+        **TINY,
+    )
+    assert 0.59 <= report.pruned.params / report.dense.params <= 0.6
+
+
+def test_onnx_export_agrees_with_torch_and_says_that_it_was_pruned(pruned: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
+    pytest.importorskip("onnx", reason="needs the export extra")
+    model = YOLO(pruned / "weights/best.pt")
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = load_checkpoint(pruned / "weights/best.pt")[0](image)[0]
+    session = onnxruntime.InferenceSession(model.export(format="onnx", imgsz=64, verbose=False))
+    (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    assert torch.allclose(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-3)
+    told = json.loads(session.get_modelmeta().custom_metadata_map["pruning"])
+    report = Report.load(pruned)
+    assert told["params"] == report.pruned.params
+    assert told["target"] == {"flops": 0.5}
+
+
+def test_a_result_that_is_not_pruned_fails_loudly(data: str, tmp_path: Path) -> None:
+    model = YOLO(dense_checkpoint(tmp_path))
+
+    def stop(trainer: Any) -> None:
+        trainer.stop = True  # another callback ends the run before the first round
+
+    model.add_callback("on_fit_epoch_end", stop)
+    with pytest.raises(PruneError, match=r"ended after epoch 1, before round 1"):
+        model.train(
+            data=data, epochs=4, callbacks="prune", project=str(tmp_path), **TINY, **{"recipe.schedule.start": 1}
+        )
+    assert Report.load(tmp_path / "train").status == "failed"
