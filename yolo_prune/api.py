@@ -144,7 +144,7 @@ def open_model(path: str | Path) -> YOLO:
         return YOLO(str(path))
     except FileNotFoundError as e:
         raise RunError(f"The model '{path}' does not exist.") from e
-    except (EOFError, RuntimeError, TypeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
+    except (EOFError, OSError, RuntimeError, TypeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
         raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
 
 

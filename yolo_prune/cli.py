@@ -202,3 +202,7 @@ def _target(name: str, suffix: str) -> Path:
     if path.suffix != suffix:
         raise PruneError(f"save={name}: the name must end in {suffix}.")
     return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from yolo_prune.errors import PruneError
 from yolo_prune.graph.scope import weightless_tree
 from yolo_prune.graph.structure import Graph
 
@@ -50,7 +51,14 @@ class Cost:
 
 
 def measure(model: nn.Module, graph: Graph, imgsz: int = 640) -> Cost:
-    """Record the output size of every layer at `imgsz` x `imgsz` and turn it into a `Cost`. The model is only read."""
+    """Record the output size of every layer at `imgsz` x `imgsz` and turn it into a `Cost`. The model is only read.
+
+    Raises:
+        PruneError: If the model cannot take images of that size.
+    """
+    stride = int(max(getattr(model, "stride", (32,))))
+    if not isinstance(imgsz, int) or imgsz < 1 or imgsz % stride:
+        raise PruneError(f"imgsz: must be a multiple of {stride}, got {imgsz}.")
     positions = _positions(model, imgsz)
     macs: dict[str, float] = {}
     for name, layer in model.named_modules():

@@ -98,10 +98,10 @@ def random(seed: int = 0) -> Criterion:
     """Uniform random scores: the control that any other criterion has to beat.
 
     Args:
-        seed: same seed, same scores, on every machine.
+        seed: same seed, same scores, on every machine; 0 to 2**32 - 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise RecipeError(f"criterion.seed: must be a whole number, 0 or more, got {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise RecipeError(f"criterion.seed: must be a whole number from 0 to {2**32 - 1}, got {seed!r}.")
 
     def score(tensors: Tensors, channels: ChannelSet) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(channels.name.encode()) + seed)

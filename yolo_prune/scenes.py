@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A small synthetic detection dataset: the same pixels for the same seed, no download, learnt on a CPU.
 
-Five kinds of shapes in random colours, sizes and rotations lie on textured backgrounds, partly over each other
+Five kinds of shapes in various colours, sizes and rotations lie on textured backgrounds, partly over each other
 and among clutter. Nothing depends on global random state, and every image on the seed and its own number only:
 a larger dataset begins with the images of a smaller one.
 """
@@ -25,7 +25,7 @@ NAMES = ("disc", "ring", "square", "triangle", "cross")
 SPLITS = ("train", "val")
 YAML_NAME = "scenes.yaml"
 STAMP_NAME = "scenes.json"
-FORMAT = 3  # of the drawing: another number draws datasets anew
+FORMAT = 1  # of the drawing: another number draws datasets anew
 
 SHIFT = 4  # fractional bits of the coordinates given to OpenCV
 SIZES = (0.09, 0.25)  # half the extent of a shape, as a fraction of the image
@@ -34,7 +34,7 @@ HUE_SPREAD = 0.08  # standard deviation, in turns of the colour wheel, of the hu
 Box = tuple[int, float, float, float, float]  # class; centre x, centre y, width, height / size of the image
 
 
-def make_dataset(folder: Path, train: int = 160, val: int = 48, imgsz: int = 160, seed: int = 0) -> Path:
+def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128, seed: int = 0) -> Path:
     """Make a detection dataset in YOLO format in `folder`, or reuse the one with the same parameters there.
 
     Args:

@@ -142,8 +142,9 @@ class Scope:
                     setattr(twin, name, getattr(module, name))
             return twin
         if cls not in AS_IS and not cls.__module__.startswith("torch.nn.modules."):
+            where = f"'{self.path}'" if self.path else "The model"
             raise UnsupportedModelError(
-                f"'{self.path}' is a {cls.__module__}.{cls.__name__}, which this version of yolo-prune cannot "
+                f"{where} is a {cls.__name__} ({cls.__module__}), which this version of yolo-prune cannot "
                 "prune yet. Supported are detection models of YOLOv8, YOLO11 and YOLO26."
             )
         return self._copy(module)

@@ -54,7 +54,7 @@ def draw(report: Report, path: str | Path) -> Path:
 
 def _header(figure: Figure, report: Report) -> None:
     title = _title(report)
-    size = min(21.0, 0.46 * WIDTH * 72 / (len(title) * 0.68))
+    size = min(21.0, 0.44 * WIDTH * 72 / (len(title) * 0.68))
     figure.text(LEFT, 0.936, title, fontsize=size, weight="bold", color=INK, va="center")
     figure.text(LEFT, 0.889, _subtitle(report), fontsize=12, color=QUIET, va="center")
     dense, pruned = report.dense, report.pruned
@@ -65,9 +65,9 @@ def _header(figure: Figure, report: Report) -> None:
         _tile("MB on disk", dense.size_mb, pruned.size_mb, 1.0),
         ("fitness", fitness(dense.fitness), fitness(pruned.fitness), change),
     ]
-    for (label, before, after, note), x in zip(tiles, (0.545, 0.645, 0.745, 0.845), strict=True):
+    for (label, before, after, note), x in zip(tiles, (0.53, 0.635, 0.74, 0.845), strict=True):
         both = before if after == MISSING else f"{before} → {after}"
-        size = 15.5 if len(both) < 14 else 14
+        size = 15.5 if len(both) < 13 else 13
         figure.text(x, 0.963, label, fontsize=11, color=QUIET, va="center")
         figure.text(x, 0.927, both, fontsize=size, color=INK, va="center", weight="bold")
         if MISSING not in (before, after):
@@ -79,13 +79,20 @@ def _tile(label: str, before: float | None, after: float | None, scale: float) -
 
 
 def _title(report: Report) -> str:
-    name = _shorten(Path(report.model).stem or "model", 24)
+    name = _shorten(_model_name(report.model), 24)
     if report.status == "failed":
         return f"{name}: run failed"
     if report.status == "running":
         return f"{name}: run in progress"
     kept = percent(report.pruned.flops, report.dense.flops)
     return f"{name} pruned" if kept == MISSING else f"{name} pruned to {kept} of its FLOPs"
+
+
+def _model_name(path: str) -> str:
+    """`yolo11n` for yolo11n.pt, but `train3/best` for runs/train3/weights/best.pt."""
+    parts = Path(path.replace("\\", "/"))
+    run = f"{parts.parts[-3]}/" if parts.parent.name == "weights" and len(parts.parts) > 2 else ""
+    return run + parts.stem or "model"
 
 
 def _subtitle(report: Report) -> str:
@@ -304,30 +311,39 @@ def _cost(axes: Axes, report: Report) -> list[Artist]:
 def _cuts(axes: Axes, rounds: Sequence[RoundRow]) -> None:
     """A vertical line per cut with its label above the panel; rounds too close for a label each share one."""
     low, high = axes.get_xlim()
-    points = (RIGHT - LEFT) * WIDTH * 72 / (high - low)
-    limit = (RIGHT - LEFT + 0.05) * WIDTH * 72
-    labels: list[tuple[float, list[RoundRow]]] = []  # left edge in points, rounds
+    point = (high - low) / ((RIGHT - LEFT) * WIDTH * 72)  # in epochs
     for row in rounds:
         axes.axvline(row.epoch, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    labels = _cut_labels(rounds, point, high + 50 * point, unit=True)
+    if len(labels) < len(rounds):
+        labels = _cut_labels(rounds, point, high + 50 * point, unit=False)
+    look: dict[str, Any] = {"fontsize": 10, "color": INK, "va": "bottom", "transform": axes.get_xaxis_transform()}
+    for left, _, text, _ in labels:
+        axes.text(left, 1.0 + 4 / (72 * HEIGHT * axes.get_position().height), text, **look)
+
+
+def _cut_labels(
+    rounds: Sequence[RoundRow], point: float, limit: float, unit: bool
+) -> list[tuple[float, float, str, list[RoundRow]]]:
+    """Labels that do not overlap: left and right edge in epochs, text, and the rounds it stands for."""
+    labels: list[tuple[float, float, str, list[RoundRow]]] = []
+    for row in rounds:
         group = [row]
         while True:
-            width = len(_cut_text(group)) * LABEL_EM * 10
-            left = min((group[0].epoch - low) * points, limit - width)
-            if not labels or labels[-1][0] + len(_cut_text(labels[-1][1])) * LABEL_EM * 10 < left:
+            text = _cut_text(group, unit)
+            width = len(text) * LABEL_EM * 10 * point
+            left = min(group[0].epoch - 4 * point, limit - width)
+            if not labels or labels[-1][1] <= left:
                 break
-            group = labels.pop()[1] + group
-        labels.append((left, group))
-    for left, group in labels:
-        at = low + (left - 4) / points
-        pad = 4 / (72 * HEIGHT * axes.get_position().height)
-        above = axes.get_xaxis_transform()
-        axes.text(at, 1.0 + pad, _cut_text(group), transform=above, fontsize=10, color=INK, va="bottom")
+            group = labels.pop()[3] + group
+        labels.append((left, left + width, text, group))
+    return labels
 
 
-def _cut_text(rounds: Sequence[RoundRow]) -> str:
+def _cut_text(rounds: Sequence[RoundRow], unit: bool) -> str:
     first, last = rounds[0], rounds[-1]
     name = f"round {last.number}" if len(rounds) == 1 else f"rounds {first.number}-{last.number}"
-    target = target_text(last)
+    target = target_text(last, unit)
     return f"{name} → {target}" if target else name
 
 

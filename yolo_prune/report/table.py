@@ -67,10 +67,11 @@ def rounds_table(report: Report) -> str:
     return _align(rows, left=1)
 
 
-def target_text(row: RoundRow) -> str:
-    """What the round was asked to keep, as in `65 % FLOPs`; empty when the report does not say."""
+def target_text(row: RoundRow, unit: bool = True) -> str:
+    """What the round was asked to keep, as in `65 % FLOPs` or `65 %`; empty when the report does not say."""
     names = {"flops": "FLOPs"}
-    return ", ".join(f"{100 * keep:.3g} % {names.get(name, name)}" for name, keep in row.target.items())
+    parts = (f"{100 * keep:.3g} % {names.get(name, name) if unit else ''}" for name, keep in row.target.items())
+    return ", ".join(map(str.strip, parts))
 
 
 def _round_line(row: RoundRow, report: Report) -> list[str]:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The two command lines: `yolo ... callbacks=prune` and `yolo-prune`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.cfg import entrypoint
+
+import yolo_prune
+from yolo_prune import cli, demo, keys
+from yolo_prune.errors import UnsupportedModelError
+from yolo_prune.plans import Plan
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "dense.pt"
+    torch.manual_seed(0)
+    YOLO("yolo11n.yaml").save(path)
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["aply", "model=x.pt"], "'aply' is not a command. Did you mean 'apply'?"),
+        (["plan"], "model= is missing"),
+        (["plan", "model=nowhere.pt"], "The model 'nowhere.pt' does not exist"),
+        (["plan", "model=best.onnx"], "'best.onnx' cannot be pruned: pass a .pt checkpoint"),
+        (["plan", "modle=x.pt"], "'modle' is not an argument of 'plan'. Did you mean 'model'?"),
+        (["plan", "x.pt"], "'x.pt' is not of the form key=value. Usage: yolo-prune plan"),
+        (["plan", "model=yolo11n.yaml", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
+        (["plan", "model=yolo11n.yaml", "recipe=ege"], "Did you mean 'edge'?"),
+        (["plan", "model=yolo11n.yaml", "recipe.target.flops=0.02"], "cannot be reached"),
+        (["plan", "model=yolo11n-seg.yaml"], "SegmentationModel"),
+        (["apply", "model=a.pt", "save=a.pt"], "would overwrite the model itself"),
+        (["apply", "model=a.pt", "save=b.onnx"], "the name must end in .pt"),
+        (["apply", "model=a.pt", "plan=p.json", "recipe=edge"], "plan= and recipe= exclude one another"),
+        (["doctor", "now"], "'now' is not of the form key=value"),
+        (["schema", "sav=x.json"], "Did you mean 'save'?"),
+    ],
+)
+def test_mistakes_are_one_message_on_standard_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    err = fails(capsys, *arguments)
+    assert message in err
+    assert err.startswith(f"yolo-prune {arguments[0]}: ")
+    assert "Traceback" not in err
+    assert list(clean_cwd.iterdir()) == []
+
+
+def test_a_truncated_checkpoint_is_one_message(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    Path("cut.pt").write_bytes(checkpoint.read_bytes()[:50_000])
+    assert "'cut.pt' is not a complete Ultralytics checkpoint" in fails(capsys, "plan", "model=cut.pt")
+
+
+def test_plan_apply_show_go_together(checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path) -> None:
+    assert cli.main(["plan", f"model={checkpoint}", "recipe=gentle", "imgsz=320", "save=plan.json"]) == 0
+    table = capsys.readouterr().out
+    assert "task output" in table
+    assert "at imgsz 320" in table
+    plan = Plan.load("plan.json")
+    assert 0.74 <= plan.predicted.flops_kept <= 0.75
+
+    assert cli.main(["apply", f"model={checkpoint}", "plan=plan.json", "save=cut.pt"]) == 0
+    assert "exact: " in capsys.readouterr().out
+    model = YOLO("cut.pt")
+    assert sum(p.numel() for p in model.model.parameters()) == plan.predicted.params_after
+    assert yolo_prune.is_pruned("cut.pt")
+    assert not yolo_prune.is_pruned(checkpoint)
+
+    assert cli.main(["show", "model=cut.pt"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{plan.predicted.params_after:,}" in shown
+    assert f"plan {plan.hash[:12]}" in shown
+
+    err = fails(capsys, "apply", "model=cut.pt", "plan=plan.json", "save=again.pt")
+    assert "The plan was made for another model" in err
+    assert not Path("again.pt").exists()
+
+
+def test_show_prints_a_recipe_with_its_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", "recipe=edge", "recipe.channels.round_to=4"]) == 0
+    assert "round_to: 4" in capsys.readouterr().out
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str], clean_cwd: Path) -> None:
+    assert cli.main(["schema"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert cli.main(["schema", "save=recipe.schema.json"]) == 0
+    assert json.loads(Path("recipe.schema.json").read_text(encoding="utf-8")) == printed
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"yolo-prune {name}" in text for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("yolo val model=x.pt callbacks=prune", "'callbacks' is an argument of 'yolo train' only; 'yolo val'"),
+        ("yolo export model=x.pt recipe=edge", "'recipe' is an argument of 'yolo train' only; 'yolo export'"),
+        ("yolo predict model=x.pt callbacks=prune", "'yolo predict'"),
+        ("yolo train model=yolo11n.yaml callback=prune", r"Similar arguments are i\.e\. \['callbacks=prune'\]"),
+        ("yolo train model=yolo11n.yaml callbacks=prune recipie=edge", r"'recipie' is not.*recipe=half-flops"),
+        ("yolo train model=yolo11n.yaml recipe=edge", "'recipe' has no effect by itself. Add callbacks=prune"),
+        ("yolo train model=yolo11n.yaml callbacks=prnue", "Did you mean callbacks=prune?"),
+        ("yolo train model=yolo11n.yaml epoch=3", "'epoch' is not a valid YOLO argument"),
+    ],
+)
+def test_yolo_refuses_what_it_should(command: str, message: str, clean_cwd: Path) -> None:
+    with pytest.raises(SyntaxError, match=message):
+        entrypoint(command)
+    assert list(clean_cwd.iterdir()) == []
+
+
+def test_yolo_train_understands_the_keys_and_names_the_block_it_cannot_prune(clean_cwd: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'model\.5' is a SCDown"):
+        entrypoint("yolo train model=yolov10n.yaml data=x.yaml callbacks=prune recipe=edge recipe.target.flops=0.4")
+    assert list(clean_cwd.iterdir()) == []
+
+
+def test_yolo_prune_train_works_where_the_hook_is_off(clean_cwd: Path) -> None:
+    command = [sys.executable, "-m", "yolo_prune.cli", "train", "model=yolov10n.yaml", "data=x.yaml"]
+    environment = os.environ | {"YOLO_PRUNE_HOOK": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("yolo-prune train: 'model.5' is a SCDown")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("prune", True), (["prune"], True), ("[prune]", True), ("prune,", True), (None, False), ("", False), ([], False)],
+)
+def test_ways_to_write_callbacks(value: Any, wanted: bool) -> None:
+    assert keys.wants_pruning(value) is wanted
+
+
+@pytest.mark.slow
+def test_the_demo_runs_through(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs the export extra")
+    monkeypatch.setattr(demo, "DENSE_EPOCHS", 1)
+    monkeypatch.setattr(demo, "PRUNE_EPOCHS", 3)
+    monkeypatch.setattr(demo, "IMAGES", {"train": 16, "val": 8})
+    assert cli.main(["demo", "folder=here"]) == 0
+    out = capsys.readouterr().out
+    assert "onnxruntime agrees with torch" in out
+    assert "50.0 %" in out
+    for name in ("prune.png", "prune.json", "weights/best.pt", "weights/best.onnx"):
+        assert (clean_cwd / "here/pruned" / name).exists()
+    report = json.loads((clean_cwd / "here/pruned/prune.json").read_text(encoding="utf-8"))
+    assert report["status"] == "finished"
+
+
+def test_the_demo_does_not_touch_a_folder_of_yours(capsys: pytest.CaptureFixture[str], clean_cwd: Path) -> None:
+    mine = clean_cwd / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert "'mine' holds something else" in fails(capsys, "demo", "folder=mine")
+    assert [p.name for p in mine.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Cost: the figures Ultralytics prints, predicted for shapes that do not exist yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import nn
+from ultralytics.utils.torch_utils import get_flops
+
+from yolo_prune import surgery
+from yolo_prune.cost import measure
+from yolo_prune.errors import PruneError
+from yolo_prune.graph import Graph, trace
+from yolo_prune.planner import dense_cost, present_cost
+
+EMPTY = Graph((), (), (), (), ())
+
+
+def without_the_copy_of_the_head(model: Any) -> Any:
+    for name in ("one2one_cv2", "one2one_cv3"):
+        if hasattr(model.model[-1], name):
+            setattr(model.model[-1], name, None)
+    return model
+
+
+@pytest.mark.parametrize("imgsz", [64, 640])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_flops_are_those_ultralytics_prints(name: str, imgsz: int) -> None:
+    for model in (models.build(name), models.pruned(name, target_flops=0.4)):
+        flops, _ = present_cost(model, imgsz)
+        deployed = without_the_copy_of_the_head(model).eval()
+        assert flops == pytest.approx(get_flops(deployed, imgsz) * 1e9, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_parameters_are_those_of_the_model_that_is_deployed(name: str) -> None:
+    model = models.pruned(name, target_flops=0.4)
+    _, params = present_cost(model, models.IMGSZ)
+    assert params == sum(p.numel() for p in without_the_copy_of_the_head(model).parameters())
+
+
+def test_a_layer_by_hand() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),  # 8 x 3 x 3 x 3 weights at 16 x 16 positions
+        nn.BatchNorm2d(8),  # 8 channels x 4 at 16 x 16
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),  # 8 x 1 x 3 x 3 at 16 x 16
+        nn.Conv2d(8, 4, 1, bias=False),  # 4 x 8 at 16 x 16
+    )
+    cost = measure(model, EMPTY, 32)
+    assert cost.flops() == 2 * 256 * (8 * 27 + 8 * 4 + 8 * 9 + 32)
+    assert cost.parameters() == (8 * 27 + 8) + 16 + 8 * 9 + 32
+    smaller = {"0.weight": (6, 3, 3, 3), "3.weight": (4, 6, 1, 1)}
+    assert cost.flops() - cost.flops(smaller) == 2 * 256 * (2 * 27 + 4 * 2)
+    assert cost.parameters() - cost.parameters(smaller) == 2 * 27 + 4 * 2
+
+
+def test_attention_by_hand() -> None:
+    """q'k and v'a: positions squared, for every channel of k and of v."""
+    model, graph = models.shared("yolo11n"), models.graph_of("yolo11n")
+    with_products = measure(model, graph, 640)
+    without = measure(model, Graph(graph.groups, graph.attributes, (), graph.spare, graph.constant), 640)
+    attention: Any = model.model[10].m[0].attn
+    channels = attention.num_heads * (attention.key_dim + attention.head_dim)
+    distribution = 4 * 16 * (80**2 + 40**2 + 20**2)  # the DFL's convolution: 16 bins of 4 sides at every anchor
+    assert with_products.flops() - without.flops() == 2 * ((20 * 20) ** 2 * channels + distribution)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("yolov8-tiny", "flops"), ("yolo11n", "flops"), ("yolo26n", "params"), ("yolo26-deep", "flops")]
+)
+def test_the_forecast_is_what_the_cut_model_costs(name: str, field: str) -> None:
+    plan = models.plan_of(name, **{f"target_{field}": 0.6, "channels_round_to": 4})
+    model = models.build(name)
+    surgery.apply(model, plan)
+    forecast = plan.predicted
+    assert present_cost(model, models.IMGSZ) == pytest.approx((forecast.flops_after, forecast.params_after))
+    assert dense_cost(model, plan, models.IMGSZ) == pytest.approx((forecast.dense_flops, forecast.dense_params))
+    assert present_cost(models.shared(name), models.IMGSZ) == pytest.approx(
+        (forecast.dense_flops, forecast.dense_params)
+    )
+
+
+def test_measuring_reads_the_model() -> None:
+    model = models.build("yolo26n").eval()
+    before, random = models.snapshot(model), torch.get_rng_state()
+    attributes = {n: set(vars(m)) for n, m in model.named_modules()}
+    measure(model, trace(model), 320)
+    assert models.same_bits(models.snapshot(model), before)
+    assert not any(m.training for m in model.modules())
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+    assert not any(m._forward_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("imgsz", [100, 0, -32, 64.0])
+def test_an_image_size_that_the_model_cannot_take_is_refused(imgsz: int) -> None:
+    with pytest.raises(PruneError, match=rf"imgsz: must be a multiple of 32, got {imgsz}"):
+        measure(models.shared("yolov8n"), models.graph_of("yolov8n"), imgsz)

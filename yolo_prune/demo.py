@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`yolo-prune demo`: the whole way, on a small made-up dataset, through the same calls a user makes."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from yolo_prune import _startup
+from yolo_prune.errors import PruneError
+from yolo_prune.report import Report, rounds_table, summary_table
+
+IMGSZ = 160
+DENSE_EPOCHS = 12
+PRUNE_EPOCHS = 12
+IMAGES = {"train": 160, "val": 48}
+SETTINGS: dict[str, Any] = {
+    "imgsz": IMGSZ,
+    "batch": 8,
+    "nbs": 8,
+    "optimizer": "AdamW",
+    "lr0": 0.002,
+    "warmup_epochs": 1,
+    "mosaic": 0.0,
+    "amp": False,
+    "workers": 0,
+    "device": "cpu",
+    "plots": False,
+    "verbose": False,
+    "exist_ok": True,
+}
+PARITY = 1e-3
+
+
+def run(folder: Path) -> int:
+    """Make data, train dense, prune in rounds while training, export, check; print what came out.
+
+    Args:
+        folder: created; an earlier demo in it is replaced.
+
+    Raises:
+        PruneError: If the export extra is missing, or the folder holds something else.
+    """
+    began = time.perf_counter()
+    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PruneError(f"The demo exports to ONNX and needs {', '.join(missing)}: pip install 'yolo-prune[export]'.")
+    _prepare(folder)
+    from ultralytics import YOLO
+
+    from yolo_prune import api, scenes
+
+    _startup.install(force=True)
+    _say("1/4 drawing a dataset of simple shapes")
+    data = scenes.make_dataset(folder / "scenes", imgsz=IMGSZ, **IMAGES)
+    _say(f"2/4 training a dense YOLO11n on it for {DENSE_EPOCHS} epochs")
+    dense = YOLO("yolo11n.yaml")
+    dense.train(data=str(data), epochs=DENSE_EPOCHS, project=str(folder.resolve()), name="dense", **SETTINGS)
+    _say(f"3/4 pruning it to half of its FLOPs, in 3 rounds over {PRUNE_EPOCHS} epochs")
+    report = api.prune(
+        folder / "dense/weights/best.pt",
+        "half-flops",
+        data=str(data),
+        epochs=PRUNE_EPOCHS,
+        project=str(folder.resolve()),
+        name="pruned",
+        **SETTINGS,
+    )
+    _say("4/4 exporting it to ONNX and comparing onnxruntime with torch")
+    best = folder / "pruned/weights/best.pt"
+    exported = Path(YOLO(best).export(format="onnx", imgsz=IMGSZ, device="cpu"))
+    difference = compare_onnx(best, exported, sorted((folder / "scenes/images/val").iterdir())[:8])
+    _conclude(report, folder, exported, difference, time.perf_counter() - began)
+    return 0
+
+
+def compare_onnx(checkpoint: Path, exported: Path, images: list[Path]) -> float:
+    """Largest difference between torch and onnxruntime over `images`, relative to the largest output.
+
+    Raises:
+        PruneError: If it is more than 1e-3.
+    """
+    import cv2
+    import onnxruntime
+    import torch
+    from ultralytics.nn.tasks import load_checkpoint
+
+    model, _ = load_checkpoint(checkpoint)
+    session = onnxruntime.InferenceSession(str(exported))
+    name, worst = session.get_inputs()[0].name, 0.0
+    for path in images:
+        pixels = cv2.imread(str(path))
+        if pixels is None:
+            raise PruneError(f"'{path}' cannot be read as an image.")
+        pixels = cv2.resize(pixels, (IMGSZ, IMGSZ))[..., ::-1].transpose(2, 0, 1)[None]
+        image = torch.from_numpy(pixels.copy()).float() / 255
+        with torch.no_grad():
+            wanted = model(image)[0]
+        (got,) = session.run(None, {name: image.numpy()})
+        worst = max(worst, float((wanted - torch.from_numpy(got)).abs().max() / wanted.abs().max()))
+    if not worst <= PARITY:
+        raise PruneError(f"{exported} does not agree with {checkpoint}: outputs differ by {worst:.1e}, relative.")
+    return worst
+
+
+def _prepare(folder: Path) -> None:
+    ours = folder / "scenes"
+    if folder.exists() and any(folder.iterdir()) and not ours.is_dir():
+        raise PruneError(f"'{folder}' holds something else. Pass an empty or new folder: yolo-prune demo folder=NAME.")
+    for old in ("dense", "pruned"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+
+
+def _conclude(report: Report, folder: Path, exported: Path, difference: float, seconds: float) -> None:
+    run = folder / "pruned"
+    print(f"\n{rounds_table(report)}\n\n{summary_table(report)}\n")
+    print(f"onnxruntime agrees with torch to {difference:.0e} (relative) on {exported}")
+    print(f"The report is in {run}: look at {run / 'prune.png'}; the figures are in prune.json.")
+    print(f"The pruned model is {run / 'weights/best.pt'}. Took {seconds / 60:.1f} minutes.")
+    print("\nOn your own model: yolo train model=best.pt data=data.yaml epochs=60 callbacks=prune recipe=half-flops")
+
+
+def _say(text: str) -> None:
+    print(f"\nyolo-prune demo: {text}", flush=True)
