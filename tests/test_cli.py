@@ -162,8 +162,8 @@ def test_the_demo_runs_through(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clean_cwd: Path
 ) -> None:
     pytest.importorskip("onnxruntime", reason="needs the export extra")
-    monkeypatch.setattr(demo, "DENSE_EPOCHS", 1)
-    monkeypatch.setattr(demo, "PRUNE_EPOCHS", 3)
+    monkeypatch.setitem(demo.DENSE, "epochs", 1)
+    monkeypatch.setitem(demo.PRUNE, "epochs", 3)
     monkeypatch.setattr(demo, "IMAGES", {"train": 16, "val": 8})
     assert cli.main(["demo", "folder=here"]) == 0
     out = capsys.readouterr().out

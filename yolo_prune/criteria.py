@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from yolo_prune.errors import RecipeError
+from yolo_prune.errors import PruneError, RecipeError
 from yolo_prune.graph.structure import ChannelSet
 
 Tensors = Mapping[str, Tensor]
@@ -65,6 +65,23 @@ def create(name: str, options: Mapping[str, Any]) -> Criterion:
         if option not in known:
             raise RecipeError(f"criterion.{option}: '{name}' has no such option; it knows {', '.join(known)}.")
     return factory(**options)
+
+
+def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tensor:
+    """What `criterion` gives, checked: nothing can be chosen by scores that are not numbers.
+
+    Raises:
+        PruneError: If a score is missing, negative, NaN or infinite.
+    """
+    scores = criterion(tensors, channels)
+    if scores.shape != (channels.size,):
+        raise PruneError(f"The criterion gave {tuple(scores.shape)} scores for '{channels.name}', not {channels.size}.")
+    if not (torch.isfinite(scores) & (scores >= 0)).all():
+        raise PruneError(
+            f"The criterion gave a score for '{channels.name}' that is negative, NaN or infinite. The weights there are "
+            "damaged; take a checkpoint from before the training diverged."
+        )
+    return scores
 
 
 @register_criterion("magnitude")

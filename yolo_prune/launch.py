@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import DEFAULT_CFG_DICT, YAML, checks
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML, checks
 
 from yolo_prune import keys, metadata, planner, schedule
-from yolo_prune.callback import PruneCallback
+from yolo_prune.callback import PREFIX, PruneCallback
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.trainer import prune_trainer
@@ -48,10 +48,20 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
     model.callbacks = {event: list(functions) for event, functions in before.items()}
     if callback:
         callback.attach(model.callbacks)
+        stock = _without_warmup(model, stock, settings)
     try:
         return stock_train(model, trainer=trainer, **stock)
     finally:
         model.callbacks = before
+
+
+def _without_warmup(model: Any, stock: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A trained model needs no warm-up, and Ultralytics' (bias learning rate 0.1) undoes much of what a cut left."""
+    chosen = "warmup_epochs" in stock or settings["warmup_epochs"] != DEFAULT_CFG_DICT["warmup_epochs"]
+    if chosen or settings["resume"] or not model.ckpt:
+        return stock
+    LOGGER.info(f"{PREFIX}no warm-up, as the model is trained already; pass warmup_epochs= to have one")
+    return {**stock, "warmup_epochs": 0.0}
 
 
 def _settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

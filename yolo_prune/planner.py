@@ -37,6 +37,7 @@ def make_plan(
         NothingToRemoveError: If the model already meets it.
         UnsupportedModelError: If the model has a part whose dependencies are not known.
         RecipeError: If a protect pattern matches nothing or the criterion is unknown.
+        PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
     graph = trace(model, recipe.protect, frozen)
     cost = measure(model, graph, imgsz)
@@ -53,7 +54,7 @@ def make_plan(
         )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
     tensors = model.state_dict()
-    scores = {s.name: criterion(tensors, s) for g in graph.groups if not g.protected for s in g.sets}
+    scores = {s.name: criteria.score(criterion, tensors, s) for g in graph.groups if not g.protected for s in g.sets}
     c = recipe.channels
     constraints = Constraints(c.round_to, c.min, c.max_removed)
     goal = Goal(metric, wanted * whole, whole)

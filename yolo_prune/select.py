@@ -195,17 +195,26 @@ def _cut(moves: list[_Move], ledger: _Ledger, goal: Goal) -> None:
                 break
             heapq.heappush(queue, (now, i))
         else:
-            raise TargetError(
-                f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached; what may "
-                f"be removed under channels and protect leaves {total / goal.dense:.3f}. Ask for at least "
-                f"{math.ceil(total / goal.dense * 100) / 100:.2f}, or raise channels.max_removed, or lower "
-                "channels.min or channels.round_to."
-            )
+            raise TargetError(_out_of_reach(goal, total / goal.dense))
         move = moves[i]
         move.step(1)
         total = ledger.total()
         if move.at < len(move.levels) - 1:
             heapq.heappush(queue, (move.price(), i))
+
+
+def _out_of_reach(goal: Goal, least: float) -> str:
+    ask = math.ceil(least * 100) / 100
+    if ask >= 1:
+        return (
+            f"target.{goal.metric}: nothing may be removed from this model under channels and protect. Raise "
+            "channels.max_removed, lower channels.min or channels.round_to, or protect less."
+        )
+    return (
+        f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached; what may be removed "
+        f"under channels and protect leaves {least:.3f}. Ask for at least {ask:.2f}, or raise channels.max_removed, or "
+        "lower channels.min or channels.round_to."
+    )
 
 
 def _give_back(moves: list[_Move], ledger: _Ledger, goal: Goal) -> None:

@@ -31,11 +31,18 @@ FITNESS, COST = "#0a5c94", "#d55e00"
 INK, QUIET, FAINT, BAND = "#222222", "#666666", "#d9d9d9", "#f5f5f5"
 
 GAP = 1.2  # between the convolutions of two modules, in bars
-LABEL_EM = 0.62  # width of a digit over the font size, generous for DejaVu Sans
+DIGIT, LETTER = 0.64, 0.58  # width over font size of a digit, and of text on average, in DejaVu Sans
 
 
 def draw(report: Report, path: str | Path) -> Path:
     """Draw `report` to the PNG file `path`, which appears whole or not at all; None values leave gaps."""
+    buffer = io.BytesIO()
+    compose(report).savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return write_bytes(path, buffer.getvalue())
+
+
+def compose(report: Report) -> Figure:
+    """The picture of `report`, not yet drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,9 +51,7 @@ def draw(report: Report, path: str | Path) -> Path:
     _header(figure, report)
     _layers(figure.add_axes((LEFT, 0.475, RIGHT - LEFT, 0.325)), report.layers)
     _history(figure.add_axes((LEFT, 0.075, RIGHT - LEFT, 0.265)), report)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return write_bytes(path, buffer.getvalue())
+    return figure
 
 
 # ---- header ------------------------------------------------------------------------------------------------
@@ -67,9 +72,8 @@ def _header(figure: Figure, report: Report) -> None:
     ]
     for (label, before, after, note), x in zip(tiles, (0.53, 0.635, 0.74, 0.845), strict=True):
         both = before if after == MISSING else f"{before} → {after}"
-        size = 15.5 if len(both) < 13 else 13
         figure.text(x, 0.963, label, fontsize=11, color=QUIET, va="center")
-        figure.text(x, 0.927, both, fontsize=size, color=INK, va="center", weight="bold")
+        figure.text(x, 0.927, both, fontsize=14, color=INK, va="center", weight="bold")
         if MISSING not in (before, after):
             figure.text(x, 0.889, note, fontsize=11, color=QUIET, va="center")
 
@@ -189,7 +193,7 @@ def _arrange(layers: Sequence[LayerRow]) -> list[_Module]:
     panel = (RIGHT - LEFT) * WIDTH * 72  # points
     total = sum(count + GAP for _, count in runs)
     for _ in range(20):
-        character = LABEL_EM * 9 * total / panel
+        character = DIGIT * 9 * total / panel
         needed = [max(count + GAP, (len(label) + 0.9) * character) for label, count in runs]
         total = sum(needed)
         if total > 6 * len(layers):  # a model of many long names: let the labels shrink instead
@@ -212,7 +216,7 @@ def _label_size(modules: Sequence[_Module]) -> float:
     """The font size, in points and at most 10, at which every label fits its slot."""
     point = (RIGHT - LEFT) * WIDTH * 72 / modules[-1].right
     fits = ((module.right - module.left) / (len(module.label) + 0.5) for module in modules)
-    return min(10.0, min(fits) * point / LABEL_EM)
+    return min(10.0, min(fits) * point / DIGIT)
 
 
 # ---- lower panel: fitness and FLOPs over the epochs --------------------------------------------------------
@@ -331,7 +335,7 @@ def _cut_labels(
         group = [row]
         while True:
             text = _cut_text(group, unit)
-            width = len(text) * LABEL_EM * 10 * point
+            width = len(text) * LETTER * 10 * point
             left = min(group[0].epoch - 4 * point, limit - width)
             if not labels or labels[-1][1] <= left:
                 break
