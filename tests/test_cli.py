@@ -16,7 +16,7 @@ from ultralytics import YOLO
 from ultralytics.cfg import entrypoint
 
 import yolo_prune
-from yolo_prune import cli, demo, keys
+from yolo_prune import _patch, cli, demo, keys, metadata
 from yolo_prune.errors import UnsupportedModelError
 from yolo_prune.plans import Plan
 
@@ -181,3 +181,25 @@ def test_the_demo_does_not_touch_a_folder_of_yours(capsys: pytest.CaptureFixture
     (mine / "thesis.txt").write_text("years of work", encoding="utf-8")
     assert "'mine' holds something else" in fails(capsys, "demo", "folder=mine")
     assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_without_our_keys_does_not_even_import_the_pruning_code(clean_cwd: Path) -> None:
+    script = """
+import sys
+from ultralytics import YOLO
+from yolo_prune._patch import MARK
+assert hasattr(YOLO.train, MARK)
+try:
+    YOLO("yolo11n.yaml").train(data="nowhere.yaml", epochs=1)
+except Exception as error:
+    assert "nowhere.yaml" in str(error), error
+else:
+    raise SystemExit("no error")
+assert not {"torch_pruning", "yolo_prune.launch"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_patch_looks_where_the_record_is() -> None:
+    assert _patch.RECORD == metadata.KEY

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from yolo_prune.keys import is_pruning_key, without_pruning_keys
+from yolo_prune.keys import check_spelling, is_pruning_key, without_pruning_keys
 
 MARK = "__yolo_prune__"
+RECORD = "pruning"  # as `metadata.KEY`, which lives beside what needs torch
+CUSTOM_KEYS = ("augmentations", "save_dir")  # what Ultralytics accepts beside its defaults
 EXAMPLES = {"callbacks": "prune", "recipe": "half-flops"}
 
 
@@ -75,11 +77,24 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        from yolo_prune import launch  # on first use: imports the trainer and torch-pruning
+        from ultralytics.utils import DEFAULT_CFG_DICT
+
+        check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
+        if not _concerns_us(self, kwargs):
+            return original(self, trainer=trainer, **kwargs)
+        from yolo_prune import launch  # only now: imports torch-pruning, and no other run should depend on that
 
         return launch.train(self, original, trainer, kwargs)
 
     return train
+
+
+def _concerns_us(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """True for runs with our keys, of pruned models, and for resumed ones, whose checkpoint may be pruned."""
+    yaml = getattr(model.model, "yaml", None)
+    pruned = isinstance(yaml, Mapping) and RECORD in yaml
+    resumed = arguments.get("resume", model.overrides.get("resume"))
+    return pruned or bool(resumed) or any(is_pruning_key(key) for key in arguments)
 
 
 def _extend_export() -> None:

@@ -39,6 +39,7 @@ from yolo_prune.report.picture import draw
 from yolo_prune.versions import installed
 
 PREFIX = colorstr("yolo-prune: ")
+METRICS = {"flops": "FLOPs", "params": "parameters"}
 
 
 @dataclass
@@ -67,6 +68,12 @@ class Run:
         """The next round, if its epoch has come; a round that is done never comes again."""
         left = self.rounds[self.done :]
         return left[0] if left and epoch >= left[0].epoch else None
+
+    def advance(self, trainer: BaseTrainer) -> None:
+        """A round is over; after the last one, early stopping works again."""
+        self.done += 1
+        if self.done == len(self.rounds):
+            trainer.stopper.patience = self.patience
 
 
 class PruneCallback:
@@ -158,7 +165,7 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     epochs = ", ".join(str(r.epoch + 1) for r in rounds)
     LOGGER.info(
         f"{PREFIX}{len(rounds)} round{'s' * (len(rounds) > 1)}, before epoch {epochs}, down to {recipe.target.keep:g} "
-        f"of the dense model's {recipe.target.metric}" + (f"; {run.done} done already" if run.done else "")
+        f"of the dense model's {METRICS[recipe.target.metric]}" + (f"; {run.done} done already" if run.done else "")
     )
     return run
 
@@ -177,7 +184,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
         plan = None
     if plan is None:
         LOGGER.info(f"{PREFIX}round {due.number}: the round before already went this far; nothing to remove")
-        run.done += 1
+        run.advance(trainer)
         return
     proven = proof.prove(ema, plan) if recipe.proof else None
     control.cut(trainer, plan)
@@ -185,9 +192,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
     _recalibrate(trainer, run, due.number)
     recalibrated = control.validate(trainer) if recipe.measure and recipe.recover.batchnorm else None
     control.forget_best(trainer, trainer.wdir / f"round{due.number}.pt")
-    run.done += 1
-    if run.done == len(run.rounds):
-        trainer.stopper.patience = run.patience
+    run.advance(trainer)
     row = RoundRow(
         number=due.number,
         epoch=trainer.epoch,

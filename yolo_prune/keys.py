@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -44,7 +44,7 @@ def wants_pruning(value: Any) -> bool:
     return bool(names)
 
 
-def check_spelling(arguments: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_spelling(arguments: Mapping[str, Any], known: Collection[str]) -> None:
     """Refuse an argument that is nobody's but looks like one of ours, as Ultralytics refuses its own misspelt ones.
 
     Raises:

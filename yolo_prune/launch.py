@@ -17,8 +17,6 @@ from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.trainer import prune_trainer
 
-CUSTOM_KEYS = {"augmentations": None, "save_dir": None}  # what Ultralytics accepts beside its defaults
-
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
     """`YOLO.train` with pruning: the stock one, given a prepared trainer class and callbacks.
@@ -31,10 +29,9 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
 
     Raises:
         PruneError: If the recipe does not fit the model or the run; nothing was written then.
-        SyntaxError: For an unknown callback name or a misspelt key.
+        SyntaxError: For an unknown callback name.
     """
     model._check_is_pytorch_model()
-    keys.check_spelling(arguments, {**DEFAULT_CFG_DICT, **CUSTOM_KEYS})
     stock = keys.without_pruning_keys(arguments)
     settings = _settings(model, stock)
     callback = _callback(model, arguments, settings)

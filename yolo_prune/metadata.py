@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from yolo_prune._version import __version__
-from yolo_prune.errors import PruneError
+from yolo_prune.errors import PlanError, PruneError
 from yolo_prune.plans import Plan
 
 KEY = "pruning"
@@ -47,20 +47,26 @@ def read(model: nn.Module) -> Record | None:
     if data is None:
         return None
     try:
-        if data["version"] != VERSION:
-            raise PruneError(
-                f"This checkpoint's pruning record has version {data['version']}; yolo-prune {__version__} reads "
-                f"version {VERSION}. Install the yolo-prune that made it ({data.get('yolo_prune', 'unknown')})."
-            )
-        return Record(
-            recipe=data["recipe"],
-            plan=Plan.from_dict(data["plan"]) if data["plan"] else None,
-            widths=dict(data["widths"]),
-            rounds=tuple(data["rounds"]),
-            start=float(data["start"]),
-        )
-    except (KeyError, TypeError, ValueError) as e:
+        version, maker = data["version"], data.get("yolo_prune", "unknown")
+        record = _record(data) if version == VERSION else None
+    except (KeyError, TypeError, ValueError, AttributeError, PlanError) as e:
         raise PruneError(f"This checkpoint's pruning record is damaged: {type(e).__name__}: {e}.") from e
+    if record is None:
+        raise PruneError(
+            f"This checkpoint's pruning record has version {version}; yolo-prune {__version__} reads version {VERSION}. "
+            f"Install the yolo-prune that made it ({maker})."
+        )
+    return record
+
+
+def _record(data: Mapping[str, Any]) -> Record:
+    return Record(
+        recipe=dict(data["recipe"]),
+        plan=Plan.from_dict(data["plan"]) if data["plan"] else None,
+        widths={str(name): int(width) for name, width in data["widths"].items()},
+        rounds=tuple(dict(r) for r in data["rounds"]),
+        start=float(data["start"]),
+    )
 
 
 def write(model: nn.Module, record: Record) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Plan:
     groups: tuple[GroupWidth, ...] = ()
     protected: tuple[Protected, ...] = ()
     forecast: Forecast | None = None
-    _hash: list[str] = field(default_factory=list, repr=False, compare=False)
+    _hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def hash(self) -> str:
@@ -138,7 +139,13 @@ class Plan:
         attributes = {name: dict(values) for name, values in self.attributes.items()}
         for name, values in later.attributes.items():
             attributes.setdefault(name, {}).update(values)
-        return Plan(keep, attributes, shapes, later.groups, later.protected, later.forecast)
+        groups = {g.name: g for g in self.groups}
+        for g in later.groups:
+            groups[g.name] = replace(g, before=groups[g.name].before) if g.name in groups else g
+        forecast, first = later.forecast, self.forecast
+        if forecast and first and forecast.imgsz == first.imgsz:
+            forecast = replace(forecast, flops_before=first.flops_before, params_before=first.params_before)
+        return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dict, list, str, numbers), as `from_dict` reads it."""
@@ -170,13 +177,13 @@ class Plan:
                 keep=keep,
                 attributes={n: {a: int(x) for a, x in v.items()} for n, v in data["attributes"].items()},
                 shapes=shapes,
-                groups=tuple(GroupWidth(n, tuple(ls), int(b), int(a)) for n, ls, b, a in data.get("groups", ())),
-                protected=tuple(Protected(tuple(ls), str(r)) for ls, r in data.get("protected", ())),
-                forecast=Forecast(**data["forecast"]) if data.get("forecast") else None,
+                groups=tuple(_group(*g) for g in data.get("groups", ())),
+                protected=tuple(Protected(tuple(map(str, ls)), str(r)) for ls, r in data.get("protected", ())),
+                forecast=_forecast(data["forecast"]) if data.get("forecast") else None,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(f"This is not a yolo-prune plan: {type(e).__name__}: {e}.") from e
-        plan._validate()
+        plan.validate()
         return plan
 
     def save(self, path: str | Path) -> Path:
@@ -194,13 +201,21 @@ class Plan:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as e:
             raise PlanError(f"Cannot read the plan '{path}': {e.strerror or e}.") from e
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise PlanError(f"'{path}' is not a yolo-prune plan: it is not valid JSON ({e}).") from e
         if not isinstance(data, dict):
             raise PlanError(f"'{path}' is not a yolo-prune plan: expected a mapping, found {type(data).__name__}.")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except PlanError as e:
+            raise PlanError(f"'{path}' cannot be used: {e}") from e
 
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Make sure that indices and widths are possible.
+
+        Raises:
+            PlanError: Names the first that is not.
+        """
         for name, dims in self.keep.items():
             shape = self.shapes.get(name, ())
             for dim, kept in dims.items():
@@ -211,6 +226,11 @@ class Plan:
                         f"The plan is damaged: kept indices of '{name}', dimension {dim}, must be ascending and "
                         f"within 0..{size - 1}."
                     )
+
+        for name, values in self.attributes.items():
+            for key, value in values.items():
+                if value < 1:
+                    raise PlanError(f"The plan is damaged: '{name}.{key}' must be at least 1, found {value}.")
 
     def __str__(self) -> str:
         """The readable table that `describe` makes."""
@@ -235,6 +255,21 @@ class Plan:
                 f"{'parameters':12}{f.dense_params:12,}{f.params_before:12,}{f.params_after:12,}{f.params_kept:10.1%}",
             ]
         return "\n".join(lines)
+
+
+def _group(name: object, layers: Iterable[object], before: Any, after: Any) -> GroupWidth:
+    group = GroupWidth(str(name), tuple(map(str, layers)), int(before), int(after))
+    if not 1 <= group.after <= group.before:
+        raise ValueError(f"group '{name}' goes from {before} to {after} channels")
+    return group
+
+
+def _forecast(data: Mapping[str, Any]) -> Forecast:
+    numbers: dict[str, Any] = {key: (float if "flops" in key else int)(value) for key, value in data.items()}
+    forecast = Forecast(**numbers)
+    if not all(0 < value < math.inf for value in vars(forecast).values()):
+        raise ValueError("a forecast holds positive numbers only")
+    return forecast
 
 
 def _row(name: str, layers: str, before: str, after: str, kept: str) -> str:

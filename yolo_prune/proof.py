@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -82,8 +83,12 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
 
 
 def lean_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU without training-only state."""
-    memo = {id(model.criterion): None} if getattr(model, "criterion", None) is not None else {}
+    """A copy on the CPU without training-only state, and without hooks: they are not the model's own."""
+    memo: dict[int, Any] = {}
+    if getattr(model, "criterion", None) is not None:
+        memo[id(model.criterion)] = None
+    for module in model.modules():
+        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     return deepcopy(model, memo).cpu()
 
 

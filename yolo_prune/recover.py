@@ -18,13 +18,13 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], frozen: Sequence[str
     Args:
         model: the model; its mode and each batch norm's momentum are as before afterwards.
         images: batches `(n, channels, height, width)` on the model's device, as training feeds them.
-        frozen: names of modules whose statistics stay as they are.
+        frozen: names of modules whose statistics stay as they are, with everything inside them.
 
     Returns:
         Number of batches used. With none, nothing changes.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
-    norms = [m for n, m in layers.items() if n not in frozen]
+    norms = [m for n, m in layers.items() if not any(n == f or n.startswith(f"{f}.") for f in frozen)]
     modes = {m: m.training for m in model.modules()}
     momenta = [m.momentum for m in norms]
     count = 0

@@ -52,6 +52,7 @@ def check(model: nn.Module, plan: Plan) -> None:
     Raises:
         PlanError: Names the first tensor or attribute that differs.
     """
+    plan.validate()
     state = model.state_dict(keep_vars=True)
     for name in plan.keep:
         if name not in state:
@@ -63,9 +64,13 @@ def check(model: nn.Module, plan: Plan) -> None:
                 "plan. Make a new plan for this model."
             )
     modules = dict(model.named_modules())
+    for name in plan.keep:
+        layer = modules[name.rpartition(".")[0]]
+        if not isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+            raise PlanError(f"'{name}' belongs to a {type(layer).__name__}, which this yolo-prune cannot cut.")
     for name, values in plan.attributes.items():
         for key in values:
-            if not isinstance(getattr(modules.get(name), key, None), int):
+            if type(getattr(modules.get(name), key, None)) is not int:
                 raise PlanError(f"The plan was made for another model: '{name}' has no width '{key}' here.")
 
 
@@ -130,5 +135,3 @@ def _follow(layer: nn.Module) -> None:
         layer.out_channels, layer.in_channels = out, per_group * layer.groups
     elif isinstance(layer, nn.BatchNorm2d):
         layer.num_features = layer.weight.shape[0]
-    else:
-        raise PlanError(f"Do not know how to cut a {type(layer).__name__}.")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Small random detection models for the tests of the core, as the oracle wants them.
+
+Every tensor is drawn from a continuous distribution in float64, so that a value says where in its tensor it came from.
+"""
+
+from __future__ import annotations
+
+import functools
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+
+from yolo_prune import surgery
+from yolo_prune.cost import Cost, measure
+from yolo_prune.graph import Graph, trace
+from yolo_prune.metadata import Record, read, write
+from yolo_prune.planner import make_plan
+from yolo_prune.plans import Plan
+from yolo_prune.recipe import Recipe, load_recipe
+
+FAMILIES = ("yolov8n", "yolo11n", "yolo26n")
+TINY = ("yolov8-tiny", "yolo11-tiny", "yolo26-tiny")  # an eighth of full width: quick, for tests that try many cuts
+DEEP = ("yolov8-deep", "yolo11-deep", "yolo26-deep")  # the blocks and depths of scale x, thin: C3k everywhere
+NC = 3
+IMGSZ = 64
+
+torch.set_num_threads(1)  # faster than two for models this small, and far faster when the cores are shared
+
+
+def recipe(**fields: Any) -> Recipe:
+    """The default recipe with fields changed: `recipe(target_flops=0.4, channels_min=16)`."""
+    return load_recipe("half-flops", {key.replace("_", ".", 1): value for key, value in fields.items()})
+
+
+def build(name: str, seed: int = 0) -> DetectionModel:
+    """A random model that the caller may change."""
+    return deepcopy(_built(name, seed))
+
+
+def shared(name: str) -> DetectionModel:
+    """The same model for all tests of the session: to be read only."""
+    return _built(name, 0)
+
+
+@functools.cache
+def graph_of(name: str) -> Graph:
+    return trace(shared(name))
+
+
+@functools.cache
+def cost_of(name: str, imgsz: int = IMGSZ) -> Cost:
+    return measure(shared(name), graph_of(name), imgsz)
+
+
+@functools.cache
+def plan_of(name: str, **fields: Any) -> Plan:
+    """A plan for `shared(name)`: to be read only."""
+    return make_plan(shared(name), recipe(**fields), IMGSZ)
+
+
+def pruned(name: str, **fields: Any) -> DetectionModel:
+    """A model after one round, with its record, that the caller may change."""
+    model = build(name)
+    cut(model, plan_of(name, **fields))
+    return model
+
+
+def cut(model: nn.Module, plan: Plan) -> None:
+    """Apply a plan and write it down, as a run does between two rounds."""
+    record = read(model)
+    dense = record.widths if record else trace(model).widths
+    past = record.plan if record else None
+    surgery.apply(model, plan)
+    write(model, Record({}, past.then(plan) if past else plan, dense))
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(x.dtype == b[n].dtype and torch.equal(x, b[n]) for n, x in a.items())
+
+
+def images(count: int = 1, size: int = IMGSZ, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def conv_widths(model: nn.Module) -> dict[str, int]:
+    return {n: m.out_channels for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+@functools.cache
+def _built(name: str, seed: int) -> DetectionModel:
+    configuration: Any = f"{name}.yaml"
+    if name.endswith("-tiny"):
+        configuration = scaled(name.removesuffix("-tiny"), "n", 0.33, 0.125)
+    elif name.endswith("-deep"):
+        configuration = scaled(name.removesuffix("-deep"), "x", 1.0, 0.125)
+    model = DetectionModel(configuration, nc=NC, verbose=False)
+    return randomise(model.double(), seed).train()
+
+
+def scaled(family: str, scale: str, depth: float, width: float) -> dict[str, Any]:
+    """A stock architecture at a size of its own."""
+    config: dict[str, Any] = yaml_model_load(f"{family}.yaml")
+    return {**config, "scales": {scale: [depth, width, 1024]}, "scale": scale}
+
+
+@torch.no_grad()
+def randomise(model: Any, seed: int) -> Any:
+    """Draw every tensor anew, scaled so that signals neither fade nor blow up; the box distribution is left alone."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    def normal(like: Tensor, std: float) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * std
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.copy_(uniform(layer.weight, 0.5, 1.5))
+            layer.bias.copy_(normal(layer.bias, 0.2))
+            layer.running_mean.copy_(normal(layer.running_mean, 0.1))
+            layer.running_var.copy_(uniform(layer.running_var, 0.5, 1.5))
+        elif isinstance(layer, nn.Conv2d) and ".dfl" not in name:
+            layer.weight.copy_(normal(layer.weight, (2 / layer.weight[0].numel()) ** 0.5))
+            if layer.bias is not None:
+                layer.bias.copy_(normal(layer.bias, 1.0))
+    return model

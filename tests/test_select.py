@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Selection: which channels go, by hand on toy models, and as properties on real ones."""
+
+from __future__ import annotations
+
+import functools
+
+import models
+import pytest
+import torch
+from torch import Tensor
+
+from yolo_prune import criteria
+from yolo_prune.cost import Cost
+from yolo_prune.errors import TargetError
+from yolo_prune.graph import ChannelSet, Group, Slot
+from yolo_prune.planner import build_plan
+from yolo_prune.select import Constraints, Goal, select
+
+Kept = dict[str, tuple[int, ...]]
+FREE = Constraints(round_to=1, min=1, max_removed=0.99)
+
+
+def chain(*widths: int, macs: float = 1.0) -> tuple[list[Group], Cost]:
+    """Convolutions 1 x 1 one behind the other; the first reads 3 channels, the last one's output is fixed."""
+    shapes = {f"{i}.weight": (out, ins, 1, 1) for i, (ins, out) in enumerate(zip((3, *widths), widths, strict=False))}
+    groups = []
+    for i, size in enumerate(widths):
+        slots = [Slot(f"{i}.weight", 0, tuple(range(size)))]
+        if i + 1 < len(widths):
+            slots.append(Slot(f"{i + 1}.weight", 1, tuple(range(size))))
+        protected = "task output" if i + 1 == len(widths) else None
+        groups.append(Group((ChannelSet(str(i), size, tuple(slots)),), protected))
+    return groups, Cost(dict.fromkeys(shapes, macs), frozenset(shapes), dict(shapes), 64)
+
+
+def scored(**values: list[float]) -> dict[str, Tensor]:
+    return {name.strip("_"): torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
+
+
+def run(
+    groups: list[Group],
+    cost: Cost,
+    scores: dict[str, Tensor],
+    limit: float,
+    constraints: Constraints = FREE,
+    dense: dict[str, int] | None = None,
+) -> Kept:
+    widths = {s.name: s.size for g in groups for s in g.sets} | (dense or {})
+    return select(groups, cost, scores, Goal("flops", limit, cost.flops()), constraints, widths)
+
+
+EIGHT = [5.0, 1.0, 4.0, 2.0, 8.0, 7.0, 3.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("limit", "constraints", "kept"),
+    [
+        (98, FREE, (0, 2, 3, 4, 5, 6, 7)),  # 112 FLOPs, 14 a channel
+        (97, FREE, (0, 2, 4, 5, 6, 7)),
+        (97, Constraints(2, 1, 0.99), (0, 2, 4, 5, 6, 7)),
+        (83, Constraints(2, 1, 0.99), (0, 4, 5, 7)),
+        (83, Constraints(4, 1, 0.99), (0, 4, 5, 7)),
+        (97, Constraints(3, 1, 0.99), (0, 2, 4, 5, 6, 7)),  # 8 itself is no multiple, but stands
+        (28, Constraints(1, 2, 0.99), (4, 5)),
+        (28, Constraints(1, 1, 0.75), (4, 5)),
+        (14, FREE, (4,)),
+    ],
+)
+def test_the_lowest_scores_go_down_to_an_allowed_width(
+    limit: float, constraints: Constraints, kept: tuple[int, ...]
+) -> None:
+    groups, cost = chain(8, 4)
+    assert cost.flops() == 112
+    assert run(groups, cost, scored(_0=EIGHT), limit, constraints) == {"0": kept}
+
+
+def test_equal_scores_keep_the_later_channels() -> None:
+    groups, cost = chain(8, 4)
+    assert run(groups, cost, scored(_0=[1.0] * 8), 56) == {"0": (4, 5, 6, 7)}
+
+
+def test_worthless_channels_can_go_too() -> None:
+    groups, cost = chain(8, 4)
+    assert run(groups, cost, scored(_0=[0.0] * 8), 56) == {"0": (4, 5, 6, 7)}
+
+
+def test_a_group_that_loses_less_goes_first() -> None:
+    groups, cost = chain(8, 8, 4)
+    scores = scored(_0=[1.0] * 8, _1=[1.0] * 6 + [0.01] * 2)
+    assert run(groups, cost, scores, cost.flops() - 2) == {"1": (0, 1, 2, 3, 4, 5, 7)}
+
+
+def test_at_equal_loss_the_dearer_channel_goes_first() -> None:
+    groups, cost = chain(8, 8, 64)  # a channel of the second layer is read by 64
+    assert list(run(groups, cost, scored(_0=[1.0] * 8, _1=[1.0] * 8), cost.flops() - 2)) == ["1"]
+
+
+def test_what_a_criterion_s_scale_is_does_not_matter() -> None:
+    groups, cost = chain(8, 8, 8, 4)
+    scores = scored(_0=EIGHT, _1=EIGHT[::-1], _2=[x**2 for x in EIGHT])
+    louder = {name: score * 10.0**i for i, (name, score) in enumerate(scores.items())}
+    assert run(groups, cost, scores, cost.flops() * 0.4) == run(groups, cost, louder, cost.flops() * 0.4)
+
+
+def test_protected_groups_are_left_alone() -> None:
+    groups, cost = chain(8, 8, 4)
+    groups[1] = Group(groups[1].sets, "recipe")
+    kept = run(groups, cost, scored(_0=[100.0] * 8, _1=[0.0] * 8), cost.flops() * 0.7)
+    assert list(kept) == ["0"]
+
+
+def test_sets_of_a_group_keep_equal_fractions() -> None:
+    wide, narrow = (
+        ChannelSet(n, size, (Slot(f"{n}.weight", 0, tuple(range(size))),)) for n, size in (("w", 8), ("n", 4))
+    )
+    shapes = {"w.weight": (8, 10, 1, 1), "n.weight": (4, 10, 1, 1)}
+    cost = Cost(dict.fromkeys(shapes, 1.0), frozenset(shapes), dict(shapes), 64)
+    kept = run([Group((wide, narrow))], cost, scored(w=EIGHT, n=[1.0, 4.0, 2.0, 3.0]), 0.75 * cost.flops())
+    assert kept == {"w": (0, 2, 4, 5, 6, 7), "n": (1, 2, 3)}
+
+
+def test_what_was_cut_in_passing_is_given_back_if_it_still_fits() -> None:
+    """A cheap first step is not needed once a big one passed the goal."""
+    sizes = {"small": 2, "big": 2}
+    sets = {n: ChannelSet(n, s, (Slot(f"{n}.weight", 0, tuple(range(s))),)) for n, s in sizes.items()}
+    shapes = {"small.weight": (2, 1, 1, 1), "big.weight": (2, 100, 1, 1)}
+    cost = Cost(dict.fromkeys(shapes, 0.5), frozenset(shapes), dict(shapes), 64)
+    scores = scored(small=[0.001, 1.0], big=[1.0, 1.0])
+    assert run([Group((s,)) for s in sets.values()], cost, scores, cost.flops() - 50) == {"big": (1,)}
+
+
+def test_max_removed_counts_from_the_dense_width() -> None:
+    groups, cost = chain(8, 4)
+    constraints = Constraints(1, 1, 0.75)
+    assert run(groups, cost, scored(_0=EIGHT), 70, constraints, {"0": 20}) == {
+        "0": (0, 2, 4, 5, 7)[:0] + (0, 2, 4, 5, 7)
+    }
+    with pytest.raises(TargetError, match=r"Ask for at least 0\.63"):  # 5 of 8, a quarter of 20
+        run(groups, cost, scored(_0=EIGHT), 69, constraints, {"0": 20})
+
+
+def test_the_goal_may_be_parameters() -> None:
+    groups, cost = chain(8, 4)
+    weighed = Cost({**cost.macs, "0.weight": 1e6}, cost.params, cost.shapes, 64)
+    kept = select(groups, weighed, scored(_0=EIGHT), Goal("params", 28, 56), FREE, {"0": 8})
+    assert kept == {"0": (0, 4, 5, 7)}
+
+
+def test_a_goal_out_of_reach_says_what_can_be_reached() -> None:
+    groups, cost = chain(8, 4)
+    with pytest.raises(
+        TargetError,
+        match=r"target\.flops: 0\.1 of the dense model cannot be reached; what may be removed .* leaves 0\.500\. "
+        r"Ask for at least 0\.50, or raise channels\.max_removed",
+    ):
+        run(groups, cost, scored(_0=EIGHT), 0.1 * cost.flops(), Constraints(1, 4, 0.99))
+
+
+def test_a_model_in_which_nothing_may_go_says_so() -> None:
+    groups, cost = chain(8, 4)
+    with pytest.raises(TargetError, match=r"target\.flops: nothing may be removed from this model under channels and"):
+        run(groups, cost, scored(_0=EIGHT), 100, Constraints(1, 8, 0.99))
+
+
+@functools.cache
+def scores_of(name: str, criterion: str) -> dict[str, Tensor]:
+    tensors, score = models.shared(name).state_dict(), criteria.create(criterion, {})
+    return {s.name: score(tensors, s) for g in models.graph_of(name).groups for s in g.sets}
+
+
+def choose(name: str, metric: str, keep: float, constraints: Constraints, criterion: str = "magnitude") -> Kept:
+    graph, cost = models.graph_of(name), models.cost_of(name)
+    whole = cost.flops() if metric == "flops" else cost.parameters()
+    goal = Goal(metric, keep * whole, whole)
+    return select(graph.groups, cost, scores_of(name, criterion), goal, constraints, graph.widths)
+
+
+def share(name: str, metric: str, kept: Kept) -> float:
+    forecast = build_plan(models.graph_of(name), models.cost_of(name), kept, {}).predicted
+    return forecast.flops_kept if metric == "flops" else forecast.params_kept
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("round_to", [8, 4, 1])
+@pytest.mark.parametrize("metric", ["flops", "params"])
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_selection_lands_within_one_percent_below_the_target(
+    name: str, metric: str, round_to: int, criterion: str
+) -> None:
+    for keep in (0.9, 0.75, 0.5, 0.3, 0.2):
+        kept = choose(name, metric, keep, Constraints(round_to, 8, 0.75), criterion)
+        assert 0.99 * keep < share(name, metric, kept) <= keep
+
+
+@pytest.mark.parametrize("round_to", [8, 4])
+@pytest.mark.parametrize("name", [*models.FAMILIES, *models.DEEP])
+def test_widths_of_layers_keep_to_the_constraints(name: str, round_to: int) -> None:
+    graph, cost = models.graph_of(name), models.cost_of(name)
+    kept = choose(name, "flops", 0.6, Constraints(round_to, 2 * round_to, 0.5))
+    plan = build_plan(graph, cost, kept, {})
+    cut = {n: plan.shape_after(n)[0] for n in plan.keep if cost.shapes[n][0] != plan.shape_after(n)[0]}
+    layers = {n: width for n, width in cut.items() if len(cost.shapes[n]) == 4}
+    assert layers
+    for tensor, width in layers.items():
+        assert width >= 0.5 * cost.shapes[tensor][0]
+        assert width >= min(2 * round_to, cost.shapes[tensor][0])
+    for group in plan.groups:
+        assert group.after % round_to == 0
+        assert group.after >= 2 * round_to
+        assert group.after >= 0.5 * group.before
+    roundable = {n: w for n, w in layers.items() if cost.shapes[n][0] % round_to == 0}
+    assert all(width % round_to == 0 for width in roundable.values())
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_no_group_could_be_wider_within_the_target(name: str) -> None:
+    graph, keep = models.graph_of(name), 0.5
+    kept = choose(name, "flops", keep, Constraints(8, 8, 0.75))
+    for group in graph.groups:
+        if group.sets[0].name not in kept:
+            continue
+        grains = len(kept[group.sets[0].name]) * group.grain // group.sets[0].size
+        step = 8 * group.grain // group.width
+        wider = {s.name: tuple(range(s.size // group.grain * (grains + step))) for s in group.sets}
+        assert share(name, "flops", kept | wider) > keep
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_a_lower_target_is_reached_by_removing_what_scores_lowest(name: str) -> None:
+    kept, scores = choose(name, "flops", 0.4, Constraints(8, 8, 0.75)), scores_of(name, "magnitude")
+    for set_name, channels in kept.items():
+        gone = [i for i in range(len(scores[set_name])) if i not in channels]
+        assert scores[set_name][gone].max() <= scores[set_name][list(channels)].min()
+
+
+@pytest.mark.parametrize("metric", ["flops", "params"])
+@pytest.mark.parametrize("name", [*models.FAMILIES, *models.TINY])
+def test_what_is_said_to_be_reachable_is(name: str, metric: str) -> None:
+    constraints = Constraints(8, 16, 0.4)
+    with pytest.raises(TargetError, match=r"Ask for at least (0\.\d\d)") as refusal:
+        choose(name, metric, 0.01, constraints)
+    floor = float(str(refusal.value).split("Ask for at least ")[1][:4])
+    assert share(name, metric, choose(name, metric, floor, constraints)) <= floor
+    with pytest.raises(TargetError):
+        choose(name, metric, floor - 0.01, constraints)
