@@ -9,24 +9,28 @@ from __future__ import annotations
 import functools
 from copy import deepcopy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
-from yolo_prune import surgery
+from yolo_prune import criteria, surgery
 from yolo_prune.cost import Cost, measure
 from yolo_prune.graph import Graph, trace
 from yolo_prune.metadata import Record, read, write
-from yolo_prune.planner import make_plan
+from yolo_prune.planner import build_plan
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe, load_recipe
+from yolo_prune.select import Constraints, Goal, select
 
 FAMILIES = ("yolov8n", "yolo11n", "yolo26n")
 TINY = ("yolov8-tiny", "yolo11-tiny", "yolo26-tiny")  # an eighth of full width: quick, for tests that try many cuts
 DEEP = ("yolov8-deep", "yolo11-deep", "yolo26-deep")  # the blocks and depths of scale x, thin: C3k everywhere
 NC = 3
 IMGSZ = 64
+
+_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # which architecture a model was built from
 
 torch.set_num_threads(1)  # faster than two for models this small, and far faster when the cores are shared
 
@@ -38,7 +42,9 @@ def recipe(**fields: Any) -> Recipe:
 
 def build(name: str, seed: int = 0) -> DetectionModel:
     """A random model that the caller may change."""
-    return deepcopy(_built(name, seed))
+    model = deepcopy(_built(name, seed))
+    _names[model] = name
+    return model
 
 
 def shared(name: str) -> DetectionModel:
@@ -58,8 +64,14 @@ def cost_of(name: str, imgsz: int = IMGSZ) -> Cost:
 
 @functools.cache
 def plan_of(name: str, **fields: Any) -> Plan:
-    """A plan for `shared(name)`: to be read only."""
-    return make_plan(shared(name), recipe(**fields), IMGSZ)
+    """What `make_plan` makes for `shared(name)`, from a graph that is traced only once: to be read only."""
+    graph, cost, asked = graph_of(name), cost_of(name), recipe(**fields)
+    criterion, c = criteria.create(asked.criterion.name, asked.criterion.options), asked.channels
+    scores = {s.name: criterion(shared(name).state_dict(), s) for g in graph.groups for s in g.sets}
+    whole = cost.flops() if asked.target.metric == "flops" else cost.parameters()
+    goal = Goal(asked.target.metric, asked.target.keep * whole, whole)
+    constraints = Constraints(c.round_to, c.min, c.max_removed)
+    return build_plan(graph, cost, select(graph.groups, cost, scores, goal, constraints, graph.widths), {})
 
 
 def pruned(name: str, **fields: Any) -> DetectionModel:
@@ -72,7 +84,7 @@ def pruned(name: str, **fields: Any) -> DetectionModel:
 def cut(model: nn.Module, plan: Plan) -> None:
     """Apply a plan and write it down, as a run does between two rounds."""
     record = read(model)
-    dense = record.widths if record else trace(model).widths
+    dense = record.widths if record else graph_of(_names[model]).widths
     past = record.plan if record else None
     surgery.apply(model, plan)
     write(model, Record({}, past.then(plan) if past else plan, dense))

@@ -30,17 +30,17 @@ def without_the_copy_of_the_head(model: Any) -> Any:
 @pytest.mark.parametrize("imgsz", [64, 640])
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_flops_are_those_ultralytics_prints(name: str, imgsz: int) -> None:
-    for model in (models.build(name), models.pruned(name, target_flops=0.4)):
-        flops, _ = present_cost(model, imgsz)
-        deployed = without_the_copy_of_the_head(model).eval()
-        assert flops == pytest.approx(get_flops(deployed, imgsz) * 1e9, rel=1e-9)
+    dense = without_the_copy_of_the_head(models.build(name)).eval()
+    assert models.cost_of(name, imgsz).flops() == pytest.approx(get_flops(dense, imgsz) * 1e9, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
-def test_parameters_are_those_of_the_model_that_is_deployed(name: str) -> None:
+def test_costs_of_a_pruned_model_are_those_of_what_is_deployed(name: str) -> None:
     model = models.pruned(name, target_flops=0.4)
-    _, params = present_cost(model, models.IMGSZ)
-    assert params == sum(p.numel() for p in without_the_copy_of_the_head(model).parameters())
+    flops, params = present_cost(model, models.IMGSZ)
+    deployed = without_the_copy_of_the_head(model).eval()
+    assert flops == pytest.approx(get_flops(deployed, models.IMGSZ) * 1e9, rel=1e-9)
+    assert params == sum(p.numel() for p in deployed.parameters())
 
 
 def test_a_layer_by_hand() -> None:
@@ -79,9 +79,8 @@ def test_the_forecast_is_what_the_cut_model_costs(name: str, field: str) -> None
     forecast = plan.predicted
     assert present_cost(model, models.IMGSZ) == pytest.approx((forecast.flops_after, forecast.params_after))
     assert dense_cost(model, plan, models.IMGSZ) == pytest.approx((forecast.dense_flops, forecast.dense_params))
-    assert present_cost(models.shared(name), models.IMGSZ) == pytest.approx(
-        (forecast.dense_flops, forecast.dense_params)
-    )
+    dense = models.cost_of(name)
+    assert (dense.flops(), dense.parameters()) == (forecast.dense_flops, forecast.dense_params)
 
 
 def test_measuring_reads_the_model() -> None:

@@ -16,13 +16,12 @@ import yaml
 
 from yolo_prune.errors import PruneError
 from yolo_prune.metadata import KEY, Record, is_pruned, read, write
-from yolo_prune.planner import widths
 
 
 def record() -> Record:
     plan = models.plan_of("yolo26-tiny", target_flops=0.6)
     rounds = ({"number": 1, "epoch": 0, "target": {"flops": 0.6}, "plan": plan.hash},)
-    return Record(models.recipe(target_flops=0.6).to_dict(), plan, widths(models.shared("yolo26-tiny")), rounds, 0.9)
+    return Record(models.recipe(target_flops=0.6).to_dict(), plan, models.graph_of("yolo26-tiny").widths, rounds, 0.9)
 
 
 @pytest.mark.parametrize("wanted", [Record({}), Record({"a": 1}, rounds=({"number": 1},), start=0.5), None])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from yolo_prune import surgery
 from yolo_prune.errors import PlanError
+from yolo_prune.planner import make_plan
 from yolo_prune.plans import Forecast, GroupWidth, Plan, Protected
 
 SMALL = Plan(
@@ -136,7 +137,7 @@ def test_plans_that_do_not_follow_one_another_are_refused() -> None:
 def test_two_rounds_composed_equal_one_after_the_other(name: str) -> None:
     model, rounds = models.build(name), []
     for keep in (0.7, 0.45):
-        rounds.append(models.make_plan(model, models.recipe(target_flops=keep), models.IMGSZ))
+        rounds.append(make_plan(model, models.recipe(target_flops=keep), models.IMGSZ))
         models.cut(model, rounds[-1])
     both = Plan.from_dict(rounds[0].then(rounds[1]).to_dict())
     at_once = models.build(name)

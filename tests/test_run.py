@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickletools
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
@@ -408,3 +410,103 @@ def test_a_result_that_is_not_pruned_fails_loudly(data: str, tmp_path: Path) -> 
             data=data, epochs=4, callbacks="prune", project=str(tmp_path), **TINY, **{"recipe.schedule.start": 1}
         )
     assert Report.load(tmp_path / "train").status == "failed"
+
+
+def killed_in_epoch(number: int) -> Any:
+    def stop(trainer: Any) -> None:
+        if trainer.epoch == number:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_a_resumed_fine_tuning_of_a_pruned_model_prunes_nothing_more(pruned: Path, data: str, tmp_path: Path) -> None:
+    model = YOLO(pruned / "weights/round2.pt")  # its run went on to cut it once more
+    before = parameters(model.model)
+    model.add_callback("on_train_batch_end", killed_in_epoch(1))
+    with pytest.raises(KeyboardInterrupt):
+        model.train(data=data, epochs=2, project=str(tmp_path), **TINY)
+    YOLO(tmp_path / "train/weights/last.pt").train(resume=True)
+    assert parameters(load_checkpoint(tmp_path / "train/weights/best.pt")[0]) == before
+    assert not (tmp_path / "train/prune.json").exists()
+
+
+def test_the_record_of_a_model_that_grew_back_counts_for_nothing(pruned: Path, tmp_path: Path) -> None:
+    thin = load_checkpoint(pruned / "weights/best.pt")[0]
+    grown = type(thin)(thin.yaml, nc=5, verbose=False)  # what a stock trainer without this package does
+    assert "pruning" in grown.yaml
+    assert not yolo_prune.is_pruned(grown)
+    assert yolo_prune.plan(grown, "half-flops", imgsz=64).predicted.present("flops") == 1.0
+
+
+def test_rectangular_batches_work(data: str, tmp_path: Path) -> None:
+    shutil.copytree(Path(data).parent, tmp_path / "scenes", ignore=shutil.ignore_patterns("*.cache"))
+    for path in sorted((tmp_path / "scenes/images/train").iterdir())[::2]:  # half of them wide: two batch shapes
+        with Image.open(path) as image:
+            wide = image.resize((128, 64))
+        wide.save(path)
+    model = YOLO(dense_checkpoint(tmp_path))
+    text = Path(data).read_text(encoding="utf-8").replace(str(Path(data).parent), str(tmp_path / "scenes"))
+    (tmp_path / "scenes/scenes.yaml").write_text(text, encoding="utf-8")
+    model.train(
+        data=str(tmp_path / "scenes/scenes.yaml"),
+        epochs=1,
+        callbacks="prune",
+        project=str(tmp_path / "runs"),
+        **{**TINY, "rect": True, "imgsz": 96},
+        **{"recipe.schedule.rounds": 1},
+    )
+    assert Report.load(tmp_path / "runs/train").status == "finished"
+
+
+def test_saved_epochs_stay_as_they_were_saved(data: str, tmp_path: Path) -> None:
+    model = YOLO(dense_checkpoint(tmp_path))
+    dense = parameters(model.model)
+    overrides = {"recipe.schedule.rounds": 1, "recipe.schedule.start": 1}
+    model.train(data=data, epochs=2, save_period=1, callbacks="prune", project=str(tmp_path), **TINY, **overrides)
+    assert parameters(load_checkpoint(tmp_path / "train/weights/epoch0.pt")[0]) == dense
+
+
+def test_the_same_classes_in_another_order_are_refused(pruned: Path, data: str, tmp_path: Path) -> None:
+    model = YOLO(pruned / "weights/best.pt")
+    model.model.names = dict(enumerate(reversed(model.model.names.values())))
+    with pytest.raises(RunError, match="classes in another order"):
+        model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained": "PRUNED"}, "is a pruned model; copied into the dense one, its structure would be lost"),
+        ({"freeze": 23, "callbacks": "prune"}, "cannot be reached"),
+        ({"resume": True, "callbacks": "prune"}, "not of a run that was pruning"),
+    ],
+)
+def test_what_would_lose_the_structure_or_prune_nothing_is_refused(
+    arguments: dict[str, Any], message: str, pruned: Path, data: str, tmp_path: Path
+) -> None:
+    arguments = {k: str(pruned / "weights/best.pt") if v == "PRUNED" else v for k, v in arguments.items()}
+    model = YOLO(dense_checkpoint(pruned.parent))
+    with pytest.raises(PruneError, match=message):
+        model.train(data=data, epochs=3, project=str(tmp_path), **TINY, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_a_finished_run_says_so(pruned: Path) -> None:
+    with pytest.raises(RunError, match="is of a run that has ended; there is nothing to resume"):
+        YOLO(pruned / "weights/last.pt").train(resume=True)
+
+
+def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report(data: str, tmp_path: Path) -> None:
+    model = YOLO(dense_checkpoint(tmp_path))
+    model.add_callback("on_train_batch_end", killed_in_epoch(2))
+    with pytest.raises(KeyboardInterrupt):
+        model.train(data=data, epochs=3, callbacks="prune", project=str(tmp_path), **TINY)
+    last = tmp_path / "train/weights/last.pt"
+    with pytest.raises(RunError, match=r"keeps the recipe that it began with: leave out recipe\.target\.flops"):
+        YOLO(last).train(resume=True, **{"recipe.target.flops": 0.3})
+    (tmp_path / "train/prune.json").unlink()
+    YOLO(last).train(resume=True)
+    report = Report.load(tmp_path / "train")
+    assert [r.number for r in report.rounds] == [1, 2, 3]
+    assert report.pruned.flops <= 0.5 * report.dense.flops

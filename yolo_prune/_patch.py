@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -62,12 +63,14 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         ours = [key for key in custom if is_pruning_key(key)]
         mode = custom.get("mode")
-        if ours and e is None and "mode" in custom and mode != "train":
+        if ours and (e is not None or custom[ours[0]] == ""):  # how the command line reports what it cannot read
+            raise SyntaxError(f"'{ours[0].rstrip('=')}' needs a value, for example callbacks=prune recipe=half-flops.")
+        if ours and "mode" in custom and mode != "train":
             raise SyntaxError(
                 f"'{ours[0]}' is an argument of 'yolo train' only; 'yolo {mode}' works on pruned models as on any "
                 f"other, leave it out."
             )
-        if ours and e is None and "callbacks" not in custom and mode == "train":
+        if ours and "callbacks" not in custom and mode == "train":
             raise SyntaxError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
         # The examples make the suggestions for misspelt keys know ours too.
         original({**base, **EXAMPLES}, without_pruning_keys(custom), e, allowed_custom_keys)
@@ -90,11 +93,12 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _concerns_us(model: Any, arguments: Mapping[str, Any]) -> bool:
-    """True for runs with our keys, of pruned models, and for resumed ones, whose checkpoint may be pruned."""
+    """True for runs with our keys, of pruned models, and from other checkpoints, which may be pruned."""
     yaml = getattr(model.model, "yaml", None)
     pruned = isinstance(yaml, Mapping) and RECORD in yaml
     resumed = arguments.get("resume", model.overrides.get("resume"))
-    return pruned or bool(resumed) or any(is_pruning_key(key) for key in arguments)
+    from_file = isinstance(arguments.get("pretrained", model.overrides.get("pretrained")), str | Path)
+    return pruned or bool(resumed) or from_file or any(is_pruning_key(key) for key in arguments)
 
 
 def _extend_export() -> None:

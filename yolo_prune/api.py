@@ -21,6 +21,8 @@ from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
 
+DESCRIPTIVE = ("train_args", "date", "version", "license", "docs", "git")
+
 if TYPE_CHECKING:
     from ultralytics.engine.model import Model
 
@@ -67,6 +69,7 @@ def apply(model: Model | nn.Module, plan: Plan, *, prove: bool = True) -> proof.
         PlanError: If the plan was made for another model, or removes nothing.
         ProofError: If the pruned model would not compute what the masked reference computes.
     """
+    _startup.install(force=True)  # what is trained next must keep its structure
     module = _module(model)
     if not plan:
         raise PlanError("The plan removes nothing; there is nothing to apply.")
@@ -81,10 +84,8 @@ def apply(model: Model | nn.Module, plan: Plan, *, prove: bool = True) -> proof.
     row = {"number": 1, "epoch": None, "plan": plan.hash, **cost}
     metadata.write(module, Record(record.recipe if record else {}, composed, widths, (row,)))
     if isinstance(model, YOLO):
-        model.ckpt = {
-            **(model.ckpt or {}),
-            "model": module,
-        }  # train() takes the weights from here, not from a YAML
+        # train() takes the weights from here, not from a YAML; optimizer and epoch of the dense run are void.
+        model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
         model.predictor = None
     return proven
 

@@ -51,6 +51,7 @@ class Run:
         rounds: when to cut, and how far.
         report: what was measured so far.
         patience: the early stopping patience to restore after the last round.
+        cost: FLOPs and parameters of the model as it is.
         frozen: modules that this run does not train (`freeze=`).
         done: rounds that are finished.
         epoch_open: an epoch was trained and is not yet in the report.
@@ -60,6 +61,7 @@ class Run:
     rounds: tuple[schedule.Round, ...]
     report: Report
     patience: float
+    cost: tuple[float, int]
     frozen: tuple[str, ...] = ()
     done: int = 0
     epoch_open: bool = False
@@ -104,7 +106,12 @@ class PruneCallback:
     def attach(self, callbacks: dict[str, list[Any]]) -> None:
         """Add this callback to Ultralytics' `{event: [functions]}`."""
         for event in self.EVENTS:
-            callbacks[event] = [*callbacks[event], getattr(self, event)]
+            callbacks[event].append(getattr(self, event))
+
+    def detach(self, callbacks: dict[str, list[Any]]) -> None:
+        """Take this callback out again: the next run is another one."""
+        for event in self.EVENTS:
+            callbacks[event].remove(getattr(self, event))
 
     def on_pretrain_routine_end(self, trainer: BaseTrainer) -> None:
         """Everything is set up, nothing is trained yet: fix the rounds, or refuse."""
@@ -135,7 +142,7 @@ class PruneCallback:
         run: Run | None = getattr(trainer, "pruning", None)
         if run and run.report.status == "running":
             run.report.status = "failed"
-            run.report.save(trainer.save_dir / FILE_NAME)
+            _save(trainer, run.report)
 
 
 def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
@@ -148,20 +155,25 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     record = metadata.read(model)
     frozen = control.frozen_modules(trainer)
     if trainer.resume and record:
-        report = Report.load(trainer.save_dir) if (trainer.save_dir / FILE_NAME).exists() else Report()
+        report = _old_report(trainer, recipe, source, record)
+        cost = planner.present_cost(model, trainer.args.imgsz)
     else:
         plan = planner.make_plan(model, recipe, trainer.args.imgsz, frozen=frozen)
         past = record.plan if record else None
         widths = record.widths if record and past else planner.widths(model)
-        record = Record(recipe.to_dict(), past, widths, (), plan.predicted.present(recipe.target.metric))
+        present = plan.predicted.present(recipe.target.metric)
+        record = Record(recipe.to_dict(), past, widths, (), present, active=True)
         metadata.write(model, record)
         report = _new_report(trainer, recipe, source, plan)
+        cost = plan.predicted.flops_before, plan.predicted.params_before
+        for aside in trainer.wdir.glob("round*.pt"):  # of an earlier run in the same folder
+            aside.unlink()
     rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
-    run = Run(recipe, rounds, report, trainer.stopper.patience, frozen, len(record.rounds))
+    run = Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, len(record.rounds))
     if run.done < len(rounds):
         control.hold_early_stopping(trainer)
     write_text(trainer.save_dir / "prune.yaml", recipe.to_yaml())
-    report.save(trainer.save_dir / FILE_NAME)
+    _save(trainer, report)
     epochs = ", ".join(str(r.epoch + 1) for r in rounds)
     LOGGER.info(
         f"{PREFIX}{len(rounds)} round{'s' * (len(rounds) > 1)}, before epoch {epochs}, down to {recipe.target.keep:g} "
@@ -177,6 +189,9 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
     """
     began = time.perf_counter()
     recipe, ema = run.recipe, trainer.ema.ema
+    record = metadata.read(control.live(trainer))
+    if record is None:
+        raise RunError("The run's pruning record is gone from the model; another callback replaced `model.yaml`.")
     before = _fitness_before(trainer, run)
     try:
         plan = planner.make_plan(ema, recipe, trainer.args.imgsz, due.keep, run.frozen)
@@ -187,7 +202,9 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
         run.advance(trainer)
         return
     proven = proof.prove(ema, plan) if recipe.proof else None
+    composed = record.plan.then(plan) if record.plan else plan
     control.cut(trainer, plan)
+    run.cost = plan.predicted.flops_after, plan.predicted.params_after
     after_cut = control.validate(trainer) if recipe.measure else None
     _recalibrate(trainer, run, due.number)
     recalibrated = control.validate(trainer) if recipe.measure and recipe.recover.batchnorm else None
@@ -201,11 +218,13 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
         params=plan.predicted.params_after,
         size_mb=_size_mb(ema),
         plan=plan.hash,
-        proof=Proof(error=proven.error, seconds=proven.seconds) if proven else None,
+        proof=Proof(**vars(proven)) if proven else None,
         fitness=RoundFitness(before=before, cut=after_cut, recalibrated=recalibrated),
         seconds=time.perf_counter() - began,
     )
-    _record(trainer, plan, row)
+    facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
+    metadata.write(control.live(trainer), replace(record, plan=composed, rounds=(*record.rounds, facts)))
+    trainer.ema.ema.yaml = control.live(trainer).yaml
     control.save_last(trainer)
     _report_round(trainer, run, row)
 
@@ -238,8 +257,11 @@ def finish(trainer: BaseTrainer, run: Run) -> None:
     _close_rounds(report, fitness)
     report.layers = _layers(model, found.plan, report)
     report.status = "finished"
-    report.save(trainer.save_dir / FILE_NAME)
-    draw(report, trainer.save_dir / "prune.png")
+    _save(trainer, report)
+    try:
+        draw(report, trainer.save_dir / "prune.png")
+    except Exception as e:  # a picture must not cost a finished run
+        LOGGER.warning(f"{PREFIX}prune.png could not be drawn: {type(e).__name__}: {e}")
     for number in range(1, len(run.rounds) + 1):
         if (aside := trainer.wdir / f"round{number}.pt").exists():
             strip_optimizer(aside)
@@ -265,36 +287,52 @@ def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:
             recover.recalibrate(model, bar, run.frozen)
 
 
-def _record(trainer: BaseTrainer, plan: Plan, row: RoundRow) -> None:
-    """Write what was done into the model; its average carries the same."""
-    model = control.live(trainer)
-    record = metadata.read(model)
-    if record is None:
-        raise RunError("The run's pruning record is gone from the model; another callback replaced `model.yaml`.")
-    facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
-    composed = record.plan.then(plan) if record.plan else plan
-    metadata.write(model, replace(record, plan=composed, rounds=(*record.rounds, facts)))
-    trainer.ema.ema.yaml = model.yaml
-
-
 def _log_epoch(trainer: BaseTrainer, run: Run) -> None:
-    now = run.report.rounds[-1] if run.report.rounds else run.report.dense
-    row = EpochRow(epoch=trainer.epoch + 1, fitness=trainer.fitness, flops=now.flops, params=now.params)
+    flops, params = run.cost
+    row = EpochRow(epoch=trainer.epoch + 1, fitness=trainer.fitness, flops=flops, params=params)
     kept = [r for r in run.report.epochs_log if r.epoch <= trainer.epoch]  # an epoch that is redone is written anew
     run.report.epochs_log = [*kept, row]
-    run.report.save(trainer.save_dir / FILE_NAME)
+    _save(trainer, run.report)
+
+
+def _save(trainer: BaseTrainer, report: Report) -> None:
+    """Write the report; a disk or viewer that does not allow it must not cost a night of training."""
+    try:
+        report.save(trainer.save_dir / FILE_NAME)
+    except OSError as e:
+        LOGGER.warning(f"{PREFIX}{FILE_NAME} could not be written: {e}")
+
+
+def _old_report(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Report:
+    """The report of the run that is resumed; rebuilt from the checkpoint's record where the file is gone."""
+    if (trainer.save_dir / FILE_NAME).exists():
+        report = Report.load(trainer.save_dir)
+        report.status = "running"
+        return report
+    flops, params = planner.dense_cost(control.live(trainer), record.plan, trainer.args.imgsz)
+    return Report(
+        **_identity(trainer, recipe, source),
+        dense=Figures(flops=flops, params=params),
+        rounds=[RoundRow.model_validate(facts) for facts in record.rounds],
+    )
+
+
+def _identity(trainer: BaseTrainer, recipe: Recipe, source: str) -> dict[str, Any]:
+    return {
+        "versions": installed(),
+        "recipe": recipe.to_dict(),
+        "model": source or str(trainer.args.model),
+        "data": str(trainer.args.data),
+        "imgsz": trainer.args.imgsz,
+        "epochs": trainer.epochs,
+    }
 
 
 def _new_report(trainer: BaseTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
     forecast = plan.predicted
     whole = forecast.present(recipe.target.metric) == 1.0
     return Report(
-        versions=installed(),
-        recipe=recipe.to_dict(),
-        model=source or str(trainer.args.model),
-        data=str(trainer.args.data),
-        imgsz=trainer.args.imgsz,
-        epochs=trainer.epochs,
+        **_identity(trainer, recipe, source),
         dense=Figures(
             flops=forecast.dense_flops,
             params=forecast.dense_params,
@@ -310,7 +348,7 @@ def _report_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
         report.dense = report.dense.model_copy(update={"fitness": row.fitness.before})
     report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
     _close_rounds(report, None)
-    report.save(trainer.save_dir / FILE_NAME)
+    _save(trainer, report)
     kept = (row.flops or 0) / (report.dense.flops or 1)
     steps = [f"{name} {value:.3f}" for name, value in row.fitness if value is not None]
     LOGGER.info(
@@ -323,7 +361,7 @@ def _report_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
 def _close_rounds(report: Report, final: float | None) -> None:
     """A round's end is what the next one starts from; the last one's is the delivered model."""
     starts = [*(r.fitness.before for r in report.rounds[1:]), final]
-    for row, end in zip(report.rounds, starts, strict=True):
+    for row, end in zip(report.rounds, starts, strict=False):
         row.fitness.end = end
 
 

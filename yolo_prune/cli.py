@@ -62,7 +62,9 @@ def _train(arguments: list[str]) -> int:
 
     if errors := _startup.state().errors:
         raise PruneError("; ".join(f"{k} could not be patched: {v}" for k, v in errors.items()))
-    if not any(a.startswith("callbacks=") for a in arguments) and not any(a.startswith("resume") for a in arguments):
+    resumes = [a.lower() for a in arguments if a.partition("=")[0] == "resume"]
+    resumed = any(not a.endswith(FALSE) for a in resumes)
+    if not resumed and not any(a.startswith("callbacks=") for a in arguments):
         arguments = [*arguments, "callbacks=prune"]
     ultralytics.cfg.ARGV[:] = ["yolo", "train", *arguments]
     ultralytics.cfg.entrypoint()
@@ -147,6 +149,7 @@ def _schema(arguments: list[str]) -> int:
     return 0
 
 
+FALSE = ("=false", "=0", "=none", "=")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "plan": _plan,

@@ -78,8 +78,8 @@ def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tenso
         raise PruneError(f"The criterion gave {tuple(scores.shape)} scores for '{channels.name}', not {channels.size}.")
     if not (torch.isfinite(scores) & (scores >= 0)).all():
         raise PruneError(
-            f"The criterion gave a score for '{channels.name}' that is negative, NaN or infinite. The weights there are "
-            "damaged; take a checkpoint from before the training diverged."
+            f"The criterion gave a score for '{channels.name}' that is negative, NaN or infinite. The weights there "
+            "are damaged; take a checkpoint from before the training diverged."
         )
     return scores
 

@@ -7,6 +7,10 @@ import os
 import tempfile
 from pathlib import Path
 
+_umask = os.umask(0)
+os.umask(_umask)
+MODE = 0o666 & ~_umask
+
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write `data` to a temporary name in the same folder, then rename it to `path`."""
@@ -18,9 +22,7 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; these are ordinary ones
+        os.chmod(temporary, MODE)  # mkstemp makes private files; these are ordinary ones
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

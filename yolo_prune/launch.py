@@ -33,49 +33,46 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
     """
     model._check_is_pytorch_model()
     stock = keys.without_pruning_keys(arguments)
-    settings = _settings(model, stock)
-    callback = _callback(model, arguments, settings)
-    if callback is None and not (settings["resume"] or metadata.is_pruned(model.model)):
-        return stock_train(model, trainer=trainer, **stock)
-    _check_keeps_structure(model, settings)
-    if metadata.is_pruned(model.model) and not model.ckpt:
-        model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
+    settings, explicit = _settings(model, stock)
+    if settings["resume"]:
+        callback = _resumed(model, arguments, settings)
+        if callback is None and not _resumes_pruned(model, settings):
+            return stock_train(model, trainer=trainer, **stock)
+    else:
+        callback = _callback(model, arguments, settings)
+        _check_keeps_structure(model, settings)
+        if callback is None:
+            metadata.close(model.model)
+            if not metadata.is_pruned(model.model):
+                return stock_train(model, trainer=trainer, **stock)
+        elif "warmup_epochs" not in explicit and model.ckpt and settings.get("pretrained") is not False:
+            # Ultralytics' warm-up (bias learning rate 0.1) undoes much of what a cut left of a trained model.
+            LOGGER.info(f"{PREFIX}no warm-up, as the model is trained already; pass warmup_epochs= to have one")
+            stock["warmup_epochs"] = 0.0
+        if metadata.is_pruned(model.model) and not model.ckpt:
+            model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
     trainer = prune_trainer(trainer or model._smart_load("trainer"))
-    before = model.callbacks
-    model.callbacks = {event: list(functions) for event, functions in before.items()}
     if callback:
         callback.attach(model.callbacks)
-        stock = _without_warmup(model, stock, settings)
     try:
         return stock_train(model, trainer=trainer, **stock)
     finally:
-        model.callbacks = before
+        if callback:
+            callback.detach(model.callbacks)
 
 
-def _without_warmup(model: Any, stock: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A trained model needs no warm-up, and Ultralytics' (bias learning rate 0.1) undoes much of what a cut left."""
-    chosen = "warmup_epochs" in stock or settings["warmup_epochs"] != DEFAULT_CFG_DICT["warmup_epochs"]
-    if chosen or settings["resume"] or not model.ckpt:
-        return stock
-    LOGGER.info(f"{PREFIX}no warm-up, as the model is trained already; pass warmup_epochs= to have one")
-    return {**stock, "warmup_epochs": 0.0}
-
-
-def _settings(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's settings as `Model.train` is about to resolve them."""
+def _settings(model: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The run's settings as `Model.train` is about to resolve them, and which of them somebody chose."""
     cfg = arguments.get("cfg")
     base = YAML.load(checks.check_yaml(cfg)) if cfg else model.overrides
-    return {**DEFAULT_CFG_DICT, **base, **arguments}
+    return {**DEFAULT_CFG_DICT, **base, **arguments}, {*(base if cfg else ()), *arguments}
 
 
 def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> PruneCallback | None:
     wanted = keys.wants_pruning(arguments.get("callbacks"))
-    given = [k for k in arguments if k.startswith("recipe")]
-    if settings["resume"]:
-        return _resumed(model, settings["resume"], wanted or bool(given))
-    if given and not wanted:
-        raise SyntaxError(f"'{given[0]}' has no effect by itself. Add callbacks='prune' to prune while training.")
     if not wanted:
+        if given := _recipe_keys(arguments):
+            raise SyntaxError(f"'{given[0]}' has no effect by itself. Add callbacks='prune' to prune while training.")
         return None
     recipe = load_recipe(arguments.get("recipe"), keys.overrides(arguments))
     check_run(settings)
@@ -83,19 +80,42 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
     return PruneCallback(recipe, str(settings.get("model") or model.model_name))
 
 
-def _resumed(model: Any, resume: Any, wanted: bool) -> PruneCallback | None:
-    """A resumed run goes on with the recipe that its checkpoint carries."""
+def _recipe_keys(arguments: Mapping[str, Any]) -> list[str]:
+    return [key for key in arguments if keys.is_pruning_key(key) and key != "callbacks"]
+
+
+def _resumed(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> PruneCallback | None:
+    """A resumed run goes on with the recipe that its checkpoint carries, if it was pruning."""
+    wanted = keys.wants_pruning(arguments.get("callbacks"))
+    record = metadata.read(_resume_source(model, settings))
+    if record is None or not record.active:
+        if wanted or _recipe_keys(arguments):
+            raise RunError(
+                "The checkpoint to resume is not of a run that was pruning, so pruning cannot be added to it. Start a "
+                "new run from it instead: leave out resume."
+            )
+        return None
+    if given := _recipe_keys(arguments):
+        raise RunError(f"A resumed run keeps the recipe that it began with: leave out {', '.join(given)}.")
+    if settings["resume"] is True and not (model.ckpt or {}).get("optimizer"):
+        raise RunError(
+            f"'{model.ckpt_path}' is of a run that has ended; there is nothing to resume. Leave out resume to train "
+            "the pruned model further."
+        )
+    check_run(arguments)
+    return PruneCallback(Recipe.model_validate(record.recipe))
+
+
+def _resumes_pruned(model: Any, settings: Mapping[str, Any]) -> bool:
+    return metadata.is_pruned(_resume_source(model, settings))
+
+
+def _resume_source(model: Any, settings: Mapping[str, Any]) -> nn.Module:
+    resume = settings["resume"]
+    module: nn.Module = model.model
     if isinstance(resume, str | Path) and Path(resume).exists():
         module, _ = load_checkpoint(resume)
-    else:
-        module = model.model
-    record = metadata.read(module)
-    if record is None and wanted:
-        raise RunError(
-            "The checkpoint to resume was not being pruned, so callbacks=prune cannot be added to its run. "
-            "Start a new run from it instead: leave out resume."
-        )
-    return PruneCallback(Recipe.model_validate(record.recipe)) if record else None
+    return module
 
 
 def check_run(settings: Mapping[str, Any]) -> None:
@@ -147,18 +167,29 @@ def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) 
     """Try the whole recipe on the model that was named, before a run folder exists."""
     imgsz = settings["imgsz"]
     size = max(imgsz) if isinstance(imgsz, list | tuple) else int(imgsz)
+    freeze = settings.get("freeze")
+    frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
+    names = [f"model.{layer}" for layer in frozen]
     try:
-        plan = planner.make_plan(module, recipe, max(32, size // 32 * 32))
+        plan = planner.make_plan(module, recipe, max(32, size // 32 * 32), frozen=names)
     except NothingToRemoveError as e:
         raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
-    present = plan.forecast.present(recipe.target.metric) if plan.forecast else 1.0
+    present = plan.predicted.present(recipe.target.metric)
     schedule.rounds(recipe.schedule, recipe.target.keep, int(settings["epochs"]), present)
 
 
 def _check_keeps_structure(model: Any, settings: Mapping[str, Any]) -> None:
     pretrained = settings.get("pretrained", True)
-    if metadata.is_pruned(model.model) and not settings["resume"] and pretrained not in (True, None):
-        raise RunError(
-            f"pretrained={pretrained!r} would rebuild the dense model and lose the pruned structure. Leave it out, or "
-            "start from the dense checkpoint."
-        )
+    if metadata.is_pruned(model.model):
+        if pretrained not in (True, None):
+            raise RunError(
+                f"pretrained={pretrained!r} would rebuild the dense model and lose the pruned structure. Leave it out, "
+                "or start from the dense checkpoint."
+            )
+    elif isinstance(pretrained, str | Path) and Path(pretrained).exists():
+        weights, _ = load_checkpoint(pretrained)
+        if metadata.is_pruned(weights):
+            raise RunError(
+                f"pretrained={pretrained} is a pruned model; copied into the dense one, its structure would be lost. "
+                f"Pass it as the model instead: model={pretrained}."
+            )

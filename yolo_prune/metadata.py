@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,7 @@ class Record:
         widths: `{set name: channels}` of the dense model.
         rounds: plain data per finished round of the run that made this checkpoint.
         start: fraction of the dense model that this run started from, in the target's metric.
+        active: a pruning run is under way; a resumed run goes on pruning only then.
     """
 
     recipe: Mapping[str, Any]
@@ -34,10 +35,11 @@ class Record:
     widths: Mapping[str, int] = field(default_factory=dict)
     rounds: tuple[Mapping[str, Any], ...] = ()
     start: float = 1.0
+    active: bool = False
 
 
 def read(model: nn.Module) -> Record | None:
-    """The record of a model, or None if it was never touched.
+    """The record of a model, or None if it was never touched or does not have the structure it speaks of.
 
     Raises:
         PruneError: If the record was written by a later version of yolo-prune, or is damaged.
@@ -53,10 +55,19 @@ def read(model: nn.Module) -> Record | None:
         raise PruneError(f"This checkpoint's pruning record is damaged: {type(e).__name__}: {e}.") from e
     if record is None:
         raise PruneError(
-            f"This checkpoint's pruning record has version {version}; yolo-prune {__version__} reads version {VERSION}. "
-            f"Install the yolo-prune that made it ({maker})."
+            f"This checkpoint's pruning record has version {version}; yolo-prune {__version__} reads version "
+            f"{VERSION}. Install the yolo-prune that made it ({maker})."
         )
-    return record
+    return None if record.plan and not _fits(model, record.plan) else record
+
+
+def _fits(model: nn.Module, plan: Plan) -> bool:
+    """Stock Ultralytics, where this package is missing, rebuilds the dense model and keeps the record: then it lies.
+
+    Batch norms that were folded into their convolutions for inference are not missed.
+    """
+    state = model.state_dict(keep_vars=True)
+    return all(tuple(state[name].shape) == plan.shape_after(name) for name in plan.keep if name in state)
 
 
 def _record(data: Mapping[str, Any]) -> Record:
@@ -66,6 +77,7 @@ def _record(data: Mapping[str, Any]) -> Record:
         widths={str(name): int(width) for name, width in data["widths"].items()},
         rounds=tuple(dict(r) for r in data["rounds"]),
         start=float(data["start"]),
+        active=bool(data["active"]),
     )
 
 
@@ -80,8 +92,18 @@ def write(model: nn.Module, record: Record) -> None:
         "widths": dict(record.widths),
         "rounds": [dict(r) for r in record.rounds],
         "start": record.start,
+        "active": record.active,
     }
     model.yaml = yaml  # type: ignore[assignment]  # an Ultralytics attribute
+
+
+def close(model: nn.Module) -> None:
+    """Say that no pruning run is under way; a model from which nothing was removed loses its record."""
+    record = read(model)
+    if record and record.plan:
+        write(model, replace(record, active=False))
+    elif isinstance(yaml := getattr(model, "yaml", None), dict):
+        model.yaml = {k: v for k, v in yaml.items() if k != KEY}  # type: ignore[assignment]  # Ultralytics' own
 
 
 def is_pruned(model: nn.Module) -> bool:

@@ -129,10 +129,11 @@ def present_cost(model: nn.Module, imgsz: int) -> tuple[float, int]:
     return cost.flops(), cost.parameters()
 
 
-def dense_cost(model: nn.Module, plan: Plan, imgsz: int) -> tuple[float, int]:
-    """FLOPs and parameters of the dense model that `plan` turned into `model`."""
+def dense_cost(model: nn.Module, plan: Plan | None, imgsz: int) -> tuple[float, int]:
+    """FLOPs and parameters of the dense model that `plan` turned into `model` (None: it is dense still)."""
     cost = measure(model, trace(model), imgsz)
-    return cost.flops(plan.shapes), cost.parameters(plan.shapes)
+    shapes = plan.shapes if plan else {}
+    return cost.flops(shapes), cost.parameters(shapes)
 
 
 def layer_widths(model: nn.Module) -> Sequence[tuple[str, int]]:

@@ -312,4 +312,6 @@ def _from_ranges(text: str) -> tuple[int, ...]:
         if stop > 1_000_000:
             raise ValueError(f"index {stop - 1} is out of reason")
         keep.extend(range(int(first), stop))
+        if len(keep) > 1_000_000:
+            raise ValueError("more indices than any layer has channels")
     return tuple(keep)

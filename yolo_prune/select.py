@@ -211,9 +211,9 @@ def _out_of_reach(goal: Goal, least: float) -> str:
             "channels.max_removed, lower channels.min or channels.round_to, or protect less."
         )
     return (
-        f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached; what may be removed "
-        f"under channels and protect leaves {least:.3f}. Ask for at least {ask:.2f}, or raise channels.max_removed, or "
-        "lower channels.min or channels.round_to."
+        f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached; what may be "
+        f"removed under channels and protect leaves {least:.3f}. Ask for at least {ask:.2f}, or raise "
+        "channels.max_removed, or lower channels.min or channels.round_to."
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -27,18 +27,14 @@ from yolo_prune.plans import Plan
 class KeepStructure:
     """Mixin over any Ultralytics trainer: a pruned model is trained as it is instead of being rebuilt from its YAML."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Build the trainer; refuses several GPUs before anything is trained."""
-        super().__init__(*args, **kwargs)
-        if getattr(self, "ddp", False) or getattr(self, "world_size", 0) > 1:
-            raise RunError(
-                "Training a pruned model on several GPUs is not supported yet. Pass one device, for example device=0."
-            )
-
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """The model to train: a copy of `weights` if it is pruned, else what the stock trainer builds."""
         if not isinstance(weights, nn.Module) or not metadata.is_pruned(weights):
             return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+        if getattr(self, "world_size", 0) > 1:
+            raise RunError(
+                "Training a pruned model on several GPUs is not supported yet. Pass one device, for example device=0."
+            )
         model: Any = deepcopy(weights).float()
         model.criterion = None  # built anew for this run's arguments
         model.requires_grad_(True)  # checkpoints are saved frozen
@@ -48,20 +44,11 @@ class KeepStructure:
 
 @cache
 def prune_trainer(base: type[BaseTrainer]) -> type[BaseTrainer]:
-    """`base` with `KeepStructure`; importable by name from this module, so that worker processes can load it."""
+    """`base` with `KeepStructure`; the name has "Trainer" in it, by which Ultralytics knows trainers."""
     if issubclass(base, KeepStructure):
         return base
     name = f"Prune{base.__name__}"
     return type(name, (KeepStructure, base), {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__})
-
-
-def __getattr__(name: str) -> Any:
-    """Trainer classes by name, for unpickling in a fresh process: `PruneDetectionTrainer`."""
-    if name == "PruneDetectionTrainer":
-        from ultralytics.models.yolo.detect import DetectionTrainer
-
-        return prune_trainer(DetectionTrainer)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _check_classes(model: Any, data: Mapping[str, Any]) -> None:
@@ -72,6 +59,13 @@ def _check_classes(model: Any, data: Mapping[str, Any]) -> None:
             f"The pruned model has {head.nc} classes and {first.in_channels} input channels, the dataset {classes} and "
             f"{channels}. Training a pruned model on other classes is not supported yet: train the dense model on this "
             "dataset first, then prune it."
+        )
+    before, now = dict(model.names), dict(data["names"])
+    moved = [name for i, name in now.items() if before.get(i) != name and name in before.values()]
+    if moved:
+        raise RunError(
+            f"The dataset lists the model's classes in another order ({', '.join(moved)}). Give its names the order of "
+            f"the model: {', '.join(before.values())}."
         )
 
 
@@ -105,8 +99,9 @@ def cut(trainer: BaseTrainer, plan: Plan) -> None:
 
 def forget_best(trainer: BaseTrainer, aside: Path) -> None:
     """Start the search for the best epoch anew: what was best so far has another structure; it is moved `aside`."""
-    if trainer.best.exists():
+    if trainer.best.exists() and trainer.best_fitness is not None:
         trainer.best.replace(aside)
+    trainer.best.unlink(missing_ok=True)  # of an earlier run in the same folder
     trainer.best_fitness = None
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
     trainer.stopper.possible_stop = False
@@ -126,11 +121,15 @@ def save_last(trainer: BaseTrainer) -> None:
     """
     if trainer.epoch == 0 or not trainer.args.save:
         return
+    fitness, period = trainer.fitness, trainer.save_period
     trainer.epoch -= 1
+    trainer.fitness = trainer.fitness or 0.0  # never equal to the best fitness, None after a cut: best.pt stays
+    trainer.save_period = -1  # what was saved for that epoch stays
     try:
         trainer.save_model()
     finally:
         trainer.epoch += 1
+        trainer.fitness, trainer.save_period = fitness, period
 
 
 def validate(trainer: BaseTrainer) -> float:
@@ -142,27 +141,27 @@ def validate(trainer: BaseTrainer) -> float:
             trainer.loss_items = trainer.ema.ema.loss(batch)[1]
     plots, trainer.validator.args.plots = trainer.validator.args.plots, False
     try:
-        return float(trainer.validator(trainer)["fitness"])
+        with own_randomness(trainer.args.seed):
+            return float(trainer.validator(trainer)["fitness"])
     finally:
         trainer.validator.args.plots = plots
 
 
 def training_images(trainer: BaseTrainer, batches: int, seed: int) -> Iterator[Tensor]:
-    """Batches of training images as the model sees them, drawn without disturbing the run's own loader.
+    """Batches of training images as the model sees them, in an order of their own.
 
     Args:
         trainer: after its set-up.
         batches: at most this many; never more than the training set holds.
         seed: same seed, same images.
     """
-    dataset, size = trainer.train_loader.dataset, trainer.train_loader.batch_size
-    order = np.random.default_rng(seed).permutation(len(dataset))[: batches * size]
-    loader = DataLoader(
-        Subset(dataset, order.tolist()),
-        batch_size=size,
-        num_workers=trainer.train_loader.num_workers,
-        collate_fn=dataset.collate_fn,
-    )
+    stock = trainer.train_loader
+    generator, count = np.random.default_rng(seed), len(stock.dataset)
+    # With rect=True, batches of consecutive images share a shape; then only the batches are shuffled.
+    order = np.arange(count) if getattr(stock.dataset, "rect", False) else generator.permutation(count)
+    chunks = [order[i : i + stock.batch_size].tolist() for i in range(0, count, stock.batch_size)]
+    chosen = [chunks[i] for i in generator.permutation(len(chunks))[:batches]]
+    loader = DataLoader(stock.dataset, batch_sampler=chosen, num_workers=stock.num_workers, collate_fn=stock.collate_fn)
     for batch in loader:
         yield trainer.preprocess_batch(batch)["img"]
 

@@ -19,6 +19,12 @@ Rule = Callable[[nn.Module, "Scope"], nn.Module]
 
 BLOCKS: dict[type[nn.Module], Rule] = {}
 AS_IS: set[type[nn.Module]] = set()
+PLAIN: frozenset[type[nn.Module]] = frozenset(  # torch layers through which a silenced channel stays silent
+    {
+        *(nn.Sequential, nn.ModuleList, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.Upsample, nn.Identity, nn.Dropout),
+        *(nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.Mish, nn.Hardswish, nn.ELU, nn.Tanh),
+    }
+)
 
 
 def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -141,7 +147,7 @@ class Scope:
                 if hasattr(module, name):
                     setattr(twin, name, getattr(module, name))
             return twin
-        if cls not in AS_IS and not cls.__module__.startswith("torch.nn.modules."):
+        if cls not in AS_IS and cls not in PLAIN:
             where = f"'{self.path}'" if self.path else "The model"
             raise UnsupportedModelError(
                 f"{where} is a {cls.__name__} ({cls.__module__}), which this version of yolo-prune cannot "

@@ -70,9 +70,10 @@ class RoundFitness(_Row):
 
 
 class Proof(_Row):
-    """Largest relative difference between the masked reference and the pruned model, and what it took."""
+    """Largest relative difference between masked reference and pruned model, what silencing changed, and the time."""
 
     error: _Float = None
+    effect: _Float = None
     seconds: _Float = None
 
 
