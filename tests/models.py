@@ -53,13 +53,13 @@ def shared(name: str) -> DetectionModel:
 
 
 @functools.cache
-def graph_of(name: str) -> Graph:
-    return trace(shared(name))
+def graph_of(name: str, imgsz: int = IMGSZ) -> Graph:
+    return trace(shared(name), imgsz=imgsz)
 
 
 @functools.cache
 def cost_of(name: str, imgsz: int = IMGSZ) -> Cost:
-    return measure(shared(name), graph_of(name), imgsz)
+    return measure(shared(name), graph_of(name, imgsz))
 
 
 @functools.cache

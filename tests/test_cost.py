@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import models
@@ -14,10 +15,8 @@ from ultralytics.utils.torch_utils import get_flops
 from yolo_prune import surgery
 from yolo_prune.cost import measure
 from yolo_prune.errors import PruneError
-from yolo_prune.graph import Graph, trace
+from yolo_prune.graph import trace
 from yolo_prune.planner import dense_cost, present_cost
-
-EMPTY = Graph((), (), (), (), ())
 
 
 def without_the_copy_of_the_head(model: Any) -> Any:
@@ -50,7 +49,7 @@ def test_a_layer_by_hand() -> None:
         nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),  # 8 x 1 x 3 x 3 at 16 x 16
         nn.Conv2d(8, 4, 1, bias=False),  # 4 x 8 at 16 x 16
     )
-    cost = measure(model, EMPTY, 32)
+    cost = measure(model, trace(model, imgsz=32))
     assert cost.flops() == 2 * 256 * (8 * 27 + 8 * 4 + 8 * 9 + 32)
     assert cost.parameters() == (8 * 27 + 8) + 16 + 8 * 9 + 32
     smaller = {"0.weight": (6, 3, 3, 3), "3.weight": (4, 6, 1, 1)}
@@ -60,13 +59,15 @@ def test_a_layer_by_hand() -> None:
 
 def test_attention_by_hand() -> None:
     """q'k and v'a: positions squared, for every channel of k and of v."""
-    model, graph = models.shared("yolo11n"), models.graph_of("yolo11n")
-    with_products = measure(model, graph, 640)
-    without = measure(model, Graph(graph.groups, graph.attributes, (), graph.spare, graph.constant), 640)
+    model = models.shared("yolo11n")
+    cost = measure(model, trace(model, imgsz=640))
+    layers = sum(
+        w * math.prod(cost.shapes[t]) for t, w in cost.macs.items() if not t.endswith(("qkv.bn.weight", "pe.bn.weight"))
+    )
     attention: Any = model.model[10].m[0].attn
+    norms = 4 * 20 * 20 * (attention.qkv.bn.num_features + attention.pe.bn.num_features)
     channels = attention.num_heads * (attention.key_dim + attention.head_dim)
-    distribution = 4 * 16 * (80**2 + 40**2 + 20**2)  # the DFL's convolution: 16 bins of 4 sides at every anchor
-    assert with_products.flops() - without.flops() == 2 * ((20 * 20) ** 2 * channels + distribution)
+    assert cost.flops() == pytest.approx(2 * (layers + norms + (20 * 20) ** 2 * channels), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_measuring_reads_the_model() -> None:
     model = models.build("yolo26n").eval()
     before, random = models.snapshot(model), torch.get_rng_state()
     attributes = {n: set(vars(m)) for n, m in model.named_modules()}
-    measure(model, trace(model), 320)
+    measure(model, trace(model, imgsz=320))
     assert models.same_bits(models.snapshot(model), before)
     assert not any(m.training for m in model.modules())
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
@@ -98,4 +99,4 @@ def test_measuring_reads_the_model() -> None:
 @pytest.mark.parametrize("imgsz", [100, 0, -32, 64.0])
 def test_an_image_size_that_the_model_cannot_take_is_refused(imgsz: int) -> None:
     with pytest.raises(PruneError, match=rf"imgsz: must be a multiple of 32, got {imgsz}"):
-        measure(models.shared("yolov8n"), models.graph_of("yolov8n"), imgsz)
+        trace(models.shared("yolov8n"), imgsz=imgsz)

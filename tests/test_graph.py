@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from ultralytics.nn.modules.block import Attention, C2f
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel, SegmentationModel
+from yolo_prune.graph.scope import BLOCKS
 
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import Group, read_as_is, register_block, trace
-from yolo_prune.graph.scope import BLOCKS
 
 EVERY = (*models.FAMILIES, *models.DEEP)
 

@@ -158,5 +158,5 @@ for criterion in ("magnitude", "random"):
 
 def test_widths_are_listed_by_set_and_by_layer() -> None:
     model = models.shared("yolov8-tiny")
-    assert widths(model)["model.2.cv1:a"] == 8
+    assert widths(model)["model.2.cv1[0]"] == 8
     assert dict(layer_widths(model)) == models.conv_widths(model)

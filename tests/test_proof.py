@@ -135,7 +135,7 @@ def test_keys_that_do_not_belong_to_their_queries_are_found() -> None:
     path, graph = "model.10.m.0.attn", models.graph_of("yolo11n")
     attention: Any = models.shared("yolo11n").model[10].m[0].attn
     size = attention.key_dim
-    group = next(g for g in graph.groups if g.name.startswith(f"{path}.qkv:q"))
+    group = next(g for g in graph.groups if g.name.startswith(f"{path}.qkv"))
     halves = {s.name: tuple(range(i, s.size, 2)) for i, s in enumerate(group.sets)}
     base = build_plan(graph, models.cost_of("yolo11n"), halves, {})
     assert prove(models.shared("yolo11n"), base).error < 1e-10

@@ -304,11 +304,10 @@ def test_a_plan_for_an_attribute_that_is_no_width_is_refused(module: str, key: s
 
 def test_a_layer_that_cannot_be_cut_is_refused_before_anything_is_cut() -> None:
     model = models.build("yolo26-tiny")
-    model.extra = nn.Linear(4, 4).double()
-    wrong = with_keep("extra.weight", {0: (0, 1)})
-    refused(
-        model, replace(wrong, shapes={**wrong.shapes, "extra.weight": (4, 4)}), "'extra.weight' belongs to a Linear"
-    )
+    model.extra = nn.MultiheadAttention(4, 2).double()
+    wrong = with_keep("extra.in_proj_weight", {0: (0, 1)})
+    wrong = replace(wrong, shapes={**wrong.shapes, "extra.in_proj_weight": (12, 4)})
+    refused(model, wrong, "'extra.in_proj_weight' belongs to a MultiheadAttention")
 
 
 def test_what_was_applied_can_be_checked() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,9 +12,9 @@ from torch import nn
 from yolo_prune import criteria
 from yolo_prune.cost import Cost, measure
 from yolo_prune.errors import NothingToRemoveError
-from yolo_prune.graph import Graph, trace
+from yolo_prune.graph import Graph, Rows, trace
 from yolo_prune.metadata import read
-from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Shapes
+from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.select import Constraints, Goal, select
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def make_plan(
         RecipeError: If a protect pattern matches nothing or the criterion is unknown.
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
-    graph = trace(model, recipe.protect, frozen)
-    cost = measure(model, graph, imgsz)
+    graph = trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
+    cost = measure(model, graph)
     record = read(model)
     dense = record.plan.shapes if record and record.plan else {}
     dense_widths = record.widths if record and record.plan else graph.widths
@@ -87,13 +88,26 @@ def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], de
     for (tensor, dim), gone in sorted(removed.items()):
         size = cost.shapes[tensor][dim]
         keep.setdefault(tensor, {})[dim] = tuple(i for i in range(size) if i not in gone)
+
+    def left(rows: Rows) -> int:
+        gone = removed.get((rows.tensor, rows.dim), set())
+        return sum(i not in gone for i in range(rows.start, rows.stop))
+
     attributes: Attributes = {}
     for a in graph.attributes:
-        gone = removed.get((a.rows.tensor, a.rows.dim), set())
-        left = sum(i not in gone for i in range(a.rows.start, a.rows.stop))
-        if left != a.rows.stop - a.rows.start:
-            attributes.setdefault(a.module, {})[a.name] = left
-    plan = Plan(keep, attributes, {t: cost.shapes[t] for t in keep}, tuple(narrower), protected_parts(graph))
+        counts = [left(rows) for rows in a.rows]
+        if counts != [len(rows) for rows in a.rows]:
+            value = counts if a.many else sum(counts) // a.per
+            attributes.setdefault(a.module, {})[a.name] = value
+    scale: Scale = {}
+    for fold in graph.folds:
+        factor = (left(fold.counted) / len(fold.counted)) ** fold.power
+        if factor != 1.0:
+            gone = removed.get((fold.rows.tensor, 0), set())
+            kept_rows = (i for i in range(fold.rows.start, fold.rows.stop) if i not in gone)
+            scale.setdefault(fold.rows.tensor, {}).update(dict.fromkeys(kept_rows, factor))
+    shapes = {t: cost.shapes[t] for t in (*keep, *scale)}
+    plan = Plan(keep, attributes, shapes, tuple(narrower), protected_parts(graph), scale=scale)
     after = {t: plan.shape_after(t) for t in keep}
     forecast = Forecast(
         imgsz=cost.imgsz,
@@ -104,7 +118,7 @@ def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], de
         params_before=cost.parameters(),
         params_after=cost.parameters(after),
     )
-    return Plan(plan.keep, plan.attributes, plan.shapes, plan.groups, plan.protected, forecast)
+    return replace(plan, forecast=forecast)
 
 
 def protected_parts(graph: Graph) -> tuple[Protected, ...]:
@@ -113,8 +127,6 @@ def protected_parts(graph: Graph) -> tuple[Protected, ...]:
     for group in graph.groups:
         if group.protected:
             reasons.setdefault(group.protected, []).extend(group.layers)
-    for layer, reason in graph.constant:
-        reasons.setdefault(reason, []).append(layer)
     return tuple(Protected(tuple(layers), reason) for reason, layers in reasons.items())
 
 
@@ -124,18 +136,21 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 
 def present_cost(model: nn.Module, imgsz: int) -> tuple[float, int]:
-    """FLOPs (2 x MACs, one image) and parameters of a model as it is."""
-    cost = measure(model, trace(model), imgsz)
-    return cost.flops(), cost.parameters()
+    """FLOPs (2 x MACs, one image) and parameters of a model as it is, of what runs in deployment."""
+    return dense_cost(model, None, imgsz)
 
 
 def dense_cost(model: nn.Module, plan: Plan | None, imgsz: int) -> tuple[float, int]:
     """FLOPs and parameters of the dense model that `plan` turned into `model` (None: it is dense still)."""
-    cost = measure(model, trace(model), imgsz)
+    cost = measure(model, trace(model, imgsz=imgsz))
     shapes = plan.shapes if plan else {}
     return cost.flops(shapes), cost.parameters(shapes)
 
 
 def layer_widths(model: nn.Module) -> Sequence[tuple[str, int]]:
-    """`(name, output channels)` of every convolution, in model order."""
-    return [(n, m.out_channels) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    """`(name, output channels)` of every convolution and linear layer, in model order."""
+    return [
+        (n, m.out_features if isinstance(m, nn.Linear) else m.out_channels)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+    ]

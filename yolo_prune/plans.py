@@ -18,7 +18,8 @@ from yolo_prune.files import write_text
 VERSION = 1
 
 Keep = dict[str, dict[int, tuple[int, ...]]]
-Attributes = dict[str, dict[str, int]]
+Attributes = dict[str, dict[str, int | list[int]]]
+Scale = dict[str, dict[int, float]]
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -78,6 +79,8 @@ class Plan:
         groups: the groups that get narrower, for people.
         protected: what was left alone and why, for people.
         forecast: predicted cost, or None where it was not asked for.
+        scale: `{tensor name: {index along dimension 0 before the plan is applied: factor}}`, for blocks whose forward
+            divides by a power of a width.
     """
 
     keep: Keep
@@ -86,13 +89,14 @@ class Plan:
     groups: tuple[GroupWidth, ...] = ()
     protected: tuple[Protected, ...] = ()
     forecast: Forecast | None = None
+    scale: Scale = field(default_factory=dict)
     _hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def hash(self) -> str:
         """SHA-256 over what the plan does (not over what it tells people)."""
         if not self._hash:
-            body = {k: v for k, v in self.to_dict().items() if k in ("keep", "attributes", "shapes")}
+            body = {k: v for k, v in self.to_dict().items() if k in ("keep", "attributes", "shapes", "scale")}
             self._hash.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
         return self._hash[0]
 
@@ -114,7 +118,7 @@ class Plan:
     def shape_after(self, tensor: str) -> tuple[int, ...]:
         """Shape of `tensor` once the plan is applied."""
         shape = list(self.shapes[tensor])
-        for dim, kept in self.keep[tensor].items():
+        for dim, kept in self.keep.get(tensor, {}).items():
             shape[dim] = len(kept)
         return tuple(shape)
 
@@ -139,13 +143,20 @@ class Plan:
         attributes = {name: dict(values) for name, values in self.attributes.items()}
         for name, values in later.attributes.items():
             attributes.setdefault(name, {}).update(values)
+        scale = {name: dict(factors) for name, factors in self.scale.items()}
+        for name, factors in later.scale.items():
+            shapes.setdefault(name, later.shapes[name])
+            before = self.keep.get(name, {}).get(0) or range(shapes[name][0])
+            mine_scale = scale.setdefault(name, {})
+            for i, factor in factors.items():
+                mine_scale[before[i]] = mine_scale.get(before[i], 1.0) * factor
         groups = {g.name: g for g in self.groups}
         for g in later.groups:
             groups[g.name] = replace(g, before=groups[g.name].before) if g.name in groups else g
         forecast, first = later.forecast, self.forecast
         if forecast and first and forecast.imgsz == first.imgsz:
             forecast = replace(forecast, flops_before=first.flops_before, params_before=first.params_before)
-        return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast)
+        return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dict, list, str, numbers), as `from_dict` reads it."""
@@ -157,6 +168,8 @@ class Plan:
             "groups": [[g.name, list(g.layers), g.before, g.after] for g in self.groups],
             "protected": [[list(p.layers), p.reason] for p in self.protected],
         }
+        if self.scale:
+            data["scale"] = {n: _to_runs(v) for n, v in sorted(self.scale.items())}
         if self.forecast:
             data["forecast"] = dict(vars(self.forecast))
         return data
@@ -175,11 +188,12 @@ class Plan:
             shapes = {n: tuple(int(i) for i in s) for n, s in data["shapes"].items()}
             plan = cls(
                 keep=keep,
-                attributes={n: {a: int(x) for a, x in v.items()} for n, v in data["attributes"].items()},
+                attributes={n: {a: _width(x) for a, x in v.items()} for n, v in data["attributes"].items()},
                 shapes=shapes,
                 groups=tuple(_group(*g) for g in data.get("groups", ())),
                 protected=tuple(Protected(tuple(map(str, ls)), str(r)) for ls, r in data.get("protected", ())),
                 forecast=_forecast(data["forecast"]) if data.get("forecast") else None,
+                scale={n: _from_runs(v) for n, v in data.get("scale", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(f"This is not a yolo-prune plan: {type(e).__name__}: {e}.") from e
@@ -229,8 +243,12 @@ class Plan:
 
         for name, values in self.attributes.items():
             for key, value in values.items():
-                if value < 1:
+                if any(v < 1 for v in (value if isinstance(value, list) else [value])):
                     raise PlanError(f"The plan is damaged: '{name}.{key}' must be at least 1, found {value}.")
+        for name, factors in self.scale.items():
+            rows = self.shapes.get(name, (0,))[0]
+            if not all(0 <= i < rows and 0 < f < math.inf for i, f in factors.items()):
+                raise PlanError(f"The plan is damaged: factors of '{name}' must be positive and within 0..{rows - 1}.")
 
     def __str__(self) -> str:
         """The readable table that `describe` makes."""
@@ -270,6 +288,22 @@ def _forecast(data: Mapping[str, Any]) -> Forecast:
     if not all(0 < value < math.inf for value in vars(forecast).values()):
         raise ValueError("a forecast holds positive numbers only")
     return forecast
+
+
+def _width(value: Any) -> int | list[int]:
+    return [int(v) for v in value] if isinstance(value, list) else int(value)
+
+
+def _to_runs(factors: Mapping[int, float]) -> list[list[Any]]:
+    """{0: 0.5, 1: 0.5, 7: 2.0} -> [['0-1', 0.5], ['7', 2.0]]."""
+    return [
+        [_to_ranges(tuple(sorted(i for i, f in factors.items() if f == factor))), factor]
+        for factor in sorted(set(factors.values()))
+    ]
+
+
+def _from_runs(runs: Iterable[tuple[str, Any]]) -> dict[int, float]:
+    return {i: float(factor) for ranges, factor in runs for i in _from_ranges(ranges)}
 
 
 def _row(name: str, layers: str, before: str, after: str, kept: str) -> str:

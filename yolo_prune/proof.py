@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from yolo_prune import surgery
 from yolo_prune.errors import ProofError
+from yolo_prune.graph import probes
 from yolo_prune.plans import Plan
 
 TOLERANCE = 1e-8  # relative, in float64
 OUTPUT = "the model's output "
+LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
     except _StoppedError as e:
         got, failure = e.outputs, e.__cause__
     error = 0.0
+    layers = dict(original.named_modules())
     for name, reference in wanted.items():
-        keep = plan.keep.get(f"{name}.weight", {}).get(0)
+        keep = plan.keep.get(f"{name}.weight", {}).get(_out_dimension(layers.get(name)))
         reference = reference[:, list(keep)] if keep else reference
         gap = _difference(reference, got[name]) if name in got else math.inf
         if not gap <= tolerance:
@@ -93,27 +96,29 @@ def lean_copy(model: nn.Module) -> nn.Module:
 
 
 def _float64_copy(model: nn.Module) -> nn.Module:
-    copy = lean_copy(model).double().train()  # in training mode all branches run and nothing is decoded
-    for module in copy.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
-            module.eval()
-    return copy
+    return probes.batch_norm_off(lean_copy(model).double())
+
+
+def _out_dimension(layer: nn.Module | None) -> int:
+    """Dimension of a layer's weight that its outputs are along."""
+    return int(isinstance(layer, nn.modules.conv._ConvTransposeNd))
 
 
 def _silence(model: nn.Module, plan: Plan) -> None:
-    state = model.state_dict()
+    state, layers = model.state_dict(), dict(model.named_modules())
     for name, dims in plan.keep.items():
-        if 0 in dims and not name.endswith(("running_mean", "running_var")):
-            removed = torch.ones(state[name].shape[0], dtype=torch.bool)
-            removed[list(dims[0])] = False
-            state[name][removed] = 0
+        layer, _, key = name.rpartition(".")
+        dim = _out_dimension(layers[layer]) if key == "weight" else 0
+        if dim in dims and key not in ("running_mean", "running_var"):
+            removed = torch.ones(state[name].shape[dim], dtype=torch.bool)
+            removed[list(dims[dim])] = False
+            state[name].movedim(dim, 0)[removed] = 0
 
 
 def _image(model: nn.Module) -> Tensor:
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    stride = int(max(getattr(model, "stride", torch.tensor([32]))))
+    stride = probes.stride(model)
     generator = torch.Generator().manual_seed(0)
-    shape = (1, first.in_channels, 2 * stride, 3 * stride)
+    shape = (1, probes.first_channels(model) or 3, 2 * stride, 3 * stride)
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
@@ -126,21 +131,32 @@ class _StoppedError(Exception):
 
 
 def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Outputs of convolutions and batch norms by name, in the order they run, then those of the model itself."""
+    """Outputs of layers by name, in the order they run, channels in dimension 1; then those of the model itself."""
     found: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: nn.Module, out: Tensor) -> None:
+        if name not in found:
+            found[name] = (out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out).clone()
+
     hooks = [
-        layer.register_forward_hook(lambda _, __, out, name=name: found.setdefault(name, out.clone()))
+        layer.register_forward_hook(lambda layer, _, out, name=name: keep(name, layer, out))
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
+        if isinstance(layer, LAYERS)
     ]
+    finals: dict[str, Tensor] = {}
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(image.dtype)  # forwards that mix in Python numbers (YOLOE's prompts) overflow otherwise
     try:
-        out = model(image)
-    except RuntimeError as e:
+        for number, probe in enumerate(probes.probes(model)):
+            out = list(_tensors(probe(model, image)))
+            finals |= {f"{OUTPUT}{number}.{i}": t for i, t in enumerate(out)}
+    except (RuntimeError, ValueError) as e:
         raise _StoppedError(found) from e
     finally:
+        torch.set_default_dtype(default)
         for hook in hooks:
             hook.remove()
-    return found | {f"{OUTPUT}{i}": t for i, t in enumerate(_tensors(out))}
+    return found | finals
 
 
 def _final(outputs: dict[str, Tensor]) -> list[Tensor]:
@@ -164,6 +180,8 @@ def _difference(a: Tensor, b: Tensor) -> float:
     """Largest difference, relative to how much `a` varies over positions: a constant bias must not hide a channel."""
     if a.shape != b.shape:
         return math.inf
-    varies = (a.flatten(2) - a.flatten(2).mean(-1, keepdim=True)).abs().max()
+    varies = torch.zeros((), dtype=a.dtype)
+    if a.ndim > 2:
+        varies = (a.flatten(2) - a.flatten(2).mean(-1, keepdim=True)).abs().max()
     gap = float((a - b).abs().max() / torch.maximum(varies, 1e-4 * a.abs().max()).clamp_min(1e-300))
     return gap if gap == gap else math.inf

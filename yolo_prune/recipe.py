@@ -88,6 +88,9 @@ class Channels(_Part):
     max_removed: Fraction = Field(
         0.75, description="most that is removed of any layer, as a fraction of its dense width"
     )
+    attention: Literal["dims", "heads"] = Field(
+        "dims", description="dims thins every head of an attention alike, heads removes whole heads"
+    )
 
 
 class Recover(_Part):

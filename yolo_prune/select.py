@@ -126,7 +126,7 @@ class _Move:
                 if slot.tensor in ledger.row:
                     shrink.setdefault(ledger.row[slot.tensor], [0, 0])[slot.dim] += s.size // group.grain
         self.rows = np.array(list(shrink), dtype=np.intp)
-        self.shrink = np.array(list(shrink.values()), dtype=np.float64).T
+        self.shrink = np.array(list(shrink.values()), dtype=np.float64).reshape(-1, 2).T
 
     def _losses(self, scores: Mapping[str, Tensor]) -> list[float]:
         losses = np.zeros(len(self.levels) - 1)

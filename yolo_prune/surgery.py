@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from yolo_prune.errors import PlanError
 from yolo_prune.plans import Plan
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
@@ -29,11 +31,14 @@ def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
     """
     check(model, plan)
     replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for name, dims in plan.keep.items():
+    for name in {**plan.keep, **plan.scale}:
+        dims = plan.keep.get(name, {})
         layer_name, _, key = name.rpartition(".")
         layer = model.get_submodule(layer_name)
         old = getattr(layer, key)
         new = cut(old, dims)
+        if name in plan.scale:
+            rescale(new, plan.scale[name], dims.get(0))
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
             replaced[old] = new
@@ -42,7 +47,7 @@ def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
     for layer_name, values in plan.attributes.items():
         layer = model.get_submodule(layer_name)
         for key, value in values.items():
-            setattr(layer, key, value)
+            setattr(layer, key, list(value) if isinstance(value, list) else value)
     return replaced
 
 
@@ -54,7 +59,7 @@ def check(model: nn.Module, plan: Plan) -> None:
     """
     plan.validate()
     state = model.state_dict(keep_vars=True)
-    for name in plan.keep:
+    for name in {**plan.keep, **plan.scale}:
         if name not in state:
             raise PlanError(f"The plan was made for another model: this one has no '{name}'. Make a new plan for it.")
         found = tuple(state[name].shape)
@@ -66,11 +71,12 @@ def check(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     for name in plan.keep:
         layer = modules[name.rpartition(".")[0]]
-        if not isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+        direct = dict(layer.named_parameters(recurse=False)).get(name.rpartition(".")[2]) is not None
+        if isinstance(layer, nn.MultiheadAttention) or not (direct or isinstance(layer, BATCH_NORM)):
             raise PlanError(f"'{name}' belongs to a {type(layer).__name__}, which this yolo-prune cannot cut.")
     for name, values in plan.attributes.items():
-        for key in values:
-            if type(getattr(modules.get(name), key, None)) is not int:
+        for key, value in values.items():
+            if type(getattr(modules.get(name), key, None)) is not type(value):
                 raise PlanError(f"The plan was made for another model: '{name}' has no width '{key}' here.")
 
 
@@ -107,7 +113,7 @@ def apply_to_optimizer(
     for old, new in replaced.items():
         if old not in optimizer.state:
             continue
-        dims = plan.keep[names[new]]
+        dims = plan.keep.get(names[new], {})
         state = optimizer.state.pop(old)
         optimizer.state[new] = {
             key: cut(value, dims) if isinstance(value, Tensor) and value.shape == old.shape else value
@@ -126,12 +132,26 @@ def cut(tensor: Tensor, dims: Mapping[int, tuple[int, ...]]) -> Tensor:
     return kept.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
+@torch.no_grad()
+def rescale(tensor: Tensor, factors: Mapping[int, float], kept: Sequence[int] | None) -> None:
+    """Multiply rows in place; `factors` speaks of the rows before `kept` was cut out."""
+    rows = range(len(tensor)) if kept is None else kept
+    factor = torch.tensor([factors.get(i, 1.0) for i in rows], dtype=torch.float64)
+    tensor.mul_(factor.to(tensor).view(-1, *[1] * (tensor.ndim - 1)))
+
+
 def _follow(layer: nn.Module) -> None:
     """Set the widths that torch layers remember to what their tensors say."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        inputs, per_group = layer.weight.shape[:2]
+        layer.groups = inputs if layer.groups == layer.in_channels else layer.groups
+        layer.in_channels, layer.out_channels = inputs, per_group * layer.groups
+    elif isinstance(layer, nn.modules.conv._ConvNd):
         out, per_group = layer.weight.shape[:2]
-        if layer.groups > 1:
-            layer.groups = out
+        if layer.groups == layer.in_channels > 1:  # depthwise
+            layer.groups = out * layer.groups // layer.out_channels
         layer.out_channels, layer.in_channels = out, per_group * layer.groups
-    elif isinstance(layer, nn.BatchNorm2d):
-        layer.num_features = layer.weight.shape[0]
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, BATCH_NORM):
+        layer.num_features = len(layer.running_mean if layer.weight is None else layer.weight)

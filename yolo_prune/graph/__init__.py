@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Which channels of a model live together."""
 
-from yolo_prune.graph.scope import read_as_is, register_block
-from yolo_prune.graph.structure import Attribute, ChannelSet, ExtraCost, Graph, Group, Rows, Slot
+from yolo_prune.graph.rules import Facts, read_as_is, register_block
+from yolo_prune.graph.structure import Attribute, ChannelSet, Fold, Graph, Group, Rows, Slot
 from yolo_prune.graph.trace import trace
 
 __all__ = [
     "Attribute",
     "ChannelSet",
-    "ExtraCost",
+    "Facts",
+    "Fold",
     "Graph",
     "Group",
     "Rows",

@@ -1,143 +1,197 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""One rule per Ultralytics block: what a trace cannot see, stated as facts.
+"""The rules for Ultralytics' blocks: constraints, attributes that follow a width, and what may not be touched.
 
-A rule gets the stock block and a `Scope`; it returns a stand-in with the same channel dependencies, written with plain
-convolutions, sums and concatenations, and states which parts keep equal counts, which outputs are fixed and which
-attributes follow.
+Everything else (sums, concatenations, depthwise convolutions, pooling, ...) a trace reads from the blocks' own forward.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
-from ultralytics.nn.modules.block import C2PSA, C3, SPPF, Attention, Bottleneck, C2f, C3k, C3k2, PSABlock
-from ultralytics.nn.modules.conv import Concat, Conv, DWConv
-from ultralytics.nn.modules.head import Detect
-from ultralytics.nn.tasks import DetectionModel
+from torch import nn
+from ultralytics.nn import tasks
+from ultralytics.nn.modules import block as b
+from ultralytics.nn.modules import conv as c
+from ultralytics.nn.modules import head as h
+from ultralytics.nn.modules import transformer as t
 
-from yolo_prune.graph.scope import Scope, read_as_is, register_block
+from yolo_prune.graph.probes import PROMPTS, register_probe
+from yolo_prune.graph.rules import Facts, read_as_is, register_block
 
-read_as_is(DetectionModel, Conv, DWConv, Concat, Bottleneck, C3, C3k, SPPF, PSABlock)
-
-
-class _Halves(nn.Module):
-    """`C2f` with its chunked `cv1` written as two convolutions."""
-
-    def __init__(self, a: nn.Module, b: nn.Module, m: nn.Module, cv2: nn.Module) -> None:
-        super().__init__()
-        self.a, self.b, self.m, self.cv2 = a, b, m, cv2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = [self.a(x), self.b(x)]
-        for m in self.m.children():
-            y.append(m(y[-1]))
-        out: Tensor = self.cv2(torch.cat(y, 1))
-        return out
+# Nothing to state: forward takes whatever widths the layers have.
+read_as_is(tasks.BaseModel)
+read_as_is(c.Conv, c.Conv2, c.LightConv, c.ConvTranspose, c.Focus, c.GhostConv, c.Concat, c.Index)
+read_as_is(c.ChannelAttention, c.SpatialAttention, c.CBAM)
+read_as_is(b.Bottleneck, b.BottleneckCSP, b.C1, b.C3, b.C3f, b.RepC3, b.GhostBottleneck, b.CIB, b.SCDown, b.PSABlock)
+read_as_is(b.SPP, b.SPPF, b.SPPELAN, b.AConv, b.HGStem, b.HGBlock, b.ResNetBlock, b.ResNetLayer, b.TorchVision)
+read_as_is(b.Proto, b.Proto26, b.CBFuse, b.ABlock, b.A2C2f, b.Residual, b.SwiGLUFFN)
+read_as_is(t.MLP, t.MLPBlock, t.LayerNorm2d, t.TransformerLayer, t.TransformerEncoderLayer)
+read_as_is(t.DeformableTransformerDecoderLayer, t.DeformableTransformerDecoder)
+read_as_is(h.Depth, h.Classify, h.SemanticSegment)
 
 
-@register_block(C2f, C3k2)
-def _c2f(block: C2f, scope: Scope) -> nn.Module:
-    a, b = scope.split("cv1", {"a": block.c, "b": block.c})
-    scope.equal(a, b)
-    scope.attribute("c", a)
-    return _Halves(a, b, scope.child("m"), scope.child("cv2"))
+@register_block(b.C2, b.C2f, b.C2PSA, b.PSA, b.C2fAttn, b.RepNCSPELAN4)
+def halves(block: Any, facts: Facts) -> None:
+    """`cv1` is split in two halves of `c` channels; which channels, is free in each."""
+    first, second = facts.parts("cv1", block.c, block.c)
+    facts.equal(first, second)
+    facts.attribute("c", first)
 
 
-class _HalfStream(nn.Module):
-    """`C2PSA` with its split `cv1` written as two convolutions."""
-
-    def __init__(self, a: nn.Module, b: nn.Module, m: nn.Module, cv2: nn.Module) -> None:
-        super().__init__()
-        self.a, self.b, self.m, self.cv2 = a, b, m, cv2
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.cv2(torch.cat((self.a(x), self.m(self.b(x))), 1))
-        return out
+@register_block(b.ADown)
+def adown(block: b.ADown, facts: Facts) -> None:
+    """The two halves of the *input* keep equal counts, which its `chunk` says."""
+    facts.attribute("c", facts.outputs("cv1"))
 
 
-@register_block(C2PSA)
-def _c2psa(block: C2PSA, scope: Scope) -> nn.Module:
-    a, b = scope.split("cv1", {"a": block.c, "b": block.c})
-    scope.equal(a, b)
-    scope.attribute("c", a)
-    return _HalfStream(a, b, scope.child("m"), scope.child("cv2"))
+@register_block(b.CBLinear)
+def cblinear(block: b.CBLinear, facts: Facts) -> None:
+    """One convolution for several outputs, each free; what `CBFuse` sums is one."""
+    facts.attribute_list("c2s", *facts.parts("conv", *block.c2s))
 
 
-class _Heads(nn.Module):
-    """`Attention` with one convolution per head and role; the softmax between positions touches no channel."""
-
-    def __init__(self, q: list[nn.Module], k: list[nn.Module], v: list[nn.Module], pe: nn.Module, proj: nn.Module):
-        super().__init__()
-        self.q, self.k, self.v = nn.ModuleList(q), nn.ModuleList(k), nn.ModuleList(v)
-        self.pe, self.proj = pe, proj
-        self.products: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.products = [q(x) * k(x) for q, k in zip(self.q, self.k, strict=True)]
-        v = torch.cat([v(x) for v in self.v], 1)
-        out: Tensor = self.proj(v + self.pe(v))
-        return out
+@register_block(c.RepConv)
+def repconv(block: c.RepConv, facts: Facts) -> None:
+    """Both branches have the same outputs, with an identity branch also the same inputs."""
+    facts.attribute("c1", facts.inputs("conv1"))
+    facts.attribute("c2", facts.outputs("conv1"))
 
 
-@register_block(Attention)
-def _attention(block: Attention, scope: Scope) -> nn.Module:
-    heads = range(block.num_heads)
-    sizes = {"q": block.key_dim, "k": block.key_dim, "v": block.head_dim}
-    pieces = scope.split("qkv", {f"{role}{h}": size for h in heads for role, size in sizes.items()})
+@register_block(b.RepVGGDW)
+def repvggdw(block: b.RepVGGDW, facts: Facts) -> None:
+    """Two depthwise convolutions of the same channels."""
+    facts.attribute("dim", facts.outputs("conv"))
+
+
+@register_block(b.Attention)
+def attention(block: b.Attention, facts: Facts) -> None:
+    """Heads of equal sizes; forward reshapes heads x head_dim back to the input's width. `scale` stays as trained."""
+    role = [block.key_dim, block.key_dim, block.head_dim]
+    pieces = facts.parts("qkv", *role * block.num_heads)
     q, k, v = pieces[0::3], pieces[1::3], pieces[2::3]
-    scope.equal(*q, *k)
-    scope.equal(scope.inputs(q[0]), *v)  # forward reshapes heads x head_dim back to the input's width
-    scope.attribute("key_dim", q[0])
-    scope.attribute("head_dim", v[0])
-    qkv, both = f"{scope.path}.qkv.conv", ("qkv.bn.weight", "pe.bn.weight")
-    for tensor in both:  # q'k and v'a cost N^2 a channel of k and of v; k + v = (qkv outputs + v) / 2
-        scope.costs(tensor, lambda positions: positions[qkv] ** 2 / 2)
-    return _Heads(q, k, v, scope.child("pe"), scope.child("proj"))
+    if facts.heads == "heads":
+        for head in zip(q, k, v, strict=True):
+            facts.whole(*head)
+        facts.equal(facts.inputs("qkv"), facts.outputs("qkv"))
+        facts.attribute("num_heads", facts.outputs("qkv"), per=sum(role))
+        return
+    facts.equal(*q, *k)
+    facts.equal(facts.inputs("qkv"), *v)
+    facts.attribute("key_dim", q[0])
+    facts.attribute("head_dim", v[0])
 
 
-class _Towers(nn.Module):
-    """`Detect` with all of its towers side by side: no decoding, no detach."""
-
-    def __init__(self, towers: list[nn.Module]) -> None:
-        super().__init__()
-        self.towers = nn.ModuleList(towers)
-
-    def forward(self, x: list[Tensor]) -> list[Tensor]:
-        return [level(f) for tower in self.towers for level, f in zip(tower.children(), x, strict=True)]
-
-
-@register_block(Detect)
-def _detect(block: Detect, scope: Scope) -> nn.Module:
-    if block.cv2 is None:
-        raise_fused(scope.path)
-    names = [n for n in ("cv2", "cv3", "one2one_cv2", "one2one_cv3") if getattr(block, n, None) is not None]
-    towers = {name: scope.child(name) for name in names}  # of each level: two hidden layers and the output
-    for name in names:
-        for level in range(block.nl):
-            scope.fixed(f"{name}.{level}.2", "task output")
-        if name.startswith("one2one_"):
-            _twins(towers[name.removeprefix("one2one_")], towers[name], scope)
-            scope.spare(name)
-    if isinstance(block.dfl, nn.Module) and hasattr(block.dfl, "conv"):
-        boxes = [f"{scope.path}.cv2.{level}.2" for level in range(block.nl)]
-        scope.fixed("dfl.conv", "box distribution (DFL)")
-        scope.costs("dfl.conv.weight", lambda positions: 4 * sum(positions[b] for b in boxes))
-    return _Towers(list(towers.values()))
+@register_block(b.AAttn)
+def area_attention(block: b.AAttn, facts: Facts) -> None:
+    """Queries, keys and values of equal sizes; the scale is made from `head_dim`, so the queries make up for it."""
+    pieces = facts.parts("qkv", *[block.head_dim] * 3 * block.num_heads)
+    facts.attribute("all_head_dim", facts.outputs("pe"))
+    if facts.heads == "heads":
+        for head in zip(pieces[0::3], pieces[1::3], pieces[2::3], strict=True):
+            facts.whole(*head)
+        facts.attribute("num_heads", facts.outputs("pe"), per=block.head_dim)
+        return
+    facts.equal(*pieces)
+    facts.attribute("head_dim", pieces[0])
+    for q in pieces[0::3]:
+        facts.fold("qkv", q, pieces[0], 0.5)
 
 
-def _twins(tower: nn.Module, copy: nn.Module, scope: Scope) -> None:
-    """The one-to-one copy of a tower keeps the widths of the original: either can be the one deployed."""
-    pairs = zip(tower.modules(), copy.modules(), strict=True)
-    for a, b in pairs:
-        if isinstance(a, nn.Conv2d) and a.groups == 1:
-            scope.equal(a, b)
+@register_block(b.MaxSigmoidAttnBlock)
+def max_sigmoid_attention(block: b.MaxSigmoidAttnBlock, facts: Facts) -> None:
+    """Heads of image and text embedding of equal sizes, divided by the root of their size; heads of `proj_conv` too."""
+    guide = facts.parts("gl", *[block.hc] * block.nh)
+    out = facts.outputs("proj_conv")
+    image = facts.parts("proj_conv", *[len(out) // block.nh] * block.nh)
+    facts.equal(*image)
+    facts.equal(*guide)
+    facts.attribute("hc", guide[0])
+    facts.fold("gl", facts.outputs("gl"), guide[0], 0.5)
 
 
-def raise_fused(path: str) -> None:
-    """Refuse a model whose layers were folded for inference."""
-    from yolo_prune.errors import UnsupportedModelError
+@register_block(t.MSDeformAttn)
+def deformable_attention(block: t.MSDeformAttn, facts: Facts) -> None:
+    """Values of equal size per head."""
+    values = facts.parts("value_proj", *[block.d_model // block.n_heads] * block.n_heads)
+    facts.equal(*values)
+    facts.attribute("d_model", facts.outputs("value_proj"))
+    for name in ("sampling_offsets", "attention_weights"):
+        facts.fixed(facts.outputs(name), "sampling points of deformable attention")
 
-    raise UnsupportedModelError(
-        f"'{path}' is fused for inference (a branch of the head is gone), which cannot be undone. "
-        "Pass the checkpoint that training wrote, as it was before fuse()."
-    )
+
+@register_block(nn.MultiheadAttention)
+def multihead_attention(block: nn.MultiheadAttention, facts: Facts) -> None:
+    """Torch's attention reads and writes one width, which it also divides into heads."""
+    reason = "width of nn.MultiheadAttention"
+    facts.because(reason)
+    facts.fixed(facts.parameter("in_proj_weight", 0), reason)
+    facts.fixed(facts.parameter("in_proj_weight", 1), reason)
+    facts.fixed(facts.outputs("out_proj"), reason)
+    facts.fixed(facts.inputs("out_proj"), reason)
+
+
+@register_block(t.AIFI, t.TransformerBlock)
+def transformer(block: nn.Module, facts: Facts) -> None:
+    """The stream's width is fixed by attention (and by the position embedding); hidden layers are free."""
+    facts.because("width of a transformer's stream")
+
+
+@register_block(nn.Embedding)
+def embedding(block: nn.Embedding, facts: Facts) -> None:
+    """Rows are classes or queries, columns the stream of a transformer."""
+    for dim in (0, 1):
+        facts.fixed(facts.parameter("weight", dim), "embedding")
+
+
+@register_block(b.ImagePoolingAttn, b.ContrastiveHead, b.BNContrastiveHead, b.SAVPE)
+def text(block: nn.Module, facts: Facts) -> None:
+    """Meets a text embedding, whose width another model sets."""
+    facts.because("width of the text embedding")
+    if isinstance(block, b.ImagePoolingAttn):
+        for name in ("query.1", "key.1", "value.1", "proj"):
+            facts.fixed(facts.outputs(name), "width of the text embedding")
+    if isinstance(block, b.SAVPE):
+        for name in ("cv3", "cv4", "cv5", "cv6.1"):
+            facts.fixed(facts.outputs(name), "width of the prompt embedding")
+
+
+@register_block(b.DFL)
+def dfl(block: b.DFL, facts: Facts) -> None:
+    """A fixed sum over the bins of a box distribution."""
+    for rows in (facts.outputs("conv"), facts.inputs("conv")):
+        facts.fixed(rows, "box distribution (DFL)")
+
+
+@register_block(h.Detect, h.Segment, h.Segment26, h.Pose, h.OBB, h.OBB26, h.WorldDetect, h.YOLOEDetect)
+@register_block(h.YOLOESegment, h.YOLOESegment26)
+def detect(block: h.Detect, facts: Facts) -> None:
+    """Only outputs are fixed. A one-to-one branch keeps the widths of its twin: either can be the one deployed."""
+    for name, child in block.named_children():
+        twin = getattr(block, name.removeprefix("one2one_"), None)
+        if not name.startswith("one2one_") or twin is None:
+            continue
+        facts.spare(name)
+        for (path, layer), (_, other) in zip(child.named_modules(), twin.named_modules(), strict=True):
+            if isinstance(layer, nn.Conv2d) and layer.groups == 1 and isinstance(other, nn.Conv2d):
+                inner = f".{path}" if path else ""
+                facts.equal(facts.outputs(f"{name}{inner}"), facts.outputs(f"{name.removeprefix('one2one_')}{inner}"))
+
+
+@register_block(h.RTDETRDecoder)
+def rtdetr(block: h.RTDETRDecoder, facts: Facts) -> None:
+    """The decoder's stream is normalised over channels; hidden layers and values are free."""
+    facts.because("width of a transformer's stream")
+
+
+@register_probe(tasks.YOLOEModel)
+def prompts(model: Any, image: Any) -> Any:
+    """YOLOE with text and visual prompts, which a plain pass does without."""
+    head = model.model[-1]
+    if getattr(head, "is_fused", False) or not hasattr(head, "savpe"):
+        return None
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    text = torch.rand(1, PROMPTS, head.embed, generator=generator, dtype=image.dtype).to(image.device)
+    size = [int(n // head.stride[0]) for n in image.shape[2:]]
+    boxes = (torch.rand(1, PROMPTS, *size, generator=generator) > 0.5).to(image)
+    return model.predict(image, tpe=text, vpe=boxes)

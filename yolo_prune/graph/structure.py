@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A range of indices along one dimension of one stock tensor."""
+    """A range of indices along one dimension of one tensor."""
 
     tensor: str
     dim: int
     start: int
     stop: int
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -30,17 +34,19 @@ class Slot:
 
 @dataclass(frozen=True)
 class ChannelSet:
-    """Channels coupled one by one: removing channel `i` removes index `i` of every slot."""
+    """Channels coupled one by one: removing channel `i` removes index `i` of every slot.
+
+    Attributes:
+        name: after the first layer that produces these channels; the same in every round.
+        size: channels.
+        slots: where they lie.
+        layers: names of the layers that produce them.
+    """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers that produce these channels."""
-        names = (s.tensor.rpartition(".")[0] for s in self.slots if s.dim == 0 and s.tensor.endswith("weight"))
-        return tuple(dict.fromkeys(n for n in names if not n.endswith("bn")))
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,24 +87,22 @@ class Group:
 
 @dataclass(frozen=True)
 class Attribute:
-    """`module.name` holds the number of channels kept among `rows`."""
+    """`module.name` holds how many of `rows` are kept, divided by `per`; a list of such numbers if `many`."""
 
     module: str
     name: str
-    rows: Rows
+    rows: tuple[Rows, ...]
+    per: int = 1
+    many: bool = False
 
 
 @dataclass(frozen=True)
-class ExtraCost:
-    """MACs that no layer's weight accounts for (attention's products).
+class Fold:
+    """A factor that forward derives from a width: `rows` are multiplied by `(kept / size of counted) ** power`."""
 
-    Attributes:
-        tensor: the tensor whose size the cost is proportional to.
-        per_element: output positions of every layer by name -> MACs per element of the tensor.
-    """
-
-    tensor: str
-    per_element: Callable[[Mapping[str, int]], float]
+    rows: Rows
+    counted: Rows
+    power: float
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,20 @@ class Graph:
     Attributes:
         groups: in model order.
         attributes: widths that blocks remember.
-        extra_costs: see `ExtraCost`.
-        spare: prefixes of modules that do not run in deployment beside their twin (the one-to-one copy of a head).
-        constant: `(layer, reason)` of fixed layers that no group reaches.
+        folds: factors that follow a width.
+        work: MACs per element of each tensor, for one image of `imgsz`, of what runs in deployment.
+        fixed_work: MACs that no width changes.
+        deployed: names of the parameters that run in deployment.
+        imgsz: image height and width in pixels.
     """
 
     groups: tuple[Group, ...]
     attributes: tuple[Attribute, ...]
-    extra_costs: tuple[ExtraCost, ...]
-    spare: tuple[str, ...]
-    constant: tuple[tuple[str, str], ...]
+    folds: tuple[Fold, ...]
+    work: Mapping[str, float]
+    fixed_work: float
+    deployed: frozenset[str]
+    imgsz: int
 
     @property
     def widths(self) -> dict[str, int]:

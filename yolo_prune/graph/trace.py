@@ -1,135 +1,160 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""From a model to its `Graph`: trace the stand-in with torch-pruning, translate to stock tensors, apply the facts."""
+"""From a model to its `Graph`: gather the rules' facts, follow labels through forward passes, sort out the sets."""
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from unittest import mock
 
+import numpy as np
 import torch
-import torch_pruning as tp
-from torch import nn
-from torch_pruning.dependency import index_mapping
+from torch import Tensor, nn
 
-from yolo_prune.errors import RecipeError, UnsupportedModelError
-from yolo_prune.graph.scope import Facts, Scope
-from yolo_prune.graph.structure import ChannelSet, Graph, Group, Rows, Slot
+from yolo_prune.errors import PruneError, RecipeError, UnsupportedModelError
+from yolo_prune.graph import probes, rules
+from yolo_prune.graph.labels import ASKED, FOUND, RULE, Labels
+from yolo_prune.graph.sets import Sets, channel_sets, groups_of
+from yolo_prune.graph.structure import Graph, Rows
+from yolo_prune.graph.tracer import Tracer
+from yolo_prune.graph.twin import weightless
 
-TENSORS_OUT = ("weight", "bias", "running_mean", "running_var")
-TURNS = 1000  # more than a channel is ever read by one layer
+UNSEEN = "does not run in a forward pass"
 
 
-def trace(model: nn.Module, protect: Sequence[str] = (), frozen: Sequence[str] = ()) -> Graph:
-    """Find the groups of coupled channels of an Ultralytics model. The model is only read.
+def trace(
+    model: nn.Module,
+    protect: Sequence[str] = (),
+    frozen: Sequence[str] = (),
+    *,
+    imgsz: int = 640,
+    heads: str = "dims",
+) -> Graph:
+    """Find the groups of coupled channels of an Ultralytics model, and what its channels cost. It is only read.
+
+    The dependencies are those of "DepGraph: Towards Any Structural Pruning" (Fang et al., CVPR 2023, arXiv:2301.12900);
+    they are read off the model's own forward passes, on tensors without storage that carry a label per channel.
 
     Args:
-        model: the `DetectionModel` (what `YOLO(...).model` holds).
+        model: what `YOLO(...).model` holds.
         protect: names or globs of modules that must not be touched.
         frozen: names of modules that are not trained in this run; they are not touched either.
+        imgsz: image height and width in pixels at which work is counted.
+        heads: "dims" thins the heads of attentions, "heads" removes whole heads.
 
     Raises:
-        UnsupportedModelError: If the model has a part whose dependencies are not known.
+        UnsupportedModelError: If the model is fused, or cannot be run without its weights.
         RecipeError: If a protect pattern matches no module.
+        PruneError: If the model cannot take images of that size.
     """
-    from yolo_prune.graph import blocks  # registers the rules; here, as it imports ultralytics
+    from yolo_prune.graph import blocks  # noqa: F401  registers the rules; here, as it imports ultralytics
 
-    if getattr(model, "is_fused", lambda: False)():
-        blocks.raise_fused("the model")
-    facts = Facts()
-    twin = Scope(facts, "").stand_in(model)
-    engine = _build(twin, _channels(model))
-    sets = list(_channel_sets(engine, facts))
+    _refuse_fused(model)
+    stride = probes.stride(model)
+    if isinstance(imgsz, bool) or not isinstance(imgsz, int) or imgsz < 1 or imgsz % stride:
+        raise PruneError(f"imgsz: must be a multiple of {stride}, got {imgsz}.")
+    channels = probes.first_channels(model)
+    if channels is None:
+        raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
     guarded = dict.fromkeys(frozen, "frozen in this run") | _match(model, protect)
-    groups = _groups(sets, facts, guarded)
-    reached = {s.tensor for c in sets for s in c.slots}
-    constant = tuple((r.tensor.removesuffix(".weight"), why) for r, why in facts.fixed if r.tensor not in reached)
-    return Graph(tuple(groups), tuple(facts.attributes), tuple(facts.extra_costs), tuple(facts.spare), constant)
+    twin = weightless(model)
+    found = rules.gather(twin, heads)
+    labels = Labels(_labelled(twin))
+    tracer = Tracer(labels, rules.trusts, found.reasons, found.spare)
+    deployed = _run(tracer, twin, torch.empty(1, channels, imgsz, imgsz, device="meta"))
+    _state(labels, found)
+    _guard(labels, guarded)
+    _unseen(labels, tracer.ran)
+    sets = channel_sets(labels, _outputs(twin))
+    groups = groups_of(sets, labels)
+    work, fixed = _work(tracer, sets)
+    spare = tuple(found.spare)
+    return Graph(
+        groups=tuple(groups),
+        attributes=tuple(found.attributes),
+        folds=tuple(found.folds),
+        work={t: w for t, w in work.items() if not t.startswith(spare)},
+        fixed_work=fixed,
+        deployed=frozenset(n for n in deployed if not n.startswith(spare)),
+        imgsz=imgsz,
+    )
 
 
-def _channels(model: nn.Module) -> int:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
+def _refuse_fused(model: nn.Module) -> None:
+    if getattr(model, "is_fused", lambda: False)():
+        raise UnsupportedModelError(
+            "The model is fused for inference, which cannot be undone. Pass the checkpoint that training wrote, as it "
+            "was before fuse()."
+        )
 
 
-def _build(twin: nn.Module, channels: int) -> tp.DependencyGraph:
-    def outputs(out: object) -> list[torch.Tensor]:
-        products = [p for m in twin.modules() for p in getattr(m, "products", ())]
-        return [*tp.utils.flatten_as_list(out), *products]
-
-    engine = tp.DependencyGraph()
-    image = torch.empty(1, channels, 64, 64, device="meta")
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engine.build_dependency(twin, (image,), output_transform=outputs, verbose=False)
-    return engine
+def _labelled(twin: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are cut: parameters, and the statistics of batch norms."""
+    parameters = dict(twin.named_parameters())
+    statistics = {n: b for n, b in twin.named_buffers() if n.endswith(("running_mean", "running_var"))}
+    return {n: t for n, t in twin.state_dict(keep_vars=True).items() if n in parameters or n in statistics}
 
 
-def _channel_sets(engine: tp.DependencyGraph, facts: Facts) -> Iterator[ChannelSet]:
-    """Every output channel of every convolution, in exactly one set."""
-    seen: set[tuple[nn.Module, int]] = set()
-    # Each query would refresh the index mappings of all nodes; nothing is pruned here, so they stay as built.
-    with mock.patch.object(index_mapping, "update_index_mapping"):
-        for layer in _in_model_order(engine, facts):
-            free = [i for i in range(layer.out_channels) if (layer, i) not in seen]
-            if not free:
-                continue
-            pruner = engine.get_pruner_of_module(layer)
-            items = engine.get_pruning_group(layer, pruner.prune_out_channels, free)
-            for item in items:
-                module = item.dep.target.module
-                if isinstance(module, nn.Conv2d) and _is_out(item.dep):
-                    seen.update((module, i) for i in item.idxs)
-            yield from _homogeneous(items, facts)
+def _run(tracer: Tracer, twin: nn.Module, image: Tensor) -> set[str]:
+    """All forward passes; returns the parameters that run in deployment."""
+    try:
+        with tracer.running(twin):
+            twin.eval()
+            tracer.counting = True
+            tracer.outputs(probes.plain(twin, image))
+            tracer.counting = False
+            deployed = tracer.ran & {n for n, _ in twin.named_parameters()}
+            probes.batch_norm_off(twin)
+            for probe in probes.probes(twin):
+                tracer.outputs(probe(twin, image))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError) as e:
+        where = tracer.where or "the model"
+        raise UnsupportedModelError(
+            f"'{where}' cannot be traced: {type(e).__name__}: {e}. A block whose forward depends on the values of its "
+            "input needs another path when its input is on the 'meta' device."
+        ) from e
+    return deployed
 
 
-def _in_model_order(engine: tp.DependencyGraph, facts: Facts) -> list[nn.Conv2d]:
-    known = engine.module2node
-    return [m for m in facts.origins if isinstance(m, nn.Conv2d) and m in known]
+def _state(labels: Labels, found: rules.Found) -> None:
+    """Add what the rules say to what was traced."""
+    for parts in found.equal:
+        labels.equal([labels.of(*_range(p)) for p in parts])
+    for parts in found.whole:
+        ids = np.concatenate([labels.of(*_range(p)) for p in parts])
+        labels.unify(torch.from_numpy(ids), torch.from_numpy(ids[:1]).expand(len(ids)))
+    for rows, reason in found.fixed:
+        labels.pin(labels.of(*_range(rows)), reason, RULE)
 
 
-def _is_out(dep: tp.Dependency) -> bool:
-    module = dep.target.module
-    depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
-    return depthwise or not isinstance(module, nn.Conv2d) or dep.handler.__name__ == "prune_out_channels"
+def _range(rows: Rows) -> tuple[str, int, int, int]:
+    return rows.tensor, rows.dim, rows.start, rows.stop
 
 
-def _homogeneous(items: tp.Group, facts: Facts) -> Iterator[ChannelSet]:
-    """Split a torch-pruning group into sets whose channels all reach the same slots."""
-    # A channel may be read at several places of one tensor (residual streams into a concatenation): `turn` counts them.
-    Place = tuple[str, int, int]  # tensor, dimension, turn
-    reach: dict[int, dict[Place, int]] = {}
-    for item in items:
-        origin = facts.origins.get(item.dep.target.module)
-        if origin is None:  # an operation without tensors
-            continue
-        module, out = item.dep.target.module, _is_out(item.dep)
-        if not isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            raise UnsupportedModelError(f"'{origin.layer}' is a {type(module).__name__}, which is not known yet.")
-        keys = [k for k in TENSORS_OUT if getattr(module, k, None) is not None] if out else ["weight"]
-        offset = origin.start if out else 0
-        turns: Counter[int] = Counter()
-        for index, root in zip(item.idxs, item.root_idxs, strict=True):
-            for key in keys:
-                place = (f"{origin.layer}.{key}", 0 if out else 1, turns[root] + offset * TURNS)
-                reach.setdefault(root, {})[place] = index + offset
-            turns[root] += 1
-    kinds: dict[tuple[Place, ...], list[int]] = {}
-    for root, places in reach.items():
-        kinds.setdefault(tuple(places), []).append(root)
-    for reached, roots in kinds.items():
-        slots = {Slot(p[0], p[1], tuple(reach[r][p] for r in roots)): None for p in reached}
-        yield ChannelSet(_name(items, facts, roots, len(kinds)), len(roots), tuple(slots))
+def _guard(labels: Labels, guarded: Mapping[str, str]) -> None:
+    for tensor, dim in labels.spaces:
+        module = tensor.rpartition(".")[0]
+        why = next((r for name, r in guarded.items() if module == name or module.startswith(f"{name}.")), None)
+        if why:
+            labels.pin(labels.along(tensor, dim), why, ASKED)
 
 
-def _name(items: tp.Group, facts: Facts, roots: list[int], parts: int) -> str:
-    origin = facts.origins[items[0].dep.target.module]
-    name = origin.layer.removesuffix(".conv") + (f":{origin.label}" if origin.label else "")
-    return name if parts == 1 else f"{name}[{roots[0]}:{roots[-1] + 1}]"
+def _unseen(labels: Labels, ran: set[str]) -> None:
+    for tensor, dim in labels.spaces:
+        if tensor not in ran:
+            labels.pin(labels.along(tensor, dim), UNSEEN, FOUND)
+
+
+def _outputs(twin: nn.Module) -> dict[tuple[str, int], str]:
+    """`{(tensor, dimension): layer}` of what layers put out."""
+    found = {}
+    for name, layer in twin.named_modules():
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            found[f"{name}.weight", 1] = name
+        elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding):
+            found[f"{name}.weight", 0] = name
+        elif isinstance(layer, nn.MultiheadAttention):
+            found[f"{name}.in_proj_weight", 0] = name
+    return found
 
 
 def _match(model: nn.Module, protect: Sequence[str]) -> dict[str, str]:
@@ -147,35 +172,26 @@ def _match(model: nn.Module, protect: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _groups(sets: list[ChannelSet], facts: Facts, guarded: dict[str, str]) -> list[Group]:
-    home = {(s.tensor, s.dim, i): n for n, c in enumerate(sets) for s in c.slots for i in s.index}
-    parent = list(range(len(sets)))
+def _work(tracer: Tracer, found: Sets) -> tuple[dict[str, float], float]:
+    """MACs per element of each tensor, and what no width changes.
 
-    def root(n: int) -> int:
-        while parent[n] != n:
-            parent[n] = parent[parent[n]]
-            n = parent[n]
-        return n
-
-    def members(rows: Rows) -> set[int]:
-        return {home[rows.tensor, rows.dim, i] for i in range(rows.start, rows.stop)}
-
-    for parts in facts.equal:
-        first, *rest = sorted(set().union(*(members(p) for p in parts)))
-        for other in rest:
-            low, high = sorted((root(first), root(other)))
-            parent[high] = low
-    reasons: dict[int, str] = {}
-    for rows, reason in facts.fixed:
-        if (rows.tensor, rows.dim, rows.start) in home:
-            reasons.update((root(n), reason) for n in members(rows))
-    for n, channels in enumerate(sets):
-        for slot in channels.slots:
-            module = slot.tensor.rpartition(".")[0]
-            why = next((r for name, r in guarded.items() if module == name or module.startswith(f"{name}.")), None)
-            if why:
-                reasons.setdefault(root(n), why)
-    together: dict[int, list[ChannelSet]] = {}
-    for n, channels in enumerate(sets):
-        together.setdefault(root(n), []).append(channels)
-    return [Group(tuple(members_), reasons.get(n)) for n, members_ in together.items()]
+    Products of activations (attention) belong to channels, not to a weight: they are written as MACs per element of
+    the one-dimensional tensors that these channels have, which is exact where those tell the sets apart.
+    """
+    labels = tracer.labels
+    work = {t: macs / labels.numel[t] for t, macs in tracer.work.items()}
+    owed = np.zeros(len(found.sets) + 1)  # the last one: what is in no set
+    for ids, macs in tracer.label_work:
+        np.add.at(owed, found.home[ids], macs)
+    fixed = tracer.fixed_work + float(owed[-1])
+    numbers = np.flatnonzero(owed[:-1])
+    sets = [found.sets[n] for n in numbers]
+    places = {s.tensor for c in sets for s in c.slots if s.tensor.endswith("weight")}
+    columns = sorted(t for t in places if labels.numel[t] == labels.size(t, 0))
+    holds = np.array([[sum(s.tensor == t for s in c.slots) for t in columns] for c in sets], dtype=np.float64)
+    if not holds.size:
+        return work, fixed + float(owed[:-1].sum())
+    solution = np.linalg.lstsq(holds, owed[numbers] / [c.size for c in sets], rcond=None)[0]
+    for tensor, macs in zip(columns, solution, strict=True):
+        work[tensor] = work.get(tensor, 0.0) + float(macs)
+    return work, fixed

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Every architecture that Ultralytics ships, built from its YAML at its smallest scale, and what feeds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import ultralytics
+from torch import Tensor, nn
+from ultralytics.nn import tasks
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+CONFIGURATIONS = Path(ultralytics.__file__).parent / "cfg/models"
+NAMES = sorted(p.stem for p in CONFIGURATIONS.rglob("*.yaml"))
+NC = 3
+MODELS: dict[str, type[Any]] = {
+    "detect": tasks.DetectionModel,
+    "segment": tasks.SegmentationModel,
+    "semantic": tasks.SemanticSegmentationModel,
+    "depth": tasks.DepthModel,
+    "pose": tasks.PoseModel,
+    "obb": tasks.OBBModel,
+    "classify": tasks.ClassificationModel,
+}
+
+
+def task_of(name: str) -> str:
+    """The task of an architecture."""
+    if "rtdetr" in name:
+        return "detect"
+    return str(tasks.guess_model_task(tasks.yaml_model_load(f"{name}.yaml")))
+
+
+def model_class(name: str) -> type[Any]:
+    """The class of an architecture's models."""
+    if "rtdetr" in name:
+        return tasks.RTDETRDetectionModel
+    if "yoloe" in name:
+        return tasks.YOLOESegModel if name.endswith("seg") else tasks.YOLOEModel
+    return tasks.WorldModel if "world" in name else MODELS[task_of(name)]
+
+
+def configuration(name: str, width: float | None = None) -> dict[str, Any]:
+    """What the YAML file says; backbones that would be downloaded start untrained.
+
+    Args:
+        name: without `.yaml`.
+        width: at most this width multiple, for a quick model.
+    """
+    config: dict[str, Any] = tasks.yaml_model_load(f"{name}.yaml")
+    for layer in config["backbone"]:
+        if layer[2] == "TorchVision":
+            layer[3] = [None if a == "DEFAULT" else a for a in layer[3]]
+    if width is not None:
+        scales = config.get("scales") or {"n": [config.get("depth_multiple", 1.0), 1.0, 1024]}
+        depth, wide, most = next(iter(scales.values())) if config.get("scale") not in scales else scales[config["scale"]]
+        config |= {"scales": {"n": [depth, min(wide, width), most]}, "scale": "n"}
+    return config
+
+
+def build(name: str, width: float | None = None, seed: int = 0) -> Any:
+    """An untrained model with three classes, with the attributes that training gives it."""
+    torch.manual_seed(seed)
+    model = model_class(name)(configuration(name, width), nc=NC, verbose=False)
+    model.args = SimpleNamespace(**DEFAULT_CFG_DICT)
+    model.task = task_of(name)
+    return model
+
+
+def image_size(name: str) -> int:
+    """Pixels that are enough for an architecture."""
+    return 128 if "p6" in name else 64
+
+
+@torch.no_grad()
+def randomise(model: Any, seed: int = 0) -> Any:
+    """Draw every tensor anew, zero-initialised ones included, so that a value says where in its tensor it came from.
+
+    Scaled so that signals neither fade nor blow up; the box distribution is left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+
+    def normal(like: Tensor, std: float) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * std
+
+    for name, layer in model.named_modules():
+        if ".dfl" in name:
+            continue
+        own = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.running_mean.copy_(normal(layer.running_mean, 0.1))
+            layer.running_var.copy_(uniform(layer.running_var, 0.5, 1.5))
+        for key, tensor in own.items():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
+                tensor.copy_(uniform(tensor, 0.5, 1.5) if key == "weight" else normal(tensor, 0.2))
+            elif tensor.ndim > 1:
+                fan = tensor[0].numel() if not isinstance(layer, nn.ConvTranspose2d) else tensor.shape[0]
+                tensor.copy_(normal(tensor, (2 / max(fan, 1)) ** 0.5))
+            else:
+                tensor.copy_(normal(tensor, 0.5))
+    return model
+
+
+def images(model: nn.Module, name: str, count: int = 2, seed: int = 0) -> Tensor:
+    """`(count, 3, size, size * 3 / 2)` in the model's dtype: not square, so that height is not taken for width."""
+    generator = torch.Generator().manual_seed(seed)
+    size = image_size(name)
+    dtype = next(model.parameters()).dtype
+    return torch.rand(count, 3, size, size * 3 // 2, generator=generator).to(dtype)
+
+
+def batch(model: Any, name: str, count: int = 2) -> dict[str, Any]:
+    """A made-up training batch for the task's own loss: one object an image."""
+    generator = torch.Generator().manual_seed(1)
+    img = images(model, name, count, seed=1)
+    height, width = img.shape[2:]
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.6], [0.4, 0.6, 0.7, 0.5]])[:count]
+    task = task_of(name)
+    found: dict[str, Any] = {
+        "img": img,
+        "batch_idx": torch.arange(count).float(),
+        "cls": torch.zeros(count, 1),
+        "bboxes": boxes,
+    }
+    if task == "classify":
+        found["cls"] = torch.arange(count) % NC
+    elif task == "obb":
+        found["bboxes"] = torch.cat((boxes, torch.full((count, 1), 0.3)), 1)
+    elif task == "pose":
+        found["keypoints"] = torch.cat(
+            (torch.rand(count, *model.kpt_shape[:1], 2, generator=generator), torch.full((count, 17, 1), 2.0)), 2
+        )
+    elif task == "segment":
+        masks = torch.zeros(count, height // 4, width // 4)
+        masks[:, 4:10, 6:16] = 1
+        found |= {"masks": masks, "sem_masks": masks.long()}
+    elif task == "semantic":
+        found["semantic_mask"] = torch.randint(0, NC, (count, height, width), generator=generator)
+    elif task == "depth":
+        found["depth"] = torch.rand(count, height, width, generator=generator) * 5 + 0.5
+    if "world" in name or "yoloe" in name:
+        found["txt_feats"] = torch.nn.functional.normalize(torch.randn(count, NC, 512, generator=generator), dim=-1)
+    return found
+
+
+def outputs(out: Any) -> list[Tensor]:
+    """What a model returns, as tensors in a fixed order; feature maps that ride along are left out."""
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, dict):
+        return [t for key in sorted(out) if key != "feats" for t in outputs(out[key])]
+    return [t for item in out for t in outputs(item)] if isinstance(out, list | tuple) else []

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Operations on single elements: what meets is one; whether a silenced channel stays 0."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from yolo_prune.graph.labels import Tag, put, tag_of, varying
+from yolo_prune.graph.ops.base import Call, effect, first, first_input
+from yolo_prune.graph.ops.moving import same
+
+
+@effect(
+    *("relu", "relu6", "silu", "gelu", "tanh", "hardtanh", "hardswish", "elu", "selu", "celu", "mish", "leaky_relu"),
+    *("neg", "abs", "sqrt", "square", "sign", "sin", "tan", "asin", "atan", "round", "floor", "ceil", "trunc", "erf"),
+    *("expm1", "log1p", "softsign", "hardshrink", "softshrink", "tanhshrink", "nan_to_num", "silu_backward"),
+)
+def keeps_silence(call: Call) -> None:
+    """f(0) = 0: a silenced channel stays silent."""
+    same(call)
+
+
+@effect(
+    *("sigmoid", "hardsigmoid", "softplus", "exp", "log", "log2", "cos", "reciprocal", "rsqrt", "logit"),
+    *("log_sigmoid_forward", "acos", "logical_not", "bitwise_not", "isnan", "isinf", "isfinite"),
+)
+def breaks_silence(call: Call) -> None:
+    """f(0) is not 0: after this, a silenced channel is not what a removed one is."""
+    _, tag = first_input(call)
+    put(first(call.out), Tag(tag.planes, False))
+
+
+@effect("clamp", "clamp_min", "clamp_max")
+def clamp(call: Call) -> None:
+    """Silence stays if 0 lies within the bounds."""
+    _, tag = first_input(call)
+    low, high = call.get("min"), call.get("max")
+    numbers = all(x is None or isinstance(x, int | float) for x in (low, high))
+    inside = numbers and (low is None or low <= 0) and (high is None or high >= 0)
+    put(call.out, Tag(tag.planes, tag.silent and inside))
+
+
+@effect(
+    *("add", "sub", "rsub", "mul", "div", "maximum", "minimum", "where", "pow", "masked_fill", "lerp", "addcmul"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "copy"),
+    *("_prelu_kernel", "remainder", "fmod", "floor_divide", "atan2"),
+)
+def elementwise(call: Call) -> None:
+    """Element meets element: where both have labels these become one, where one has none its size is fixed."""
+    tensors = [t for t in call.tensors if t.ndim]
+    tags = [tag_of(t) or Tag() for t in tensors]
+    ndim, found = call.out.ndim, list[Tensor]()
+    for tensor, tag in zip(tensors, tags, strict=True):
+        for plane in tag.planes:
+            plane = plane.expand(call.out.shape) if plane.ndim <= ndim else plane
+            _meets_fixed(call, tensor, plane, tensors, tags)
+            partner = next((i for i, p in enumerate(found) if varying(p) & varying(plane)), None)
+            if partner is None:
+                found.append(plane)
+                continue
+            call.labels.unify(found[partner], plane)
+            if len(varying(plane)) > len(varying(found[partner])):
+                found[partner] = plane
+    put(call.out, Tag(tuple(found), _stays_silent(call, tags)))
+
+
+def _meets_fixed(call: Call, tensor: Tensor, plane: Tensor, tensors: list[Tensor], tags: list[Tag]) -> None:
+    if call.trusted:
+        return
+    for other, tag in zip(tensors, tags, strict=True):
+        if other is tensor:
+            continue
+        lead = plane.ndim - other.ndim
+        taken = {d + lead for p in tag.planes for d in varying(p)}
+        sized = {d for d in varying(plane) if d >= lead and other.shape[d - lead] > 1}
+        if sized - taken:
+            call.labels.pin(plane, "meets a tensor of fixed width")
+
+
+def _stays_silent(call: Call, tags: list[Tag]) -> bool:
+    """Whether a silenced channel is still 0 after an elementwise operation."""
+    labelled = [t for t in tags if t.planes]
+    silent = [t.silent for t in labelled]
+    if call.name in ("mul", "bitwise_and", "logical_and"):
+        return any(silent)
+    if call.name == "div":
+        return bool(tags) and tags[0].silent and not (len(tags) > 1 and tags[1].planes)
+    if call.name in ("add", "sub", "maximum", "minimum"):
+        plain = [a for a in call.args[:2] if not (tag_of(a) or Tag()).planes]
+        return all(silent) and all(not isinstance(a, Tensor) and a == 0 for a in plain)
+    if call.name == "pow":
+        return all(silent) and isinstance(call.args[1], int | float) and call.args[1] > 0
+    if call.name == "masked_fill":
+        return all(silent) and call.args[2] == 0
+    if call.name in ("copy", "_prelu_kernel"):
+        return all(silent)
+    return False

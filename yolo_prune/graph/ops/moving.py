@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Operations that move elements about: their labels move with them."""
+
+from __future__ import annotations
+
+import torch
+
+from yolo_prune.graph.labels import NONE, Tag, put, reshape, settled, tag_of, varying
+from yolo_prune.graph.ops.base import Call, effect, first, first_input
+
+
+@effect("clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "dropout", "native_dropout")
+def same(call: Call) -> None:
+    """The same elements at the same places."""
+    _, tag = first_input(call)
+    put(first(call.out), tag)
+
+
+@effect("new_full", "new_zeros", "new_ones", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like")
+@effect("empty_like", "rand_like", "randn_like", "_shape_as_tensor", "fill", "zero", "bernoulli")
+def fresh(call: Call) -> None:
+    """A new tensor that only takes over a shape or a type."""
+
+
+@effect("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
+def shape(call: Call) -> None:
+    """The same elements in another shape."""
+    _, tag = first_input(call)
+    put(call.out, Tag(tuple(reshape(p, call.out.shape) for p in tag.planes), tag.silent, tag.source))
+
+
+@effect(
+    *("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select", "split", "split_with_sizes"),
+    *("unbind", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle", "chunk", "narrow", "numpy_T"),
+    *("channel_shuffle", "movedim", "unfold"),
+)
+def move(call: Call) -> None:
+    """Elements go elsewhere: so do their labels, by the same operation."""
+    tensor, tag = first_input(call)
+    moved = [call.func(p, *call.args[1:], **call.kwargs) for p in tag.planes]
+    outs = call.out if isinstance(call.out, list | tuple) else [call.out]
+    copied = call.name in ("flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+    for i, out in enumerate(outs):
+        planes = [m[i] if isinstance(m, list | tuple) else m for m in moved]
+        whole = tag.source if out.numel() == tensor.numel() else None
+        put(out, Tag(tuple(map(settled, planes) if copied else planes), tag.silent, whole))
+
+
+@effect("cat", "stack", "concat")
+def join(call: Call) -> None:
+    """Parts side by side; a part without labels has elements that stand by themselves."""
+    parts, dim = call.args[0], call.get("dim", 0)
+    if call.name == "stack":
+        tags = [tag_of(t) or Tag() for t in parts]
+        planes = [[p.unsqueeze(dim) for p in tag.planes] for tag in tags]
+        shapes = [t.unsqueeze(dim).shape for t in parts]
+    else:
+        parts = [t for t in parts if t.ndim == call.out.ndim]  # torch lets empty one-dimensional tensors pass
+        tags = [tag_of(t) or Tag() for t in parts]
+        planes = [list(tag.planes) for tag in tags]
+        shapes = [t.shape for t in parts]
+    dim %= call.out.ndim
+    joined = []
+    for layer in range(max((len(p) for p in planes), default=0)):
+        pieces = [
+            p[layer] if layer < len(p) else torch.tensor(NONE).expand(size)
+            for p, size in zip(planes, shapes, strict=True)
+        ]
+        along = frozenset().union(*map(varying, pieces))
+        if along and dim not in along:  # what lies one behind the other is cut alike
+            for piece in pieces[1:]:
+                call.labels.unify(pieces[0].narrow(dim, 0, 1), piece.narrow(dim, 0, 1))
+            joined.append(next(p for p in pieces if varying(p)).narrow(dim, 0, 1).expand(call.out.shape))
+            continue
+        for d in set(range(call.out.ndim)) - along - {dim}:
+            pieces = [p.narrow(d, 0, min(1, p.shape[d])) for p in pieces]
+        joined.append(settled(torch.cat(pieces, dim)).expand(call.out.shape))
+    put(call.out, Tag(tuple(joined), all(tag.silent for tag in tags)))
+
+
+@effect("constant_pad_nd")
+def pad(call: Call) -> None:
+    """Elements that stand by themselves are put around."""
+    _, tag = first_input(call)
+    amounts, value, planes = list(call.args[1]), call.get("value", 0), []
+    for plane in tag.planes:
+        kept = list(amounts)
+        for i in range(0, len(kept), 2):
+            d = plane.ndim - 1 - i // 2
+            if d not in varying(plane):
+                kept[i : i + 2] = [0, 0]
+                plane = plane.narrow(d, 0, 1)
+        planes.append(torch.constant_pad_nd(plane, kept, NONE).expand(call.out.shape))
+    put(call.out, Tag(tuple(planes), tag.silent and value == 0))
+
+
+@effect("index", "gather", "index_select", "embedding")
+def pick(call: Call) -> None:
+    """Elements are picked by numbers; which, is only known for dimensions where all have the same labels."""
+    x, tag = first_input(call)
+    if call.name == "index":
+        dims = {d for d, index in enumerate(call.args[1]) if index is not None}
+        zeros = [None if i is None else torch.zeros(i.shape, dtype=torch.long) for i in call.args[1]]
+    else:
+        dims = {0 if call.name == "embedding" else int(call.args[1]) % x.ndim}
+    planes = []
+    for plane in tag.planes:
+        if varying(plane) & dims:
+            call.labels.pin(plane, "is picked by index")
+        elif call.name == "index":
+            planes.append(settled(torch.ops.aten.index(plane, zeros)))
+        elif call.name == "embedding":
+            planes.append(plane[0].expand(call.out.shape))
+        else:
+            for d in range(plane.ndim):
+                plane = plane.narrow(d, 0, 1 if d in dims else min(plane.shape[d], call.out.shape[d]))
+            planes.append(plane.expand(call.out.shape))
+    put(call.out, Tag(tuple(planes), tag.silent))

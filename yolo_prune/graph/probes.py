@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The forward passes that run every part of a model, on meta tensors for tracing or on real ones for a proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Probe = Callable[[Any, Tensor], Any]
+PROMPTS = 3  # more than one, so that a dimension of prompts is not taken for one without size
+
+EXTRA: dict[type[nn.Module], Probe] = {}  # forward passes beside the plain one that a class of models has
+
+
+def register_probe(cls: type[nn.Module]) -> Callable[[Probe], Probe]:
+    """Register a further forward pass of a model class, for parts that a plain one leaves out."""
+
+    def decorate(probe: Probe) -> Probe:
+        EXTRA[cls] = probe
+        return probe
+
+    return decorate
+
+
+def plain(model: Any, image: Tensor) -> Any:
+    """What every model does with an image."""
+    return model(image)
+
+
+def probes(model: nn.Module) -> Iterator[Probe]:
+    """All forward passes to be made with a model in training mode."""
+    yield plain
+    for cls, probe in EXTRA.items():
+        if isinstance(model, cls):
+            yield probe
+
+
+def batch_norm_off(model: nn.Module) -> nn.Module:
+    """`model` in training mode, where all branches run and nothing is decoded, but for its batch norms and dropouts."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            module.eval()
+    return model
+
+
+def first_channels(model: nn.Module) -> int | None:
+    """Channels of the images a model takes, or None if it has no convolution."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first else None
+
+
+def stride(model: nn.Module) -> int:
+    """What image sizes have to be multiples of."""
+    return max(32, int(max(getattr(model, "stride", torch.tensor([32.0])))))

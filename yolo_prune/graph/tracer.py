@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Runs a weightless model and follows its labels, operation by operation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from yolo_prune.graph.labels import OUTPUT, Ids, Labels, Tag, tag_of, tight, varying
+from yolo_prune.graph.ops import EFFECTS, Call
+
+RESHAPES = frozenset({"view", "reshape", "unflatten", "resize", "view_as", "reshape_as"})
+PICKS = frozenset(
+    {"split", "split_with_sizes", "tensor_split", "narrow", "select", "__getitem__", "index_select", "unbind", "take"}
+)
+LIKE_INPUT = frozenset(f"aten::{name}" for name in ("silu", "relu", "sigmoid", "gelu", "hardswish", "leaky_relu"))
+ARITHMETIC = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div"})
+
+
+class Tracer:
+    """Follows the labels of one model through any number of forward passes.
+
+    Attributes:
+        labels: what is found out.
+        ran: parameters that an operation read.
+        work: `{parameter: MACs}` of those operations, where taken down.
+        label_work: `(label, MACs)` of products of activations.
+        fixed_work: MACs of products that no label takes part in.
+        counting: whether work is taken down.
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        trusts: Callable[[nn.Module], bool],
+        reasons: Mapping[str, str] = MappingProxyType({}),
+        spare: Sequence[str] = (),
+    ) -> None:
+        """Start with the labels of a model's tensors.
+
+        Args:
+            labels: of the tensors.
+            trusts: whether a module's forward may write out sizes, as it has a rule.
+            reasons: `{module path: what to say where something inside it is pinned}`.
+            spare: prefixes of modules whose work does not count.
+        """
+        self.labels = labels
+        self.ran: set[str] = set()
+        self.work: dict[str, float] = defaultdict(float)
+        self.label_work: list[tuple[Ids, float]] = []
+        self.fixed_work = 0.0
+        self.counting = False
+        self._trusts, self._reasons, self._spare = trusts, reasons, tuple(spare)
+        self._stack: list[tuple[str, nn.Module]] = []
+        labels.explain = self.explain
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """Follow everything that runs inside."""
+        paths = {module: path for path, module in model.named_modules()}
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self._stack.append((paths.get(module, ""), module))
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        self._stack.clear()
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        fast = torch.backends.mha.get_fastpath_enabled()  # one operation instead of those it is made of
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.no_grad(), _Functions(self), _Operations(self):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def where(self) -> str:
+        """Name of the module that runs, or ran when an error occurred."""
+        return self._stack[-1][0] if self._stack else ""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the code that runs has a rule."""
+        return bool(self._stack) and self._trusts(self._stack[-1][1])
+
+    def explain(self, why: str) -> str:
+        """A reason, as told to people: what happens, and where."""
+        for path, _ in reversed(self._stack):
+            if path in self._reasons:
+                return self._reasons[path]
+        return f"{why} in {type(self._stack[-1][1]).__name__}" if self._stack else why
+
+    def pin(self, tensor: Tensor, why: str) -> None:
+        """Pin all labels of a tensor."""
+        for plane in (tag_of(tensor) or Tag()).planes:
+            self.labels.pin(plane, why)
+
+    def outputs(self, out: Any) -> None:
+        """Pin what the model returns; feature maps that ride along are not outputs."""
+        if isinstance(out, Tensor):
+            for plane in (tag_of(out) or Tag()).planes:
+                self.labels.pin(plane, "task output", OUTPUT)
+        elif isinstance(out, dict):
+            for key, value in out.items():
+                if key != "feats":
+                    self.outputs(value)
+        elif isinstance(out, list | tuple):
+            for value in out:
+                self.outputs(value)
+
+    def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Follow one operation."""
+        name = func._schema.name.removeprefix("aten::")
+        call = Call(
+            name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name,
+            *(func, args, kwargs, out, self.labels, self.trusted, self._count),
+        )
+        tags = [tag for tag in map(tag_of, call.tensors) if tag]
+        if not tags:
+            return
+        self.ran.update(tag.source for tag in tags if tag.source)
+        apply = EFFECTS.get(call.name)
+        if apply is None:
+            call.pin_all(f"meets '{call.name}', which is not known,")
+        else:
+            apply(call)
+
+    def _count(self, labelled: Tensor | None, parameter: str | None, macs: float) -> None:
+        if not self.counting or self.where.startswith(self._spare):
+            return
+        if parameter is not None:
+            self.work[parameter] += macs
+        elif labelled is not None:
+            ids = torch.unique(tight(labelled)).numpy()
+            self.label_work.append((ids[ids >= 0], macs / max(1, len(ids))))
+        else:
+            self.fixed_work += macs
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = _shortcut(func, args)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
+        self.tracer.operation(func, args, kwargs or {}, out)
+        return out
+
+
+def _shortcut(func: Any, args: Any) -> Any:
+    """What an operation returns on the meta device, where torch takes long to say so (its kernels are in Python)."""
+    name = func._schema.name
+    if name == "aten::native_batch_norm" and not args[5]:
+        none = args[0].new_empty(0)
+        return torch.empty_like(args[0]), none, none
+    if name in LIKE_INPUT and args[0].is_meta:
+        return torch.empty_like(args[0])
+    if name in ARITHMETIC and all(isinstance(a, Tensor) and a.is_meta and a.dtype == args[0].dtype for a in args[:2]):
+        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)  # type: ignore[no-untyped-call]
+        return args[0].new_empty(shape)
+    return None
+
+
+class _Functions(TorchFunctionMode):
+    """What only the call in Python tells: `chunk` cuts into equal parts; sizes that are written out are not known."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        tag = tag_of(args[0]) if args else None
+        if not tag or not tag.planes:
+            return out
+        if name == "chunk":
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % args[0].ndim
+            if any(dim in varying(p) for p in tag.planes):
+                parts = [torch.cat([tight(p).flatten() for p in (tag_of(o) or Tag()).planes]).numpy() for o in out]
+                self.tracer.labels.equal(parts)
+        elif not self.tracer.trusted and (name in RESHAPES or (name in PICKS and _lost(tag, out))):
+            self.tracer.pin(args[0], f"is cut up by '{name.strip('_')}'")
+        return out
+
+
+def _lost(tag: Tag, out: Any) -> bool:
+    """Whether an output has only part of the labels."""
+    outs = out if isinstance(out, list | tuple) else [out]
+    before = {i for p in tag.planes for i in torch.unique(tight(p)).tolist()}
+    return any(before - {i for p in (tag_of(o) or Tag()).planes for i in torch.unique(tight(p)).tolist()} for o in outs)
