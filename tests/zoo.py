@@ -54,7 +54,7 @@ def configuration(name: str, width: float | None = None) -> dict[str, Any]:
     for layer in config["backbone"]:
         if layer[2] == "TorchVision":
             layer[3] = [None if a == "DEFAULT" else a for a in layer[3]]
-    if width is not None:
+    if width is not None and "v9e" not in name:  # whose auxiliary branch has widths of its own
         scales = config.get("scales") or {"n": [config.get("depth_multiple", 1.0), 1.0, 1024]}
         depth, wide, most = next(iter(scales.values())) if config.get("scale") not in scales else scales[config["scale"]]
         config |= {"scales": {"n": [depth, min(wide, width), most]}, "scale": "n"}

@@ -71,8 +71,7 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
     error = 0.0
     layers = dict(original.named_modules())
     for name, reference in wanted.items():
-        keep = plan.keep.get(f"{name}.weight", {}).get(_out_dimension(layers.get(name)))
-        reference = reference[:, list(keep)] if keep else reference
+        reference = _as_cut(reference, name, layers.get(name), plan)
         gap = _difference(reference, got[name]) if name in got else math.inf
         if not gap <= tolerance:
             does = f"does not run ({failure})" if failure else "does not compute what silencing its channels computes"
@@ -102,6 +101,16 @@ def _float64_copy(model: nn.Module) -> nn.Module:
 def _out_dimension(layer: nn.Module | None) -> int:
     """Dimension of a layer's weight that its outputs are along."""
     return int(isinstance(layer, nn.modules.conv._ConvTransposeNd))
+
+
+def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -> Tensor:
+    """A layer's output, channels in dimension 1, as it has to be after the cut: fewer channels, some with a factor."""
+    weight = f"{name}.weight"
+    if factors := plan.scale.get(weight):
+        factor = torch.tensor([factors.get(i, 1.0) for i in range(reference.shape[1])], dtype=reference.dtype)
+        reference = reference * factor.view(1, -1, *[1] * (reference.ndim - 2))
+    keep = plan.keep.get(weight, {}).get(_out_dimension(layer))
+    return reference[:, list(keep)] if keep else reference
 
 
 def _silence(model: nn.Module, plan: Plan) -> None:

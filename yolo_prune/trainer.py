@@ -35,10 +35,13 @@ class KeepStructure:
             raise RunError(
                 "Training a pruned model on several GPUs is not supported yet. Pass one device, for example device=0."
             )
+        data = self.data  # type: ignore[attr-defined]
+        _check_data(weights, data)
+        stock = super().get_model(cfg, None, verbose=False)  # type: ignore[misc]  # for what else the trainer sets up
         model: Any = deepcopy(weights).float()
         model.criterion = None  # built anew for this run's arguments
         model.requires_grad_(True)  # checkpoints are saved frozen
-        _check_classes(model, self.data)  # type: ignore[attr-defined]
+        _take_over_dropout(stock, model)
         return model
 
 
@@ -51,14 +54,26 @@ def prune_trainer(base: type[BaseTrainer]) -> type[BaseTrainer]:
     return type(name, (KeepStructure, base), {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__})
 
 
-def _check_classes(model: Any, data: Mapping[str, Any]) -> None:
-    classes, channels = data["nc"], data.get("channels", 3)
-    head, first = model.model[-1], next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    if head.nc != classes or first.in_channels != channels:
+def _take_over_dropout(stock: nn.Module, model: nn.Module) -> None:
+    """`dropout=` of this run."""
+    wanted = {name: layer.p for name, layer in stock.named_modules() if isinstance(layer, nn.Dropout)}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Dropout) and name in wanted:
+            layer.p = wanted[name]
+
+
+def _check_data(model: Any, data: Mapping[str, Any]) -> None:
+    """Refuse data that need other output layers than the pruned model has."""
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    has = {"classes": len(model.names), "input channels": first.in_channels}
+    needs = {"classes": data["nc"], "input channels": data.get("channels", 3)}
+    if "kpt_shape" in data and getattr(model, "kpt_shape", None):
+        has["keypoints"], needs["keypoints"] = tuple(model.kpt_shape), tuple(data["kpt_shape"])
+    wrong = [f"{has[key]} {key}, the dataset {needs[key]}" for key in has if has[key] != needs[key]]
+    if wrong:
         raise RunError(
-            f"The pruned model has {head.nc} classes and {first.in_channels} input channels, the dataset {classes} and "
-            f"{channels}. Training a pruned model on other classes is not supported yet: train the dense model on this "
-            "dataset first, then prune it."
+            f"The pruned model has {'; '.join(wrong)}. Training a pruned model on other classes is not supported yet: "
+            "train the dense model on this dataset first, then prune it."
         )
     before, now = dict(model.names), dict(data["names"])
     moved = [name for i, name in now.items() if before.get(i) != name and name in before.values()]
@@ -135,9 +150,9 @@ def save_last(trainer: BaseTrainer) -> None:
 def validate(trainer: BaseTrainer) -> float:
     """Fitness of the averaged model, measured as the run itself does; the run's bookkeeping is left alone."""
     if not hasattr(trainer, "loss_items"):  # before the first batch the validator has no names for the losses
-        dataset = trainer.test_loader.dataset
-        batch = trainer.preprocess_batch(dataset.collate_fn([dataset[0]]))
-        with torch.no_grad():
+        loader = trainer.train_loader
+        with torch.no_grad(), own_randomness(trainer.args.seed):
+            batch = trainer.preprocess_batch(loader.collate_fn([loader.dataset[0]]))
             trainer.loss_items = trainer.ema.ema.loss(batch)[1]
     plots, trainer.validator.args.plots = trainer.validator.args.plots, False
     try:
