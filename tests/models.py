@@ -65,7 +65,10 @@ def cost_of(name: str, imgsz: int = IMGSZ) -> Cost:
 @functools.cache
 def plan_of(name: str, **fields: Any) -> Plan:
     """What `make_plan` makes for `shared(name)`, from a graph that is traced only once: to be read only."""
-    graph, cost, asked = graph_of(name), cost_of(name), recipe(**fields)
+    asked = recipe(**fields)
+    graph, cost = graph_of(name), cost_of(name)
+    if asked.channels.attention != "dims":
+        graph = trace(shared(name), imgsz=IMGSZ, heads=asked.channels.attention)
     criterion, c = criteria.create(asked.criterion.name, asked.criterion.options), asked.channels
     scores = {s.name: criterion(shared(name).state_dict(), s) for g in graph.groups for s in g.sets}
     whole = cost.flops() if asked.target.metric == "flops" else cost.parameters()

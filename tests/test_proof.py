@@ -168,6 +168,18 @@ def test_an_activation_that_silence_does_not_pass_is_refuted() -> None:
         prove(model, plan())
 
 
+def test_a_wrong_channel_is_found_though_its_activation_is_dead() -> None:
+    """On the proof's image, ReLU makes 0 of the channels that are exchanged; on another it may not."""
+    model = models.build("yolo11-tiny")
+    model.model[5].act = nn.ReLU()
+    model.model[5].bn.bias.data[:] = -1e3
+    tensor = "model.6.cv1.conv.weight"
+    kept, size = plan().keep[tensor][1], plan().shapes[tensor][1]
+    assert prove(model, plan()).error < 1e-10
+    with pytest.raises(ProofError, match=r"differs is 'model\.6\.cv1\.conv'"):
+        prove(model, with_keep(plan(), {tensor: {1: exchanged(kept, size)}}))
+
+
 def test_weights_that_are_not_numbers_prove_nothing() -> None:
     model = models.build("yolo11-tiny")
     model.model[2].cv2.conv.weight.data[:] = float("nan")

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import ultralytics
 from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
-from ultralytics.utils import DEFAULT_CFG_DICT
 
 CONFIGURATIONS = Path(ultralytics.__file__).parent / "cfg/models"
 NAMES = sorted(p.stem for p in CONFIGURATIONS.rglob("*.yaml"))
@@ -56,7 +55,9 @@ def configuration(name: str, width: float | None = None) -> dict[str, Any]:
             layer[3] = [None if a == "DEFAULT" else a for a in layer[3]]
     if width is not None and "v9e" not in name:  # whose auxiliary branch has widths of its own
         scales = config.get("scales") or {"n": [config.get("depth_multiple", 1.0), 1.0, 1024]}
-        depth, wide, most = next(iter(scales.values())) if config.get("scale") not in scales else scales[config["scale"]]
+        depth, wide, most = (
+            next(iter(scales.values())) if config.get("scale") not in scales else scales[config["scale"]]
+        )
         config |= {"scales": {"n": [depth, min(wide, width), most]}, "scale": "n"}
     return config
 
@@ -65,14 +66,16 @@ def build(name: str, width: float | None = None, seed: int = 0) -> Any:
     """An untrained model with three classes, with the attributes that training gives it."""
     torch.manual_seed(seed)
     model = model_class(name)(configuration(name, width), nc=NC, verbose=False)
-    model.args = SimpleNamespace(**DEFAULT_CFG_DICT)
-    model.task = task_of(name)
+    model.args, model.task, model.nc = get_cfg(), task_of(name), NC
+    if "yoloe" in name:
+        model.model[-1].nc = NC  # as set_classes does
+        model.pe = nn.functional.normalize(torch.randn(1, NC, 512), dim=-1)
     return model
 
 
 def image_size(name: str) -> int:
-    """Pixels that are enough for an architecture."""
-    return 128 if "p6" in name else 64
+    """Pixels that are enough for an architecture; YOLO-World pools to 3 x 3, which ONNX wants to divide its input."""
+    return 128 if "p6" in name else 96 if name == "yolov8-world" else 64
 
 
 @torch.no_grad()
@@ -108,11 +111,12 @@ def randomise(model: Any, seed: int = 0) -> Any:
 
 
 def images(model: nn.Module, name: str, count: int = 2, seed: int = 0) -> Tensor:
-    """`(count, 3, size, size * 3 / 2)` in the model's dtype: not square, so that height is not taken for width."""
+    """`(count, 3, height, width)` in the model's dtype: not square, so that height is not taken for width."""
     generator = torch.Generator().manual_seed(seed)
     size = image_size(name)
     dtype = next(model.parameters()).dtype
-    return torch.rand(count, 3, size, size * 3 // 2, generator=generator).to(dtype)
+    width = size * 2 if size == 96 else size * 3 // 2
+    return torch.rand(count, 3, size, width, generator=generator).to(dtype)
 
 
 def batch(model: Any, name: str, count: int = 2) -> dict[str, Any]:

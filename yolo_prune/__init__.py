@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from yolo_prune._version import __version__
     from yolo_prune.api import apply, is_pruned, plan, prune
     from yolo_prune.errors import PruneError
+    from yolo_prune.graph import read_as_is, register_block
     from yolo_prune.plans import Plan
     from yolo_prune.recipe import Recipe, load_recipe
 
@@ -27,6 +28,8 @@ __all__ = [
     "load_recipe",
     "plan",
     "prune",
+    "read_as_is",
+    "register_block",
 ]
 
 _HOMES = {
@@ -39,6 +42,8 @@ _HOMES = {
     "load_recipe": "yolo_prune.recipe",
     "plan": "yolo_prune.api",
     "prune": "yolo_prune.api",
+    "read_as_is": "yolo_prune.graph",
+    "register_block": "yolo_prune.graph",
 }
 
 

@@ -15,7 +15,7 @@ from yolo_prune.errors import NothingToRemoveError
 from yolo_prune.graph import Graph, Rows, trace
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
-from yolo_prune.select import Constraints, Goal, select
+from yolo_prune.select import Constraints, Goal, least, select
 
 if TYPE_CHECKING:
     from yolo_prune.recipe import Recipe
@@ -61,6 +61,22 @@ def make_plan(
     goal = Goal(metric, wanted * whole, whole)
     kept = select(graph.groups, cost, scores, goal, constraints, dense_widths)
     return build_plan(graph, cost, kept, dense)
+
+
+def reachable(model: nn.Module, recipe: Recipe, imgsz: int = 640) -> float:
+    """The least fraction of the dense model that the recipe's constraints can leave, in its target's metric.
+
+    Raises:
+        PruneError: As `make_plan`.
+    """
+    graph = trace(model, recipe.protect, imgsz=imgsz, heads=recipe.channels.attention)
+    cost = measure(model, graph)
+    record = read(model)
+    dense = record.plan.shapes if record and record.plan else {}
+    widths = record.widths if record and record.plan else graph.widths
+    c, metric = recipe.channels, recipe.target.metric
+    whole = cost.flops(dense) if metric == "flops" else cost.parameters(dense)
+    return least(graph.groups, cost, metric, Constraints(c.round_to, c.min, c.max_removed), widths) / whole
 
 
 def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], dense: Shapes) -> Plan:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from yolo_prune import surgery
 from yolo_prune.errors import ProofError
@@ -127,7 +128,7 @@ def _silence(model: nn.Module, plan: Plan) -> None:
 def _image(model: nn.Module) -> Tensor:
     stride = probes.stride(model)
     generator = torch.Generator().manual_seed(0)
-    shape = (1, probes.first_channels(model) or 3, 2 * stride, 3 * stride)
+    shape = (1, probes.image_channels(model) or 3, 2 * stride, 3 * stride)
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
@@ -137,6 +138,17 @@ class _StoppedError(Exception):
     def __init__(self, outputs: dict[str, Tensor]) -> None:
         super().__init__()
         self.outputs = outputs
+
+
+class _Leaky(TorchFunctionMode):
+    """Activations that are 0 over a range let a little through: a channel that lies there would escape comparison."""
+
+    LEAKY = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.LEAKY and args:
+            return nn.functional.leaky_relu(args[0], 0.1)
+        return func(*args, **(kwargs or {}))
 
 
 def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
@@ -157,7 +169,8 @@ def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     torch.set_default_dtype(image.dtype)  # forwards that mix in Python numbers (YOLOE's prompts) overflow otherwise
     try:
         for number, probe in enumerate(probes.probes(model)):
-            out = list(_tensors(probe(model, image)))
+            with _Leaky():
+                out = list(_tensors(probe(model, image)))
             finals |= {f"{OUTPUT}{number}.{i}": t for i, t in enumerate(out)}
     except (RuntimeError, ValueError) as e:
         raise _StoppedError(found) from e

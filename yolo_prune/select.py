@@ -74,11 +74,23 @@ def select(
         TargetError: If the constraints do not allow the goal; says what they allow.
     """
     ledger = _Ledger(cost, goal.metric)
-    moves = [_Move(g, ledger, scores, constraints, dense_widths) for g in groups if not g.protected]
-    moves = [m for m in moves if len(m.levels) > 1]
+    levels = [(g, _levels(g, constraints, dense_widths)) for g in groups if not g.protected]
+    moves = [_Move(g, ledger, scores, ls) for g, ls in levels if len(ls) > 1]
     _cut(moves, ledger, goal)
     _give_back(moves, ledger, goal)
     return {name: kept for m in moves if m.at for name, kept in m.kept().items()}
+
+
+def least(
+    groups: Sequence[Group], cost: Cost, metric: str, constraints: Constraints, dense_widths: Mapping[str, int]
+) -> float:
+    """What is left, in the metric's unit, once everything is removed that the constraints allow."""
+    ledger = _Ledger(cost, metric)
+    for group in groups:
+        levels = [] if group.protected else _levels(group, constraints, dense_widths)
+        if len(levels) > 1:
+            _Move(group, ledger, None, levels).step(len(levels) - 1)
+    return ledger.total()
 
 
 class _Ledger:
@@ -86,6 +98,7 @@ class _Ledger:
 
     def __init__(self, cost: Cost, metric: str) -> None:
         weights = {n: 2 * w for n, w in cost.macs.items()} if metric == "flops" else dict.fromkeys(cost.params, 1.0)
+        self.fixed = 2 * cost.fixed if metric == "flops" else 0.0
         names = sorted(weights)
         shapes = [(*cost.shapes[n], 1, 1)[:2] for n in names]
         self.row = {n: i for i, n in enumerate(names)}
@@ -94,7 +107,7 @@ class _Ledger:
         self.weight = np.array([weights[n] for n in names]) * np.array(rest, dtype=np.float64)
 
     def total(self) -> float:
-        return float(np.sum(self.weight * self.dims[0] * self.dims[1]))
+        return self.fixed + float(np.sum(self.weight * self.dims[0] * self.dims[1]))
 
     def change(self, rows: NDArray[np.intp], d0: NDArray[np.float64], d1: NDArray[np.float64]) -> float:
         """Cost saved by making `rows` smaller by `d0` and `d1`."""
@@ -109,17 +122,16 @@ class _Move:
         self,
         group: Group,
         ledger: _Ledger,
-        scores: Mapping[str, Tensor],
-        constraints: Constraints,
-        dense_widths: Mapping[str, int],
+        scores: Mapping[str, Tensor] | None,
+        levels: list[int],
     ) -> None:
         self.group = group
         self.ledger = ledger
         self.at = 0
-        self.levels = _levels(group, constraints, dense_widths)
+        self.levels = levels
         # Ties go to the later channel, so that the order is the same on every machine.
-        self.order = {s.name: np.argsort(scores[s.name].numpy(), kind="stable") for s in group.sets}
-        self.losses = self._losses(scores)
+        self.order = {s.name: np.argsort(scores[s.name].numpy(), kind="stable") for s in group.sets} if scores else {}
+        self.losses = self._losses(scores) if scores else []
         shrink: dict[int, list[int]] = {}
         for s in group.sets:
             for slot in s.slots:

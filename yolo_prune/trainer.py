@@ -21,6 +21,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_prune import metadata, surgery
 from yolo_prune.errors import RunError
+from yolo_prune.graph.probes import image_channels
 from yolo_prune.plans import Plan
 
 
@@ -64,8 +65,7 @@ def _take_over_dropout(stock: nn.Module, model: nn.Module) -> None:
 
 def _check_data(model: Any, data: Mapping[str, Any]) -> None:
     """Refuse data that need other output layers than the pruned model has."""
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    has = {"classes": len(model.names), "input channels": first.in_channels}
+    has = {"classes": len(model.names), "input channels": image_channels(model)}
     needs = {"classes": data["nc"], "input channels": data.get("channels", 3)}
     if "kpt_shape" in data and getattr(model, "kpt_shape", None):
         has["keypoints"], needs["keypoints"] = tuple(model.kpt_shape), tuple(data["kpt_shape"])

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,10 +47,14 @@ def batch_norm_off(model: nn.Module) -> nn.Module:
     return model
 
 
-def first_channels(model: nn.Module) -> int | None:
+def image_channels(model: nn.Module) -> int | None:
     """Channels of the images a model takes, or None if it has no convolution."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return first.in_channels if first else None
+    if first is None:
+        return None
+    yaml = getattr(model, "yaml", None)
+    told = yaml.get("channels", yaml.get("ch")) if isinstance(yaml, Mapping) else None  # "ch" before Ultralytics 8.3
+    return told if isinstance(told, int) else first.in_channels
 
 
 def stride(model: nn.Module) -> int:

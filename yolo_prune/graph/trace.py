@@ -52,7 +52,7 @@ def trace(
     stride = probes.stride(model)
     if isinstance(imgsz, bool) or not isinstance(imgsz, int) or imgsz < 1 or imgsz % stride:
         raise PruneError(f"imgsz: must be a multiple of {stride}, got {imgsz}.")
-    channels = probes.first_channels(model)
+    channels = probes.image_channels(model)
     if channels is None:
         raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
     guarded = dict.fromkeys(frozen, "frozen in this run") | _match(model, protect)

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What works on which architecture: measures every cell of docs/support.md.
+
+python tests/support.py            # writes docs/support.md; about 15 minutes on two cores
+python tests/support.py yolo12     # prints the rows of some architectures
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false"}
+if __name__ == "__main__":
+    os.environ["YOLO_CONFIG_DIR"] = tempfile.mkdtemp(prefix="yolo-prune-support-")
+
+import oracle
+import torch
+import zoo
+from torch import Tensor, nn
+from ultralytics import RTDETR, YOLO, YOLOE, YOLOWorld
+from ultralytics.utils import LOGGER
+
+from yolo_prune import metadata, planner, proof, surgery
+from yolo_prune.graph import trace
+from yolo_prune.metadata import Record
+from yolo_prune.plans import Plan
+from yolo_prune.recipe import Recipe, load_recipe
+
+PAGE = Path(__file__).parents[1] / "docs/support.md"
+COLUMNS = ("plan", "exact", "least FLOPs", "train step", "stock reload", "fuse", "ONNX", "again")
+NUMBERS = {"exact": 1e-8, "fuse": 1e-2, "ONNX": 1e-2}  # largest error allowed
+RELOAD = """
+import sys, torch
+sys.modules["yolo_prune"] = None
+from ultralytics.nn.tasks import load_checkpoint
+import zoo
+for path in sys.argv[1:]:
+    try:
+        model, image, wanted = load_checkpoint(path + ".pt")[0].float().eval(), *torch.load(path + ".ref")
+        with torch.no_grad():
+            got = zoo.outputs(model(image))
+        same = [g.shape for g in got] == [w.shape for w in wanted]
+        ok = same and all(torch.allclose(g, w, rtol=1e-4, atol=1e-4, equal_nan=True) for g, w in zip(got, wanted))
+        print(path, "yes" if ok else "no: another output", sep="\\t")
+    except Exception as e:
+        print(path, f"no: {type(e).__name__}: {e}".splitlines()[0], sep="\\t")
+"""
+
+
+@dataclass
+class Row:
+    """One architecture.
+
+    Attributes:
+        name: of its YAML file.
+        cells: what was found, by column; an error that is in order, "yes", or "no: why".
+        protected: `{reason: share of the parameters}`.
+    """
+
+    name: str
+    cells: dict[str, Any] = field(default_factory=dict)
+    protected: dict[str, float] = field(default_factory=dict)
+
+
+def recipe(keep: float, **fields: Any) -> Recipe:
+    """The default recipe with a target."""
+    return load_recipe("half-flops", {"target.flops": keep, **{k.replace("_", ".", 1): v for k, v in fields.items()}})
+
+
+def measure(name: str, folder: Path, width: float | None = None, export: bool = True) -> Row:
+    """Fill the row of an architecture; the reloading is left to `reload`, which does all of them at once."""
+    row = Row(name)
+
+    def cell(column: str, of: Callable[[], Any]) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                value = of()
+        except Exception as e:  # whatever it is, it belongs into the table
+            row.cells[column] = f"no: {type(e).__name__}: {e}".splitlines()[0]
+            return None
+        row.cells[column] = "yes" if value is None else value
+        return value
+
+    size = 2 * zoo.image_size(name)
+    precise = zoo.randomise(zoo.build(name, width).double())
+    model = deepcopy(precise).float()
+    least = cell("least FLOPs", lambda: planner.reachable(model, recipe(0.5), size))
+    if least is None:
+        return row
+    row.protected = protected(model, size)
+    first, second = (least + (1 - least) * share for share in (0.6, 0.3))
+    plan = cell("plan", lambda: planner.make_plan(model, recipe(first), size))
+    if plan is None:
+        return row
+    cell("exact", lambda: exact(name, precise, plan))
+    cut(model, plan)
+    cell("train step", lambda: train_step(model, name))
+    cell("again", lambda: again(deepcopy(model), recipe(second), size))
+    save(model, name, folder)
+    cell("fuse", lambda: fuse(model, name))
+    if export and cell("ONNX", lambda: onnx(model, name, folder)) is None:
+        save(deepcopy(precise).float(), f"dense-{name}", folder)
+        cell("dense", lambda: onnx(model, name, folder, "dense-"))
+        if row.cells.pop("dense") == row.cells["ONNX"]:
+            row.cells["ONNX"] = "as dense: " + row.cells["ONNX"].removeprefix("no: ")[:90]
+    row.cells["plan"] = f"{plan.predicted.flops_kept:.2f}"
+    return row
+
+
+def exact(name: str, original: nn.Module, plan: Plan) -> float:
+    """The oracle's error, and the package's own proof must hold too."""
+    proof.prove(original, plan)
+    pruned = deepcopy(original)
+    surgery.apply(pruned, plan)
+    return oracle.judge(original, pruned, name)
+
+
+def cut(model: nn.Module, plan: Plan) -> None:
+    """Apply a plan and write it down."""
+    surgery.apply(model, plan)
+    metadata.write(model, Record({}, plan, planner.widths(model)))
+
+
+def train_step(model: Any, name: str) -> None:
+    """One step on the task's own loss: finite, and every layer that the loss reaches learns."""
+    model.train()
+    batch = zoo.batch(model, name)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6)
+    loss = model.loss(batch)[0].sum()
+    loss.backward()
+    assert torch.isfinite(loss), "the loss is not finite"
+    learns = [p for p in model.parameters() if p.grad is not None]
+    assert len(learns) > len(list(model.parameters())) // 3, "hardly anything has a gradient"
+    assert all(torch.isfinite(p.grad).all() for p in learns), "a gradient is not finite"
+    optimizer.step()
+    optimizer.zero_grad()
+    model.criterion = None
+    model.eval()
+
+
+def again(model: nn.Module, recipe: Recipe, size: int) -> str:
+    """Prune further, proved."""
+    plan = planner.make_plan(model, recipe, size)
+    proof.prove(model, plan)
+    surgery.apply(model, plan)
+    return f"{plan.predicted.flops_kept:.2f}"
+
+
+def save(model: Any, name: str, folder: Path) -> None:
+    """A checkpoint as Ultralytics writes it, and what the model in it puts out."""
+    half = deepcopy(model).half()
+    torch.save({"model": half, "train_args": {}, "date": "", "version": ""}, folder / f"{name}.pt")
+    copy = deepcopy(half).float().eval()
+    image = zoo.images(copy, name, 1)
+    with torch.no_grad():
+        torch.save((image, zoo.outputs(copy(image))), folder / f"{name}.ref")
+
+
+def reload(rows: list[Row], folder: Path) -> None:
+    """Load all checkpoints where this package cannot be imported, under ULTRALYTICS_SAFE_LOAD=1."""
+    paths = [str(folder / r.name) for r in rows if (folder / f"{r.name}.pt").exists()]
+    environment = os.environ | {
+        "ULTRALYTICS_SAFE_LOAD": "1",
+        "YOLO_PRUNE_HOOK": "0",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RELOAD, *paths], env=environment, capture_output=True, text=True, check=False
+    )
+    said = dict(line.split("\t") for line in done.stdout.splitlines() if "\t" in line)
+    for row in rows:
+        error = (done.stderr.strip().splitlines() or ["it was not loaded"])[-1]
+        row.cells["stock reload"] = said.get(str(folder / row.name), f"no: {error}")
+
+
+def fuse(model: nn.Module, name: str) -> float:
+    """Fold batch norms and branches; the output stays."""
+    plain, fused = deepcopy(model).eval(), deepcopy(model).eval()
+    image = zoo.images(plain, name, 1)
+    wanted = decoded(plain, image)
+    fused.fuse(verbose=False)
+    return relative(wanted, decoded(fused, image))
+
+
+def decoded(model: Any, image: Tensor) -> list[Tensor]:
+    """What is used in deployment."""
+    with torch.no_grad():
+        out = model(image)
+    return zoo.outputs(out[0] if isinstance(out, tuple) else out)
+
+
+def onnx(model: Any, name: str, folder: Path, prefix: str = "") -> float:
+    """Export through the standard exporter; ONNX Runtime agrees with torch."""
+    import onnxruntime
+
+    image = zoo.images(model, name, 1)
+    cls = RTDETR if "rtdetr" in name else YOLOE if "yoloe" in name else YOLOWorld if "world" in name else YOLO
+    yolo = cls(folder / f"{prefix}{name}.pt")
+    if "yoloe" in name:
+        yolo.model.pe = model.pe
+    file = yolo.export(format="onnx", imgsz=list(image.shape[2:]), verbose=False, simplify=False)
+    session = onnxruntime.InferenceSession(file)
+    got = [torch.from_numpy(o) for o in session.run(None, {session.get_inputs()[0].name: image.numpy()})]
+    stock = deepcopy(yolo.model).float().eval()
+    stock.fuse(verbose=False)
+    for module in stock.modules():
+        if hasattr(module, "export"):
+            module.export, module.format = True, "onnx"
+    with torch.no_grad():
+        wanted = zoo.outputs(stock(image))
+    Path(file).unlink()
+    return relative(wanted, got)
+
+
+def relative(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """Largest difference relative to the largest value; rows that are sorted by score may swap where scores tie."""
+    assert [w.shape for w in wanted] == [g.shape for g in got], "another shape"
+    worst = 0.0
+    for w, g in zip(wanted, got, strict=True):
+        if w.ndim == 3 and w.shape[-1] in (6, 7, 57, 38):
+            w, g = w.sort(1).values, g.sort(1).values
+        worst = max(worst, float((w.double() - g.double()).abs().max() / w.double().abs().max()))
+    return worst
+
+
+def protected(model: nn.Module, size: int) -> dict[str, float]:
+    """`{reason: share of all parameters}` of the layers that are protected for it."""
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    total, shares = sum(sizes.values()), dict[str, float]()
+    for group in trace(model, imgsz=size).groups:
+        if group.protected:
+            own = {slot.tensor for s in group.sets for slot in s.slots if slot.dim == 0 and slot.tensor in sizes}
+            own = {t for t in own if t.rpartition(".")[0].removesuffix(".bn") in {*group.layers, *_stems(group.layers)}}
+            shares[group.protected] = shares.get(group.protected, 0.0) + sum(sizes[t] for t in own) / total
+    return shares
+
+
+def _stems(layers: tuple[str, ...]) -> set[str]:
+    return {name.removesuffix(".conv") for name in layers}
+
+
+def good(column: str, value: Any) -> bool:
+    """Whether a cell is in order."""
+    if column in NUMBERS and not str(value).startswith("as dense:"):
+        return isinstance(value, float) and value <= NUMBERS[column]
+    return isinstance(value, float) or not str(value).startswith("no:")
+
+
+def page(rows: list[Row], seconds: float) -> str:
+    """docs/support.md."""
+    lines = [HEADER, "| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in rows:
+        lines.append(f"| {row.name} | " + " | ".join(_text(c, row.cells.get(c, "no: not run")) for c in COLUMNS) + " |")
+    lines += [FAMILIES, "| architecture | protected: reason (share of the parameters) |", "|---|---|"]
+    for row in rows:
+        shares = sorted(row.protected.items(), key=lambda item: -item[1])
+        told = "; ".join(f"{reason} ({share:.1%})" for reason, share in shares)
+        lines.append(f"| {row.name} | {told or 'nothing'} |")
+    import ultralytics
+
+    lines += ["", f"Ultralytics {ultralytics.__version__}, torch {torch.__version__.split('+')[0]}; {seconds:.0f} s."]
+    return "\n".join(lines) + "\n"
+
+
+def _text(column: str, value: Any) -> str:
+    if column == "least FLOPs" and isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:.0e}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+HEADER = """# What works on which architecture
+
+Every model YAML that Ultralytics ships, at its smallest scale, with three classes and random weights. Made by
+`python tests/support.py`; a test measures the same cells again and fails when one gets worse.
+
+- **plan**: share of the FLOPs that the first cut keeps (60 % of what may go is left).
+- **exact**: largest difference between the pruned model and the masked reference, in float64, relative to how much an
+  output varies; kept channels are looked up by value in the pruned weights, not taken from the plan.
+- **least FLOPs**: the smallest share that can be kept with the default limits (`round_to: 8`, `min: 8`,
+  `max_removed: 0.75`).
+- **train step**: a step of AdamW on the task's own loss after the cut.
+- **stock reload**: the saved checkpoint loads under `ULTRALYTICS_SAFE_LOAD=1` in a Python that cannot import
+  yolo-prune, and puts out the same.
+- **fuse**, **ONNX**: largest difference after `fuse()`, and between torch and ONNX Runtime after the standard export,
+  in float32, relative to the largest output. Architectures that take text use made-up embeddings.
+- **again**: share of the FLOPs that is kept after a second cut, proved as the first.
+"""
+FAMILIES = """
+## What is protected, and why
+
+Shares are of the parameters of the layers whose outputs may not be cut (their inputs may). Models are small and have
+three classes here, so that heads weigh more than usual.
+"""
+
+
+def main() -> None:
+    """Measure, then write the page or print the rows asked for."""
+    LOGGER.setLevel("ERROR")
+    names, began = sys.argv[1:] or zoo.NAMES, time.time()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            start = time.time()
+            rows.append(measure(name, Path(folder)))
+            print(f"{time.time() - start:5.1f} s  {name:24}", rows[-1].cells, flush=True)
+        reload(rows, Path(folder))
+    text = page(rows, time.time() - began)
+    if sys.argv[1:]:
+        print(text)
+    else:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(text, encoding="utf-8")
+    bad = [(r.name, c, r.cells.get(c)) for r in rows for c in COLUMNS if not good(c, r.cells.get(c, "no"))]
+    print(f"{len(bad)} cells are not in order", *bad, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
