@@ -145,7 +145,17 @@ def open_model(path: str | Path) -> YOLO:
         return YOLO(str(path))
     except FileNotFoundError as e:
         raise RunError(f"The model '{path}' does not exist.") from e
-    except (EOFError, OSError, RuntimeError, TypeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
+    except TypeError as e:
+        raise UnsupportedModelError(
+            f"'{path}' holds no Ultralytics YOLO model (SAM, YOLO-NAS and plain state dicts do not). Pass a checkpoint "
+            "that 'yolo train' wrote, or one of Ultralytics' own such as yolo26n.pt."
+        ) from e
+    except ImportError as e:
+        raise UnsupportedModelError(
+            f"'{path}' cannot be loaded here: {e}. If it is quantized (quantize=8 in training), prune the checkpoint it "
+            "was quantized from instead."
+        ) from e
+    except (EOFError, OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
         raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
 
 
@@ -182,9 +192,19 @@ def describe(model: Model | nn.Module | str | Path) -> str:
     return "\n".join(lines)
 
 
+INSTEAD = {
+    "SAM": "Pass a segmentation model, for example YOLO('yolo26n-seg.pt').",
+    "NAS": "Pass a detection model, for example YOLO('yolo26n.pt').",
+    "FastSAM": "Open the same file with YOLO(...): it is a segmentation model, which can be pruned and trained.",
+}
+
+
 def _module(model: Model | nn.Module | str | Path) -> nn.Module:
     if isinstance(model, str | Path):
         model = open_model(model)
+    kind = type(model).__name__
+    if kind in INSTEAD:
+        raise UnsupportedModelError(f"{kind} models cannot be trained by Ultralytics, so not pruned. {INSTEAD[kind]}")
     module = model if isinstance(model, nn.Module) and not hasattr(model, "overrides") else model.model
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(

@@ -48,7 +48,7 @@ def trace(
     """
     from yolo_prune.graph import blocks  # noqa: F401  registers the rules; here, as it imports ultralytics
 
-    _refuse_fused(model)
+    _refuse_deployed(model)
     stride = probes.stride(model)
     if isinstance(imgsz, bool) or not isinstance(imgsz, int) or imgsz < 1 or imgsz % stride:
         raise PruneError(f"imgsz: must be a multiple of {stride}, got {imgsz}.")
@@ -79,7 +79,13 @@ def trace(
     )
 
 
-def _refuse_fused(model: nn.Module) -> None:
+def _refuse_deployed(model: nn.Module) -> None:
+    """A model that was changed for inference is the end of the road."""
+    if any(type(m).__name__ == "TensorQuantizer" for m in model.modules()):
+        raise UnsupportedModelError(
+            "The model is quantized (quantize=8 in training), and scales belong to widths. Prune the checkpoint it was "
+            "quantized from, then train the pruned one with quantize=8."
+        )
     if getattr(model, "is_fused", lambda: False)():
         raise UnsupportedModelError(
             "The model is fused for inference, which cannot be undone. Pass the checkpoint that training wrote, as it "
