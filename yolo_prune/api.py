@@ -152,8 +152,8 @@ def open_model(path: str | Path) -> YOLO:
         ) from e
     except ImportError as e:
         raise UnsupportedModelError(
-            f"'{path}' cannot be loaded here: {e}. If it is quantized (quantize=8 in training), prune the checkpoint it "
-            "was quantized from instead."
+            f"'{path}' cannot be loaded here: {e}. If it is quantized (quantize=8 in training), prune the checkpoint "
+            "that it was quantized from instead."
         ) from e
     except (EOFError, OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
         raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e

@@ -19,6 +19,7 @@ from yolo_prune import metadata, planner, proof, recover, schedule, surgery
 from yolo_prune import trainer as control
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.files import write_text
+from yolo_prune.graph import trace
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
@@ -158,9 +159,10 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
         report = _old_report(trainer, recipe, source, record)
         cost = planner.present_cost(model, trainer.args.imgsz)
     else:
-        plan = planner.make_plan(model, recipe, trainer.args.imgsz, frozen=frozen)
+        graph = trace(model, recipe.protect, frozen, imgsz=trainer.args.imgsz, heads=recipe.channels.attention)
+        plan = planner.plan_for(model, graph, recipe)
         past = record.plan if record else None
-        widths = record.widths if record and past else planner.widths(model)
+        widths = record.widths if record and past else graph.widths
         present = plan.predicted.present(recipe.target.metric)
         record = Record(recipe.to_dict(), past, widths, (), present, active=True)
         metadata.write(model, record)

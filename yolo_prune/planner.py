@@ -41,10 +41,14 @@ def make_plan(
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
     graph = trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
+    return plan_for(model, graph, recipe, keep)
+
+
+def plan_for(model: nn.Module, graph: Graph, recipe: Recipe, keep: float | None = None) -> Plan:
+    """`make_plan` for a model that was traced before."""
     cost = measure(model, graph)
     record = read(model)
     dense = record.plan.shapes if record and record.plan else {}
-    dense_widths = record.widths if record and record.plan else graph.widths
     metric, wanted = recipe.target.metric, recipe.target.keep if keep is None else keep
     count = cost.flops if metric == "flops" else cost.parameters
     whole, present = count(dense), count()
@@ -56,27 +60,33 @@ def make_plan(
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
     tensors = model.state_dict()
     scores = {s.name: criteria.score(criterion, tensors, s) for g in graph.groups if not g.protected for s in g.sets}
-    c = recipe.channels
-    constraints = Constraints(c.round_to, c.min, c.max_removed)
     goal = Goal(metric, wanted * whole, whole)
-    kept = select(graph.groups, cost, scores, goal, constraints, dense_widths)
+    kept = select(graph.groups, cost, scores, goal, _constraints(recipe), _dense_widths(model, graph))
     return build_plan(graph, cost, kept, dense)
 
 
-def reachable(model: nn.Module, recipe: Recipe, imgsz: int = 640) -> float:
+def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
     """The least fraction of the dense model that the recipe's constraints can leave, in its target's metric.
 
-    Raises:
-        PruneError: As `make_plan`.
+    Args:
+        model: dense, or pruned before.
+        graph: its trace.
+        recipe: for the metric and the constraints.
     """
-    graph = trace(model, recipe.protect, imgsz=imgsz, heads=recipe.channels.attention)
-    cost = measure(model, graph)
+    cost, metric = measure(model, graph), recipe.target.metric
     record = read(model)
     dense = record.plan.shapes if record and record.plan else {}
-    widths = record.widths if record and record.plan else graph.widths
-    c, metric = recipe.channels, recipe.target.metric
     whole = cost.flops(dense) if metric == "flops" else cost.parameters(dense)
-    return least(graph.groups, cost, metric, Constraints(c.round_to, c.min, c.max_removed), widths) / whole
+    return least(graph.groups, cost, metric, _constraints(recipe), _dense_widths(model, graph)) / whole
+
+
+def _constraints(recipe: Recipe) -> Constraints:
+    return Constraints(recipe.channels.round_to, recipe.channels.min, recipe.channels.max_removed)
+
+
+def _dense_widths(model: nn.Module, graph: Graph) -> Mapping[str, int]:
+    record = read(model)
+    return record.widths if record and record.plan else graph.widths
 
 
 def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], dense: Shapes) -> Plan:

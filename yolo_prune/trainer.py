@@ -65,7 +65,7 @@ def _take_over_dropout(stock: nn.Module, model: nn.Module) -> None:
 
 def _check_data(model: Any, data: Mapping[str, Any]) -> None:
     """Refuse data that need other output layers than the pruned model has."""
-    has = {"classes": len(model.names), "input channels": image_channels(model)}
+    has: dict[str, Any] = {"classes": len(model.names), "input channels": image_channels(model)}
     needs = {"classes": data["nc"], "input channels": data.get("channels", 3)}
     if "kpt_shape" in data and getattr(model, "kpt_shape", None):
         has["keypoints"], needs["keypoints"] = tuple(model.kpt_shape), tuple(data["kpt_shape"])

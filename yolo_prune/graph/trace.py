@@ -60,7 +60,8 @@ def trace(
     found = rules.gather(twin, heads)
     labels = Labels(_labelled(twin))
     tracer = Tracer(labels, rules.trusts, found.reasons, found.spare)
-    deployed = _run(tracer, twin, torch.empty(1, channels, imgsz, imgsz, device="meta"))
+    settled = {rows.tensor for rows, _ in found.fixed}
+    deployed = _run(tracer, twin, torch.empty(1, channels, imgsz, imgsz, device="meta"), settled)
     _state(labels, found)
     _guard(labels, guarded)
     _unseen(labels, tracer.ran)
@@ -100,18 +101,20 @@ def _labelled(twin: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in twin.state_dict(keep_vars=True).items() if n in parameters or n in statistics}
 
 
-def _run(tracer: Tracer, twin: nn.Module, image: Tensor) -> set[str]:
-    """All forward passes; returns the parameters that run in deployment."""
+def _run(tracer: Tracer, twin: nn.Module, image: Tensor, settled: set[str]) -> set[str]:
+    """The forward passes, as many as it takes to see what is not `settled`; returns what runs in deployment."""
     try:
         with tracer.running(twin):
             twin.eval()
             tracer.counting = True
             tracer.outputs(probes.plain(twin, image))
             tracer.counting = False
-            deployed = tracer.ran & {n for n, _ in twin.named_parameters()}
-            probes.batch_norm_off(twin)
-            for probe in probes.probes(twin):
-                tracer.outputs(probe(twin, image))
+            everything = {n for n, _ in twin.named_parameters()}
+            deployed = tracer.ran & everything
+            if everything - deployed - settled:  # parts that run in training alone, or with other inputs
+                probes.batch_norm_off(twin)
+                for probe in probes.probes(twin):
+                    tracer.outputs(probe(twin, image))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError) as e:
         where = tracer.where or "the model"
         raise UnsupportedModelError(

@@ -169,6 +169,8 @@ def _shortcut(func: Any, args: Any) -> Any:
     if name == "aten::native_batch_norm" and not args[5]:
         none = args[0].new_empty(0)
         return torch.empty_like(args[0]), none, none
+    if name == "aten::grid_sampler_2d" and args[0].is_meta:
+        return args[0].new_empty((*args[0].shape[:2], *args[1].shape[1:3]))
     if name in LIKE_INPUT and args[0].is_meta:
         return torch.empty_like(args[0])
     if name in ARITHMETIC and all(isinstance(a, Tensor) and a.is_meta and a.dtype == args[0].dtype for a in args[:2]):

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""torch-pruning as an independent referee: where its dependency graph can read a model, both find the same groups."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+import zoo
+from torch import nn
+
+from yolo_prune.graph import trace
+
+READABLE = ("yolov3-tiny", "yolov5", "yolov6", "yolov8-ghost", "yolov8-cls-resnet50")
+Place = tuple[str, int, int]  # tensor, dimension, index
+
+
+def ours(model: nn.Module, name: str) -> dict[Place, frozenset[Place]]:
+    """`{place: all places that go with it}` of the weights of layers, where something may go."""
+    found = {}
+    for group in trace(model, imgsz=2 * zoo.image_size(name)).groups:
+        if group.protected:
+            continue
+        for channels in group.sets:
+            for i in range(channels.size):
+                together = frozenset(
+                    (s.tensor, s.dim, s.index[i]) for s in channels.slots if s.tensor.endswith("weight")
+                )
+                found.update(dict.fromkeys(together, together))
+    return found
+
+
+def theirs(model: nn.Module, name: str) -> dict[Place, frozenset[Place]]:
+    names = {module: path for path, module in model.named_modules()}
+    graph = tp.DependencyGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph.build_dependency(model.train().requires_grad_(True), zoo.images(model, name, 1), verbose=False)
+    found = {}
+    for layer in [m for m in names if isinstance(m, nn.Conv2d) and m in graph.module2node and ".dfl" not in names[m]]:
+        for channel in range(0, layer.out_channels, 5):
+            if (f"{names[layer]}.weight", 0, channel) in found:
+                continue
+            pruner = graph.get_pruner_of_module(layer)
+            group = graph.get_pruning_group(layer, pruner.prune_out_channels, [channel])
+            together = frozenset(
+                (f"{names[item.dep.target.module]}.weight", _dimension(item.dep), index)
+                for item in group
+                if item.dep.target.module in names
+                for index in item.idxs
+            )
+            found.update(dict.fromkeys(together, together))
+    return found
+
+
+def _dimension(dependency: Any) -> int:
+    layer, out = dependency.target.module, dependency.handler.__name__ == "prune_out_channels"
+    if isinstance(layer, nn.ConvTranspose2d):
+        return int(out)
+    depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    return 0 if out or depthwise or not isinstance(layer, nn.Conv2d | nn.Linear) else 1
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_torch_pruning_finds_the_same_groups(name: str) -> None:
+    model = zoo.build(name, width=0.25)
+    torch.manual_seed(0)
+    mine, found = ours(model, name), theirs(model, name)
+    both = mine.keys() & found.keys()
+    assert len(both) > 500
+    assert [place for place in sorted(both) if mine[place] != found[place]] == []

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""No cell of docs/support.md gets worse: measured again, on thin models where Ultralytics lets a model be thinner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import support
+import zoo
+
+# Exactness of every family is judged in test_oracle.py; exporting takes long, so here it is one of each kind.
+EXPORTED = (
+    *("yolov3-tiny", "yolov5", "yolov6", "yolov8-ghost", "yolov8-worldv2", "yolov9t", "yolov10n", "yolo11-seg"),
+    *(
+        "yolo12-obb",
+        "yolo26",
+        "yolo26-pose",
+        "yolo26-depth",
+        "yolo26-sem",
+        "yoloe-26-seg",
+        "yolov8-rtdetr",
+        "yolo12-cls",
+    ),
+)
+MEASURED = tuple(c for c in support.COLUMNS if c not in ("exact", "ONNX"))
+
+
+def committed() -> dict[str, dict[str, str]]:
+    """The first table of docs/support.md: `{architecture: {column: cell}}`."""
+    lines = [line for line in support.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    head = next(i for i, line in enumerate(lines) if "plan" in line)
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[head:]]
+    rows = [row for row in cells[1:] if len(row) == len(support.COLUMNS) + 1]
+    return {name: dict(zip(support.COLUMNS, values, strict=True)) for name, *values in rows}
+
+
+def number(cell: str) -> object:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, support.Row]:
+    """All rows, measured once."""
+    folder: Path = tmp_path_factory.mktemp("support")
+    measured = []
+    for name in zoo.NAMES:
+        columns = (*MEASURED, "ONNX") if name in EXPORTED else MEASURED
+        measured.append(support.measure(name, folder, support.THIN, columns))
+    support.reload(measured, folder)
+    return {row.name: row for row in measured}
+
+
+def test_the_page_has_every_architecture_that_ultralytics_ships_and_no_empty_cell() -> None:
+    table = committed()
+    assert sorted(table) == zoo.NAMES
+    bad = {
+        (name, column, cell)
+        for name, cells in table.items()
+        for column, cell in cells.items()
+        if not support.good(column, number(cell))
+    }
+    assert bad == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_no_cell_gets_worse(name: str, rows: dict[str, support.Row]) -> None:
+    cells = rows[name].cells
+    expected = {*MEASURED, "ONNX"} if name in EXPORTED else set(MEASURED)
+    assert set(cells) == expected
+    assert {c: v for c, v in cells.items() if not support.good(c, v)} == {}
+
+
+@pytest.mark.slow
+def test_what_is_protected_is_told_for_every_architecture(rows: dict[str, support.Row]) -> None:
+    told = {reason for row in rows.values() for reason in row.protected}
+    assert told == {
+        "task output",
+        "box distribution (DFL)",
+        "width of nn.MultiheadAttention",
+        "sampling points of deformable attention",
+        "embedding",
+        "width of the text embedding",
+        "width of the prompt embedding",
+        "does not run in a forward pass",
+    }
