@@ -17,7 +17,7 @@ from ultralytics.cfg import entrypoint
 
 import yolo_prune
 from yolo_prune import _patch, cli, demo, keys, metadata
-from yolo_prune.errors import UnsupportedModelError
+from yolo_prune.errors import TargetError
 from yolo_prune.plans import Plan
 
 
@@ -48,7 +48,6 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["plan", "model=yolo11n.yaml", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
         (["plan", "model=yolo11n.yaml", "recipe=ege"], "Did you mean 'edge'?"),
         (["plan", "model=yolo11n.yaml", "recipe.target.flops=0.02"], "cannot be reached"),
-        (["plan", "model=yolo11n-seg.yaml"], "SegmentationModel"),
         (["apply", "model=a.pt", "save=a.pt"], "would overwrite the model itself"),
         (["apply", "model=a.pt", "save=b.onnx"], "the name must end in .pt"),
         (["apply", "model=a.pt", "plan=p.json", "recipe=edge"], "plan= and recipe= exclude one another"),
@@ -135,18 +134,18 @@ def test_yolo_refuses_what_it_should(command: str, message: str, clean_cwd: Path
     assert list(clean_cwd.iterdir()) == []
 
 
-def test_yolo_train_understands_the_keys_and_names_the_block_it_cannot_prune(clean_cwd: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'model\.5' is a SCDown"):
-        entrypoint("yolo train model=yolov10n.yaml data=x.yaml callbacks=prune recipe=edge recipe.target.flops=0.4")
+def test_yolo_train_understands_the_keys_and_refuses_before_any_work(clean_cwd: Path) -> None:
+    with pytest.raises(TargetError, match=r"target\.flops: 0\.02 of the dense model cannot be reached"):
+        entrypoint("yolo train model=yolov10n.yaml data=x.yaml callbacks=prune recipe=edge recipe.target.flops=0.02")
     assert list(clean_cwd.iterdir()) == []
 
 
 def test_yolo_prune_train_works_where_the_hook_is_off(clean_cwd: Path) -> None:
-    command = [sys.executable, "-m", "yolo_prune.cli", "train", "model=yolov10n.yaml", "data=x.yaml"]
+    command = [sys.executable, "-m", "yolo_prune.cli", "train", "model=yolov10n.yaml", "recipe.target.flops=0.02"]
     environment = os.environ | {"YOLO_PRUNE_HOOK": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("yolo-prune train: 'model.5' is a SCDown")
+    assert done.stderr.strip().splitlines()[-1].startswith("yolo-prune train: target.flops: 0.02 of the dense")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,7 @@ except Exception as error:
     assert "nowhere.yaml" in str(error), error
 else:
     raise SystemExit("no error")
-assert not {"torch_pruning", "yolo_prune.launch"} & set(sys.modules)
+assert not {"yolo_prune.graph", "yolo_prune.launch"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

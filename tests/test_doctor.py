@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {
     "ultralytics": "8.4.190",
     "torch": "2.15.0+cpu",
-    "torch-pruning": "1.6.1",
     "pydantic": "2.14.3",
     "onnx": "1.23.2",
     "onnxruntime": "1.32.0",
@@ -166,10 +165,10 @@ def test_a_missing_requirement_fails_and_a_missing_extra_does_not(diagnose: Diag
     extra = diagnose(versions={"onnx": None, "onnxruntime": None})
     assert extra.exit_code == 0
     assert extra.warnings == ("not installed: onnx, onnxruntime; for ONNX export, pip install 'yolo-prune[export]'",)
-    core = diagnose(versions={"torch-pruning": None})
+    core = diagnose(versions={"pydantic": None})
     assert core.exit_code == 1
-    assert core.warnings == ("torch-pruning is not installed, and yolo-prune needs it: pip install torch-pruning",)
-    assert "torch-pruning  not installed\n" in doctor.render(core)
+    assert core.warnings == ("pydantic is not installed, and yolo-prune needs it: pip install pydantic",)
+    assert "pydantic       not installed\n" in doctor.render(core)
 
 
 def test_where_nothing_at_all_is_installed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import models
@@ -13,11 +14,10 @@ from torch import nn
 from ultralytics.nn.modules.block import Attention, C2f
 from ultralytics.nn.modules.conv import Conv, RepConv
 
-import yolo_prune
 from yolo_prune.cost import measure
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import Group, read_as_is, register_block, rules, trace
-from yolo_prune.graph.rules import RULES, Facts
+from yolo_prune.graph.rules import RULES
 from yolo_prune.planner import build_plan, make_plan
 from yolo_prune.plans import Plan
 from yolo_prune.proof import prove
@@ -311,19 +311,22 @@ def test_what_a_chunk_cuts_keeps_equal_halves() -> None:
     assert [s.size for s in group.sets] == [16, 16]
 
 
-def test_a_rule_for_a_block_of_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of docs/blocks.md: forward writes out sizes, the rule says what they follow."""
+def test_the_rule_in_the_documentation_prunes_the_block_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs/blocks.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    block, rule = code.split("@yolo_prune.register_block")
     monkeypatch.setattr(rules, "RULES", dict(RULES))
-
-    @yolo_prune.register_block(Shuffled)
-    def shuffled(block: Shuffled, facts: Facts) -> None:
-        first, second = facts.parts("inner", block.c, block.c)
-        facts.equal(first, second)
-        facts.attribute("c", first)
-
-    plan = halved(with_added(Shuffled), "model.3.inner.conv")
+    names: dict[str, Any] = {"__name__": "mine"}
+    exec(block, names)
+    model: Any = models.build("yolov8-tiny")
+    stock, own = model.model[3], names["Swap"](16, 32).double()
+    own.i, own.f, own.type, own.np = stock.i, stock.f, "Swap", stock.np
+    model.model[3] = models.randomise(own, 0)
+    assert group_of(model, "model.3.cv.conv").protected == "is cut up by 'split' in Swap"
+    exec("@yolo_prune.register_block" + rule, names)
+    plan = halved(model, "model.3.cv.conv")
     assert plan.attributes["model.3"] == {"c": 8}
-    assert plan.keep["model.3.inner.conv.weight"][0] == tuple(range(1, 32, 2))
+    assert plan.keep["model.3.cv.conv.weight"][0] == tuple(range(1, 32, 2))
 
 
 def test_subclasses_that_inherit_forward_inherit_the_rule() -> None:

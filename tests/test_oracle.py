@@ -106,7 +106,7 @@ def test_every_group_of_every_family_cut_at_once_is_exact(name: str, heads: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(seed=st.integers(0, 2**32), share=st.floats(0.1, 1.0))
 def test_any_legal_choice_of_channels_is_exact(name: str, seed: int, share: float) -> None:
     plan = legal(name, Random(seed), share)
@@ -130,7 +130,7 @@ def spoil(plan: Plan, random: Random) -> Plan:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(seed=st.integers(0, 2**32))
 def test_any_illegal_choice_of_channels_is_refused(name: str, seed: int) -> None:
     random = Random(seed)

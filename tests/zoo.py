@@ -160,3 +160,26 @@ def outputs(out: Any) -> list[Tensor]:
     if isinstance(out, dict):
         return [t for key in sorted(out) if key != "feats" for t in outputs(out[key])]
     return [t for item in out for t in outputs(item)] if isinstance(out, list | tuple) else []
+
+
+def decoded(model: Any, image: Tensor) -> list[Tensor]:
+    """What is used in deployment."""
+    with torch.no_grad():
+        out = model(image)
+    return outputs(out[0] if isinstance(out, tuple) else out)
+
+
+def relative(wanted: list[Tensor], got: list[Tensor]) -> float:
+    """Largest difference relative to the largest value.
+
+    Where only the best rows are put out, one in twenty may be another: scores tie, one is just in, another just out.
+    """
+    assert [w.shape for w in wanted] == [g.shape for g in got], "another shape"
+    worst = 0.0
+    for w, g in zip(wanted, got, strict=True):
+        w, g = w.double(), g.double()
+        assert w.std() > 0, "the output does not vary"
+        best = w.ndim == 3 and w.shape[-1] in (6, 7, 57, 38)
+        gap = (w.sort(1).values - g.sort(1).values if best else w - g).abs() / w.abs().max()
+        worst = max(worst, float(gap.quantile(0.95) if best else gap.max()))
+    return worst

@@ -85,7 +85,7 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
         check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
         if not _concerns_us(self, kwargs):
             return original(self, trainer=trainer, **kwargs)
-        from yolo_prune import launch  # only now: imports torch-pruning, and no other run should depend on that
+        from yolo_prune import launch  # only now: no other run should depend on what it imports
 
         return launch.train(self, original, trainer, kwargs)
 

@@ -18,12 +18,11 @@ from yolo_prune._version import __version__
 
 TESTED = {
     "ultralytics": ("8.4.190", "8.4.190"),
-    "torch": ("2.15.0", "2.15.0"),
-    "torch-pruning": ("1.6.1", "1.6.1"),
+    "torch": ("2.14.1", "2.15.0"),
 }
 """Oldest and newest version, both included, that this release of yolo-prune was tested with."""
 
-_REQUIRED = ("ultralytics", "torch", "torch-pruning", "pydantic")
+_REQUIRED = ("ultralytics", "torch", "pydantic")
 _FOR_EXPORT = ("onnx", "onnxruntime")
 _COMMAND = "use `yolo-prune train` instead of `yolo train`"
 _INSTEAD = f"{_COMMAND}, or `import yolo_prune` in Python before training"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-PACKAGES = ("ultralytics", "torch", "torch-pruning")
+PACKAGES = ("ultralytics", "torch")
 
 
 def installed() -> dict[str, str]:
