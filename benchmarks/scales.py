@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Plan, prove and apply `half-flops` on every scale of YOLOv8, YOLO11 and YOLO26; one process each.
+"""Time, memory and exactness of planning, proving and cutting; one process a model.
 
-    python benchmarks/scales.py [yolo11x yolo26x ...]
+    python benchmarks/scales.py                          # scales n to x of YOLOv8, 11, 12, 26, and the slowest others
+    python benchmarks/scales.py yolo11n rtdetr-x         # some
+    python benchmarks/scales.py --torch-pruning          # stock torch-pruning beside it, where that reads a model
 
-Prints a Markdown table: GFLOPs kept, parameters kept, the proof's error in float64, seconds (plan + proof + apply, the
-model being built already) and peak memory of the process above what it held before planning.
+One CPU core, the `half-flops` recipe at imgsz 640. Prints Markdown: GFLOPs and parameters kept, the proof's error in
+float64, seconds (the model being built already) and peak memory of the process above what it held before, as a multiple
+of the model's own size in float32. With `--torch-pruning`: seconds that its graph and a uniform cut of half of the
+channels take, against this package's plan and cut, both without a proof.
 """
 
 from __future__ import annotations
@@ -16,25 +20,35 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from typing import Any
 
-FAMILIES = {"yolov8": "nsmlx", "yolo11": "nsmlx", "yolo26": "nsmlx"}
-COLUMNS = ("model", "GFLOPs", "kept", "parameters", "kept", "error", "plan s", "proof s", "apply s", "memory MB")
+FAMILIES = ("yolov8", "yolo11", "yolo12", "yolo26")
+SLOWEST = ("yolov9e", "yolov10x", "rtdetr-l", "rtdetr-x")
+READABLE = ("yolov3-tiny", "yolov3", "yolov5n", "yolov5x", "yolov6n", "yolov6x")
+COLUMNS = ("model", "GFLOPs", "kept", "parameters", "kept", "error", "plan s", "proof s", "cut s", "sum s", "memory")
+
+
+def build(name: str) -> Any:
+    """The module of a model, untrained."""
+    from ultralytics import RTDETR, YOLO
+
+    return (RTDETR if "rtdetr" in name else YOLO)(f"{name}.yaml").model
 
 
 def measure(name: str) -> dict[str, float]:
     """Measure one model in this process."""
     import torch
-    from ultralytics import YOLO
 
     import yolo_prune
     from yolo_prune import planner, proof, surgery
 
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    module = YOLO(f"{name}.yaml").model
     recipe = yolo_prune.load_recipe("half-flops")
-    planner.make_plan(YOLO("yolov8n.yaml").model, recipe)  # imports and warms up what every model shares
-    before = resident()
-    peak = Peak()
+    module = build(name)
+    planner.make_plan(build("yolov8n"), recipe)  # imports and warms up what every model shares
+    before, peak = resident(), Peak()
     times = [time.perf_counter()]
     plan = planner.make_plan(module, recipe)
     times.append(time.perf_counter())
@@ -51,9 +65,42 @@ def measure(name: str) -> dict[str, float]:
         "error": proven.error,
         "plan": times[1] - times[0],
         "proof": times[2] - times[1],
-        "apply": times[3] - times[2],
-        "memory": (peak.stop() - before) / 1e6,
+        "cut": times[3] - times[2],
+        "memory": (peak.stop() - before) / (4 * forecast.dense_params),
     }
+
+
+def compare(name: str) -> dict[str, float]:
+    """Seconds of stock torch-pruning and of this package for one cut of the same model."""
+    import torch
+    import torch_pruning as tp
+
+    import yolo_prune
+    from yolo_prune import planner, surgery
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    recipe = yolo_prune.load_recipe("half-flops")
+    planner.make_plan(build("yolov8n"), recipe)
+    ours, theirs = build(name), build(name)
+    start = time.perf_counter()
+    surgery.apply(ours, planner.make_plan(ours, recipe))
+    mine = time.perf_counter() - start
+    theirs.train().requires_grad_(True)
+    last = [m for n, m in theirs.model[-1].named_modules() if isinstance(m, torch.nn.Conv2d) and n.endswith(".2")]
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = tp.pruner.MagnitudePruner(
+            theirs,
+            torch.rand(1, 3, 64, 64),  # the smallest it takes: at 640 the forward pass alone would take seconds
+            importance=tp.importance.MagnitudeImportance(p=2),
+            pruning_ratio=0.5,
+            ignored_layers=[*last, theirs.model[-1].dfl],
+            round_to=8,
+        )
+        pruner.step()
+    return {"ours": mine, "torch-pruning": time.perf_counter() - start}
 
 
 class Peak:
@@ -84,21 +131,37 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def in_a_process_of_its_own(how: str, name: str) -> dict[str, float]:
+    """What `measure` or `compare` returns for a model."""
+    command = [sys.executable, __file__, how, name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def main() -> None:
-    """Run every model in a process of its own and print the table."""
-    if len(sys.argv) == 3 and sys.argv[1] == "--one":
-        print(json.dumps(measure(sys.argv[2])))
+    """Run every model in a process of its own and print a table."""
+    arguments = sys.argv[1:]
+    if arguments[:1] in (["--one"], ["--compare"]):
+        print(json.dumps((measure if arguments[0] == "--one" else compare)(arguments[1])))
         return
-    names = sys.argv[1:] or [f"{family}{scale}" for family, scales in FAMILIES.items() for scale in scales]
+    if arguments[:1] == ["--torch-pruning"]:
+        print("| model | yolo-prune s | torch-pruning s | ratio |\n|---|---|---|---|")
+        for name in arguments[1:] or READABLE:
+            r = in_a_process_of_its_own("--compare", name)
+            ratio = r["torch-pruning"] / r["ours"]
+            print(f"| {name} | {r['ours']:.2f} | {r['torch-pruning']:.2f} | {ratio:.1f} |", flush=True)
+        return
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    for name in names:
-        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr}")
-        r = json.loads(done.stdout.splitlines()[-1])
+    for name in arguments or [*(f + s for f in FAMILIES for s in "nsmlx"), *SLOWEST]:
+        r = in_a_process_of_its_own("--one", name)
+        seconds = f"{r['plan']:.1f} | {r['proof']:.1f} | {r['cut']:.2f} | {r['plan'] + r['proof'] + r['cut']:.1f}"
         print(
             f"| {name} | {r['flops'] / 1e9:.1f} | {r['flops_kept']:.4f} | {r['params']:,} | {r['params_kept']:.3f} | "
-            f"{r['error']:.0e} | {r['plan']:.1f} | {r['proof']:.1f} | {r['apply']:.2f} | {r['memory']:.0f} |",
+            f"{r['error']:.0e} | {seconds} | {r['memory']:.1f}x |",
             flush=True,
         )
 

@@ -97,14 +97,24 @@ def magnitude(norm: int = 2) -> Criterion:
     if isinstance(norm, bool) or norm not in (1, 2):
         raise RecipeError(f"criterion.norm: must be 1 or 2, got {norm!r}.")
 
+    sums: dict[int, tuple[Tensor, Tensor]] = {}  # of a tensor, once for all the sets in it
+
+    def powers(weight: Tensor) -> Tensor:
+        """|w|^norm, summed over all but the first two dimensions."""
+        if id(weight) not in sums:
+            value = weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32))
+            value = value.square() if norm == 2 else value.abs()
+            value = value.flatten(2).sum(-1) if value.ndim > 2 else value
+            sums[id(weight)] = weight, value.to(torch.float64)  # the tensor too, so that its id stays its own
+        return sums[id(weight)][1]
+
     def score(tensors: Tensors, channels: ChannelSet) -> Tensor:
         total = torch.zeros(channels.size, dtype=torch.float64)
         for slot in channels.slots:
-            if not slot.tensor.endswith("weight"):
-                continue
-            weight = tensors[slot.tensor].detach().to("cpu", torch.float64)
-            rows = weight.movedim(slot.dim, 0).flatten(1) if weight.ndim > 1 else weight[:, None]
-            total += rows[list(slot.index)].abs().pow(norm).sum(1)
+            if slot.tensor.endswith("weight"):
+                value = powers(tensors[slot.tensor])
+                value = value.sum(1 - slot.dim) if value.ndim > 1 else value
+                total += value[list(slot.index)]
         return total.pow(1 / norm)
 
     return score

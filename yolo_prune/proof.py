@@ -57,20 +57,21 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
         ProofError: Names the first layer whose output differs.
     """
     start = time.perf_counter()
-    original = _float64_copy(model)
-    image = _image(original)
-    pruned = deepcopy(original)
+    surgery.check(model, plan)
+    reference_model = _float64_copy(model)
+    image = _image(reference_model)
+    before = _final(_outputs(reference_model, image))
+    _silence(reference_model, plan)
+    wanted = _outputs(reference_model, image)
+    del reference_model  # one copy at a time
+    pruned = _float64_copy(model)
     surgery.apply(pruned, plan)
-    before = _final(_outputs(original, image))
-    _silence(original, plan)
-    wanted = _outputs(original, image)
     failure = None
     try:
         got = _outputs(pruned, image)
     except _StoppedError as e:
         got, failure = e.outputs, e.__cause__
-    error = 0.0
-    layers = dict(original.named_modules())
+    error, layers = 0.0, dict(model.named_modules())
     for name, reference in wanted.items():
         reference = _as_cut(reference, name, layers.get(name), plan)
         gap = _difference(reference, got[name]) if name in got else math.inf

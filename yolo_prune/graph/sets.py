@@ -42,11 +42,14 @@ def channel_sets(labels: Labels, outputs: Mapping[tuple[str, int], str]) -> Sets
     puts_out = np.array([s in outputs for s in labels.spaces])
     marks = _marks(labels, roots)
     order = np.lexsort((np.arange(labels.count), space, roots))
-    bounds = np.flatnonzero(np.diff(roots[order])) + 1
+    bounds = np.concatenate(([0], np.flatnonzero(np.diff(roots[order])) + 1, [labels.count])).tolist()
+    sorted_space = space[order]
+    is_channel = np.logical_or.reduceat(puts_out[sorted_space], bounds[:-1])
     kinds: dict[tuple[bytes, tuple[tuple[int, int], ...]], list[Ids]] = defaultdict(list)
-    for members in np.split(order, bounds):
-        if puts_out[space[members]].any():
-            kinds[space[members].tobytes(), tuple(marks.get(int(roots[members[0]]), ()))].append(members)
+    for start, stop, channel in zip(bounds, bounds[1:], is_channel.tolist(), strict=False):
+        if channel:
+            members = order[start:stop]
+            kinds[sorted_space[start:stop].tobytes(), tuple(marks.get(int(roots[members[0]]), ()))].append(members)
     found = [np.stack(members) for members in kinds.values()]  # (channels, places)
     found.sort(key=lambda m: _first_output(m, space, puts_out))
     names = _names(found, space, puts_out, labels, outputs)
