@@ -7,10 +7,11 @@ import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.engine.model import Model
 
 from yolo_prune import _startup, metadata, planner, proof, recipe, surgery
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
@@ -22,9 +23,6 @@ from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
 
 DESCRIPTIVE = ("train_args", "date", "version", "license", "docs", "git")
-
-if TYPE_CHECKING:
-    from ultralytics.engine.model import Model
 
 
 def plan(
@@ -83,7 +81,7 @@ def apply(model: Model | nn.Module, plan: Plan, *, prove: bool = True) -> proof.
     cost = {"flops": forecast.flops_after, "params": forecast.params_after} if forecast else {}
     row = {"number": 1, "epoch": None, "plan": plan.hash, **cost}
     metadata.write(module, Record(record.recipe if record else {}, composed, widths, (row,)))
-    if isinstance(model, YOLO):
+    if isinstance(model, Model):
         # train() takes the weights from here, not from a YAML; optimizer and epoch of the dense run are void.
         model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
         model.predictor = None

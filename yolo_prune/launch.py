@@ -14,6 +14,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML, checks
 from yolo_prune import keys, metadata, planner, schedule
 from yolo_prune.callback import PREFIX, PruneCallback
 from yolo_prune.errors import NothingToRemoveError, RunError
+from yolo_prune.graph.probes import stride
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.trainer import prune_trainer
 
@@ -167,11 +168,12 @@ def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) 
     """Try the whole recipe on the model that was named, before a run folder exists."""
     imgsz = settings["imgsz"]
     size = max(imgsz) if isinstance(imgsz, list | tuple) else int(imgsz)
+    step = stride(module)  # Ultralytics rounds up to it, too
     freeze = settings.get("freeze")
     frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
     names = [f"model.{layer}" for layer in frozen]
     try:
-        plan = planner.make_plan(module, recipe, max(32, size // 32 * 32), frozen=names)
+        plan = planner.make_plan(module, recipe, max(1, -(-size // step)) * step, frozen=names)
     except NothingToRemoveError as e:
         raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
     present = plan.predicted.present(recipe.target.metric)
