@@ -162,7 +162,7 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
         graph = trace(model, recipe.protect, frozen, imgsz=trainer.args.imgsz, heads=recipe.channels.attention)
         plan = planner.plan_for(model, graph, recipe)
         past = record.plan if record else None
-        widths = record.widths if record and past else graph.widths
+        widths = record.widths if record and past else planner.widths(model, graph)
         present = plan.predicted.present(recipe.target.metric)
         record = Record(recipe.to_dict(), past, widths, (), present, active=True)
         metadata.write(model, record)

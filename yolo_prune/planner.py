@@ -12,7 +12,7 @@ from torch import nn
 from yolo_prune import criteria
 from yolo_prune.cost import Cost, measure
 from yolo_prune.errors import NothingToRemoveError
-from yolo_prune.graph import Graph, Rows, trace
+from yolo_prune.graph import Graph, Rows, has_heads, trace
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.select import Constraints, Goal, least, select
@@ -156,9 +156,10 @@ def protected_parts(graph: Graph) -> tuple[Protected, ...]:
     return tuple(Protected(tuple(layers), reason) for reason, layers in reasons.items())
 
 
-def widths(model: nn.Module) -> dict[str, int]:
-    """`{set name: channels}` of a model."""
-    return trace(model).widths
+def widths(model: nn.Module, graph: Graph | None = None) -> dict[str, int]:
+    """`{set name: channels}` of a model, for attentions that get thinner and for those that lose heads."""
+    found = (graph or trace(model)).widths
+    return {**trace(model, heads="heads").widths, **found} if has_heads(model) else found
 
 
 def present_cost(model: nn.Module, imgsz: int) -> tuple[float, int]:

@@ -22,7 +22,7 @@ from yolo_prune.plans import Plan
 
 TOLERANCE = 1e-8  # relative, in float64
 OUTPUT = "the model's output "
-LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
+LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
     try:
         got = _outputs(pruned, image)
     except _StoppedError as e:
-        got, failure = e.outputs, e.__cause__
+        got, failure = e.outputs, f"'{e.where}': {e.__cause__}"
     error, layers = 0.0, dict(model.named_modules())
     for name, reference in wanted.items():
         reference = _as_cut(reference, name, layers.get(name), plan)
@@ -79,7 +79,8 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
             does = f"does not run ({failure})" if failure else "does not compute what silencing its channels computes"
             raise ProofError(
                 f"The pruned model {does}. The first layer that differs is '{name}', by {gap:.1e} (allowed "
-                f"{tolerance:.0e}). The model is unchanged."
+                f"{tolerance:.0e}). The model is unchanged. If a block of your own is behind this, protect it "
+                "(protect: in the recipe) or register a rule for it."
             )
         error = max(error, gap)
     effect = max(_difference(x, y) for x, y in zip(before, _final(wanted), strict=True))
@@ -112,6 +113,11 @@ def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -
         factor = torch.tensor([factors.get(i, 1.0) for i in range(reference.shape[1])], dtype=reference.dtype)
         reference = reference * factor.view(1, -1, *[1] * (reference.ndim - 2))
     keep = plan.keep.get(weight, {}).get(_out_dimension(layer))
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
+        each = layer.weight.shape[1]
+        depthwise = layer.groups == layer.in_channels
+        groups = plan.keep.get(weight, {}).get(0, range(layer.groups)) if depthwise else range(layer.groups)
+        keep = tuple(g * each + i for g in groups for i in keep or range(each))
     return reference[:, list(keep)] if keep else reference
 
 
@@ -136,9 +142,9 @@ def _image(model: nn.Module) -> Tensor:
 class _StoppedError(Exception):
     """A forward pass that failed half-way; keeps what the layers before had put out."""
 
-    def __init__(self, outputs: dict[str, Tensor]) -> None:
+    def __init__(self, outputs: dict[str, Tensor], where: str) -> None:
         super().__init__()
-        self.outputs = outputs
+        self.outputs, self.where = outputs, where
 
 
 class _Leaky(TorchFunctionMode):
@@ -160,21 +166,29 @@ def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
         if name not in found:
             found[name] = (out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out).clone()
 
-    hooks = [
+    running: list[str] = []
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    hooks = [m.register_forward_pre_hook(lambda _, __, name=n: running.append(name)) for n, m in model.named_modules()]
+    hooks += [
         layer.register_forward_hook(lambda layer, _, out, name=name: keep(name, layer, out))
         for name, layer in model.named_modules()
         if isinstance(layer, LAYERS)
     ]
+    hooks += [m.register_forward_hook(leave) for m in model.modules()]
     finals: dict[str, Tensor] = {}
     default = torch.get_default_dtype()
-    torch.set_default_dtype(image.dtype)  # forwards that mix in Python numbers (YOLOE's prompts) overflow otherwise
     try:
         for number, probe in enumerate(probes.probes(model)):
+            if number:  # forwards with prompts mix in Python numbers, and overflow otherwise
+                torch.set_default_dtype(image.dtype)
             with _Leaky():
                 out = list(_tensors(probe(model, image)))
             finals |= {f"{OUTPUT}{number}.{i}": t for i, t in enumerate(out)}
     except (RuntimeError, ValueError) as e:
-        raise _StoppedError(found) from e
+        raise _StoppedError(found, running[-1] if running else "") from e
     finally:
         torch.set_default_dtype(default)
         for hook in hooks:

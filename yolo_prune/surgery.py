@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from yolo_prune.errors import PlanError
 from yolo_prune.plans import Plan
 
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
+BATCH_NORM = nn.modules.batchnorm._NormBase  # instance norms as well
 
 
 def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:

@@ -36,6 +36,11 @@ class KeepStructure:
             raise RunError(
                 "Training a pruned model on several GPUs is not supported yet. Pass one device, for example device=0."
             )
+        if any("YOLOEPE" in cls.__name__ for cls in type(self).__mro__):
+            raise RunError(
+                "Linear probing rebuilds the head of YOLOE, which would lose the pruned structure. Probe first, then "
+                "prune; or fine-tune the pruned model with the default trainer."
+            )
         data = self.data  # type: ignore[attr-defined]
         _check_data(weights, data)
         stock = super().get_model(cfg, None, verbose=False)  # type: ignore[misc]  # for what else the trainer sets up

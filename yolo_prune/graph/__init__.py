@@ -3,7 +3,7 @@
 
 from yolo_prune.graph.rules import Facts, read_as_is, register_block
 from yolo_prune.graph.structure import Attribute, ChannelSet, Fold, Graph, Group, Rows, Slot
-from yolo_prune.graph.trace import trace
+from yolo_prune.graph.trace import has_heads, trace
 
 __all__ = [
     "Attribute",
@@ -14,6 +14,7 @@ __all__ = [
     "Group",
     "Rows",
     "Slot",
+    "has_heads",
     "read_as_is",
     "register_block",
     "trace",

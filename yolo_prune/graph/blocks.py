@@ -131,6 +131,14 @@ def multihead_attention(block: nn.MultiheadAttention, facts: Facts) -> None:
     facts.fixed(facts.inputs("out_proj"), reason)
 
 
+@register_block(nn.RNN, nn.LSTM, nn.GRU)
+def recurrent(block: nn.RNNBase, facts: Facts) -> None:
+    """Torch's recurrent layers check the sizes they were made with."""
+    for name, parameter in block.named_parameters(recurse=False):
+        for dim in range(parameter.ndim):
+            facts.fixed(facts.parameter(name, dim), "width of a recurrent layer")
+
+
 @register_block(t.AIFI, t.TransformerBlock)
 def transformer(block: nn.Module, facts: Facts) -> None:
     """The stream's width is fixed by attention (and by the position embedding); hidden layers are free."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -65,6 +65,9 @@ def trace(
     _state(labels, found)
     _guard(labels, guarded)
     _unseen(labels, tracer.ran)
+    for tensor, other in _tied(twin):
+        for dim in (d for t, d in labels.spaces if t == tensor):
+            labels.pin(labels.along(tensor, dim), f"shared with {other.rpartition('.')[0]}", RULE)
     sets = channel_sets(labels, _outputs(twin))
     groups = groups_of(sets, labels)
     work, fixed = _work(tracer, sets)
@@ -80,6 +83,13 @@ def trace(
     )
 
 
+def has_heads(model: nn.Module) -> bool:
+    """Whether a model has attentions whose heads can go whole."""
+    from yolo_prune.graph import blocks  # noqa: F401
+
+    return bool(rules.gather(model, "heads").whole)
+
+
 def _refuse_deployed(model: nn.Module) -> None:
     """A model that was changed for inference is the end of the road."""
     if any(type(m).__name__ == "TensorQuantizer" for m in model.modules()):
@@ -87,6 +97,12 @@ def _refuse_deployed(model: nn.Module) -> None:
             "The model is quantized (quantize=8 in training), and scales belong to widths. Prune the checkpoint it was "
             "quantized from, then train the pruned one with quantize=8."
         )
+    for path, module in model.named_modules():
+        if hasattr(module, "weight_g") or hasattr(module, "parametrizations"):
+            raise UnsupportedModelError(
+                f"'{path}' computes its weight from other tensors (weight norm or another parametrization). Remove "
+                "that first: torch.nn.utils.remove_weight_norm, or torch.nn.utils.parametrize.remove_parametrizations."
+            )
     if getattr(model, "is_fused", lambda: False)():
         raise UnsupportedModelError(
             "The model is fused for inference, which cannot be undone. Pass the checkpoint that training wrote, as it "
@@ -99,6 +115,16 @@ def _labelled(twin: nn.Module) -> dict[str, Tensor]:
     parameters = dict(twin.named_parameters())
     statistics = {n: b for n, b in twin.named_buffers() if n.endswith(("running_mean", "running_var"))}
     return {n: t for n, t in twin.state_dict(keep_vars=True).items() if n in parameters or n in statistics}
+
+
+def _tied(twin: nn.Module) -> Iterator[tuple[str, str]]:
+    """`(tensor, other)`: parameters that two layers share; cut in one of them, they would come apart."""
+    seen: dict[int, str] = {}
+    for path, module in twin.named_modules():
+        for key, parameter in module._parameters.items():
+            name = f"{path}.{key}" if path else key
+            if parameter is not None and (first := seen.setdefault(id(parameter), name)) != name:
+                yield first, name
 
 
 def _run(tracer: Tracer, twin: nn.Module, image: Tensor, settled: set[str]) -> set[str]:
@@ -116,7 +142,7 @@ def _run(tracer: Tracer, twin: nn.Module, image: Tensor, settled: set[str]) -> s
                 for probe in probes.probes(twin):
                     tracer.outputs(probe(twin, image))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError) as e:
-        where = tracer.where or "the model"
+        where = tracer.failed or "the model"
         raise UnsupportedModelError(
             f"'{where}' cannot be traced: {type(e).__name__}: {e}. A block whose forward depends on the values of its "
             "input needs another path when its input is on the 'meta' device."

@@ -18,9 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from yolo_prune.graph.labels import OUTPUT, Ids, Labels, Tag, tag_of, tight, varying
 from yolo_prune.graph.ops import EFFECTS, Call
 
-RESHAPES = frozenset({"view", "reshape", "unflatten", "resize", "view_as", "reshape_as"})
+RESHAPES = frozenset({"view", "reshape", "unflatten", "resize", "view_as", "reshape_as", "expand_as"})
 PICKS = frozenset(
-    {"split", "split_with_sizes", "tensor_split", "narrow", "select", "__getitem__", "index_select", "unbind", "take"}
+    {
+        *("split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split", "unsafe_chunk"),
+        *("narrow", "narrow_copy", "select", "__getitem__", "index_select", "unbind", "take"),
+    }
 )
 LIKE_INPUT = frozenset(f"aten::{name}" for name in ("silu", "relu", "sigmoid", "gelu", "hardswish", "leaky_relu"))
 ARITHMETIC = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div"})
@@ -36,6 +39,7 @@ class Tracer:
         label_work: `(label, MACs)` of products of activations.
         fixed_work: MACs of products that no label takes part in.
         counting: whether work is taken down.
+        failed: name of the innermost module that raised an error.
     """
 
     def __init__(
@@ -59,8 +63,9 @@ class Tracer:
         self.label_work: list[tuple[Ids, float]] = []
         self.fixed_work = 0.0
         self.counting = False
+        self.failed = ""
         self._trusts, self._reasons, self._spare = trusts, reasons, tuple(spare)
-        self._stack: list[tuple[str, nn.Module]] = []
+        self._stack: list[tuple[str, nn.Module, Any]] = []
         labels.explain = self.explain
 
     @contextmanager
@@ -68,14 +73,20 @@ class Tracer:
         """Follow everything that runs inside."""
         paths = {module: path for path, module in model.named_modules()}
 
-        def enter(module: nn.Module, _: Any) -> None:
-            self._stack.append((paths.get(module, ""), module))
+        def enter(module: nn.Module, inputs: Any) -> None:
+            if module in paths:  # the hooks are global; other models may run in other threads
+                self._stack.append((paths[module], module, inputs))
 
-        def leave(*_: Any) -> None:
-            self._stack.pop()
+        def leave(module: nn.Module, _: Any, out: Any) -> None:
+            if module in paths and self._stack:
+                path, *_ = self._stack.pop()
+                self.failed = "" if out is not None else self.failed or path  # None: it raised
 
         self._stack.clear()
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),  # also where a block catches a child's error
+        ]
         fast = torch.backends.mha.get_fastpath_enabled()  # one operation instead of those it is made of
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -98,12 +109,18 @@ class Tracer:
 
     def explain(self, why: str) -> str:
         """A reason, as told to people: what happens, and where."""
-        for path, _ in reversed(self._stack):
+        for path, *_ in reversed(self._stack):
             if path in self._reasons:
                 return self._reasons[path]
         return f"{why} in {type(self._stack[-1][1]).__name__}" if self._stack else why
 
-    def pin(self, tensor: Tensor, why: str) -> None:
+    def pin_inputs(self, why: str) -> None:
+        """Pin what the module that runs was given: sizes are often read from there."""
+        for value in self._stack[-1][2] if self._stack else ():
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                self.pin(tensor, why)
+
+    def pin(self, tensor: Any, why: str) -> None:
         """Pin all labels of a tensor."""
         for plane in (tag_of(tensor) or Tag()).planes:
             self.labels.pin(plane, why)
@@ -136,7 +153,11 @@ class Tracer:
         if apply is None:
             call.pin_all(f"meets '{call.name}', which is not known,")
         else:
+            before = tag_of(out)
             apply(call)
+            after = tag_of(out)
+            if before and after and before.silent and not after.silent and isinstance(out, Tensor) and out._is_view():
+                call.pin_all("is overwritten in part")  # the tensor it is a part of does not hear of it
 
     def _count(self, labelled: Tensor | None, parameter: str | None, macs: float) -> None:
         if not self.counting or self.where.startswith(self._spare):
@@ -198,8 +219,15 @@ class _Functions(TorchFunctionMode):
             if any(dim in varying(p) for p in tag.planes):
                 parts = [torch.cat([tight(p).flatten() for p in (tag_of(o) or Tag()).planes]).numpy() for o in out]
                 self.tracer.labels.equal(parts)
-        elif not self.tracer.trusted and (name in RESHAPES or (name in PICKS and _lost(tag, out))):
-            self.tracer.pin(args[0], f"is cut up by '{name.strip('_')}'")
+        elif self.tracer.trusted:
+            return out
+        elif name in RESHAPES or (name in PICKS and _lost(tag, out)):
+            why = f"is cut up by '{name.strip('_')}'"
+            self.tracer.pin(args[0], why)
+            self.tracer.pin_inputs(why)
+        elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
+            for tensor in args[:2]:
+                self.tracer.pin(tensor, "sets the scale of an attention")
         return out
 
 

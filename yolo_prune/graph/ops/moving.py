@@ -16,10 +16,16 @@ def same(call: Call) -> None:
     put(first(call.out), tag)
 
 
-@effect("new_full", "new_zeros", "new_ones", "new_empty", "new_empty_strided", "zeros_like", "ones_like", "full_like")
-@effect("empty_like", "rand_like", "randn_like", "_shape_as_tensor", "fill", "zero", "bernoulli")
+@effect("new_full", "new_zeros", "new_ones", "new_empty", "new_empty_strided", "_shape_as_tensor")
 def fresh(call: Call) -> None:
-    """A new tensor that only takes over a shape or a type."""
+    """A new tensor that only takes over a type."""
+
+
+@effect("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "fill", "zero", "bernoulli")
+def shaped_alike(call: Call) -> None:
+    """A new tensor with as many channels."""
+    _, tag = first_input(call)
+    put(first(call.out), Tag(tag.planes, call.name in ("zeros_like", "zero")))
 
 
 @effect("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")

@@ -34,7 +34,7 @@ def reduce(call: Call) -> None:
     for plane in tag.planes:
         summed = varying(plane) & dims
         if summed:
-            if call.name not in ("sum", "nansum"):
+            if call.name not in ("sum", "nansum") or not tag.silent:
                 call.labels.pin(plane, f"{call.name.replace('linalg_vector_', '')} over channels")
             continue
         planes.append(plane)
