@@ -72,6 +72,22 @@ def test_models_that_ultralytics_only_predicts_with_are_refused(kind: str, remed
         yolo_prune.plan(model, "half-flops")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("yolov8-rtdetr.yaml", "RTDETR"), ("yolov8-worldv2.yaml", "YOLOWorld"), ("yoloe-11.yaml", "YOLOE")],
+)
+def test_every_kind_of_model_object_can_be_cut_saved_and_opened_again(name: str, kind: str, tmp_path: Path) -> None:
+    model = open_model(name)
+    assert type(model).__name__ == kind
+    yolo_prune.apply(model, yolo_prune.plan(model, "gentle", imgsz=64))
+    assert model.ckpt
+    assert model.ckpt["model"] is model.model
+    model.save(tmp_path / "rtdetr-cut.pt" if kind == "RTDETR" else tmp_path / "cut.pt")
+    (again,) = map(open_model, tmp_path.iterdir())
+    assert type(again).__name__ == kind
+    assert yolo_prune.is_pruned(again)
+
+
 def test_fastsam_is_refused_as_the_class_it_is() -> None:
     from ultralytics import NAS, SAM, FastSAM
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 from ultralytics.engine.model import Model
 
 from yolo_prune import _startup, metadata, planner, proof, recipe, surgery
@@ -111,7 +111,7 @@ def prune(
     """
     _startup.install(force=True)
     if isinstance(model, str | Path):
-        model = YOLO(str(model))
+        model = open_model(model)
     model.train(callbacks="prune", recipe=_load(recipe, overrides or {}), **train_arguments)
     trainer = model.trainer
     if trainer is None:
@@ -128,8 +128,8 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
     return metadata.is_pruned(_module(model))
 
 
-def open_model(path: str | Path) -> YOLO:
-    """A `YOLO` object for a checkpoint file.
+def open_model(path: str | Path) -> Model:
+    """A `YOLO` (or `RTDETR`, ...) object for a checkpoint or YAML file.
 
     Raises:
         PruneError: If the file is missing or is not a checkpoint that can be pruned.
@@ -140,7 +140,7 @@ def open_model(path: str | Path) -> YOLO:
             f"'{path}' cannot be pruned: pass a .pt checkpoint (an exported model has to be exported anew)."
         )
     try:
-        return YOLO(str(path))
+        return RTDETR(str(path)) if "rtdetr" in path.stem.lower() else YOLO(str(path))  # as `yolo` does
     except FileNotFoundError as e:
         raise RunError(f"The model '{path}' does not exist.") from e
     except TypeError as e:
