@@ -10,13 +10,22 @@ from typing import Any
 import models
 import pytest
 import torch
+import zoo
 from torch import nn
 from ultralytics.nn.modules.block import Attention, C2f
 from ultralytics.nn.modules.conv import Conv, RepConv
 
+from yolo_prune import select
 from yolo_prune.cost import measure
 from yolo_prune.errors import RecipeError, UnsupportedModelError
-from yolo_prune.graph import Group, read_as_is, register_block, rules, trace
+from yolo_prune.graph import (
+    Group,
+    blocks as registered,  # noqa: F401  registers the rules before any test changes them
+    read_as_is,
+    register_block,
+    rules,
+    trace,
+)
 from yolo_prune.graph.rules import RULES
 from yolo_prune.planner import build_plan, make_plan
 from yolo_prune.plans import Plan
@@ -353,7 +362,7 @@ def test_convolutions_in_groups_lose_the_same_places_of_every_group() -> None:
 def test_a_block_whose_width_does_not_fit_its_layers_is_refused() -> None:
     model = models.build("yolov8-tiny")
     model.model[2].c += 1
-    with pytest.raises(UnsupportedModelError, match=r"'model\.2\.cv1\.conv' has 16 output channels.*was changed"):
+    with pytest.raises(UnsupportedModelError, match=r"'model\.2\.cv1\.conv' has 16.*rule for C2f expects 9 \+ 9"):
         trace(model)
 
 
@@ -391,3 +400,29 @@ def test_whole_heads_can_go_instead_of_thinner_ones() -> None:
     assert plan.attributes[path] == {"num_heads": attention.num_heads // 2}
     half = 2 * attention.key_dim + attention.head_dim
     assert plan.keep[f"{path}.qkv.conv.weight"][0] == tuple(range(half, 2 * half))
+
+
+def test_limits_on_widths_do_not_count_heads() -> None:
+    """A set of four heads is not a layer of four channels."""
+    graph = trace(zoo.build("yolo12"), imgsz=64, heads="heads")
+    group = next(g for g in graph.groups if "model.8.m.0.0.attn.qkv.conv" in g.layers)
+    assert [(s.size, s.whole) for s in group.sets] == [(4, True)]
+    assert select._levels(group, select.Constraints(8, 8, 0.75), graph.widths) == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            lambda block, facts: facts.attribute("cc", facts.outputs("inner")),
+            r"attribute 'cc', and 'model\.3\.cc' is no",
+        ),
+        (lambda block, facts: facts.outputs("qq"), r"rule for Shuffled fails on 'model\.3': AttributeError"),
+        (lambda block, facts: facts.parts("inner", 1, 2), r"the rule for Shuffled expects 1 \+ 2"),
+    ],
+)
+def test_a_rule_with_a_mistake_is_named(rule: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "RULES", dict(RULES))
+    register_block(Shuffled)(rule)
+    with pytest.raises(UnsupportedModelError, match=message):
+        trace(with_added(Shuffled), imgsz=64)

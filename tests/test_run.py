@@ -366,7 +366,7 @@ def test_python_api_one_shot_then_train_keeps_the_structure(data: str, tmp_path:
 def test_a_pruned_model_refuses_a_dataset_with_other_classes(data: str, tmp_path: Path) -> None:
     model = YOLO("yolo11n.yaml")
     yolo_prune.apply(model, yolo_prune.plan(model, imgsz=64))
-    with pytest.raises(RunError, match="has 80 classes and 3 input channels, the dataset 5 and 3"):
+    with pytest.raises(RunError, match=r"has 80 classes, the dataset 5\. Training a pruned model"):
         model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
 
 
@@ -386,12 +386,12 @@ def test_onnx_export_agrees_with_torch_and_says_that_it_was_pruned(pruned: Path)
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
     pytest.importorskip("onnx", reason="needs the export extra")
     model = YOLO(pruned / "weights/best.pt")
-    image = torch.rand(1, 3, 64, 64)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = load_checkpoint(pruned / "weights/best.pt")[0](image)[0]
     session = onnxruntime.InferenceSession(model.export(format="onnx", imgsz=64, verbose=False))
     (got,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    assert torch.allclose(torch.from_numpy(got), wanted, rtol=1e-3, atol=1e-3)
+    assert (torch.from_numpy(got) - wanted).abs().max() < 1e-4 * wanted.abs().max()
     told = json.loads(session.get_modelmeta().custom_metadata_map["pruning"])
     report = Report.load(pruned)
     assert told["params"] == report.pruned.params

@@ -150,8 +150,12 @@ def open_model(path: str | Path) -> Model:
         ) from e
     except ImportError as e:
         raise UnsupportedModelError(
-            f"'{path}' cannot be loaded here: {e}. If it is quantized (quantize=8 in training), prune the checkpoint "
-            "that it was quantized from instead."
+            f"'{path}' cannot be loaded here: {e}. "
+            + (
+                "It is quantized (quantize=8 in training): prune the checkpoint that it was quantized from instead."
+                if "modelopt" in str(e)
+                else "It holds a block of your own: run where its module can be imported (PYTHONPATH)."
+            )
         ) from e
     except (EOFError, OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
         raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
@@ -212,4 +216,4 @@ def _module(model: Model | nn.Module | str | Path) -> nn.Module:
 
 
 def _load(source: str | Path | Mapping[str, Any] | Recipe | None, overrides: Mapping[str, Any]) -> Recipe:
-    return recipe.load_recipe(source, overrides)
+    return recipe.load_recipe(source, {key.removeprefix("recipe."): value for key, value in overrides.items()})

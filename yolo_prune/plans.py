@@ -256,7 +256,7 @@ class Plan:
 
     def describe(self) -> str:
         """A table for people: groups before and after, what is protected and why, predicted cost."""
-        lines = [_row("group", "layers", "before", "after", "kept"), "-" * 92]
+        lines = [_row("group", "layers", "before", "after", "kept"), "-" * 100]
         for g in self.groups:
             layers = _shorten(g.layers, 44)
             lines.append(_row(g.name, layers, str(g.before), str(g.after), f"{g.after / g.before:.0%}"))
@@ -266,7 +266,7 @@ class Plan:
             lines.append(f"protected ({p.reason}): {_shorten(p.layers, 60)}")
         if f := self.forecast:
             lines += [
-                "-" * 92,
+                "-" * 100,
                 f"{'':12}{'dense':>12}{'before':>12}{'after':>12}{'kept':>10}",
                 f"{'GFLOPs':12}{f.dense_flops / 1e9:12.3f}{f.flops_before / 1e9:12.3f}"
                 f"{f.flops_after / 1e9:12.3f}{f.flops_kept:10.1%}   at imgsz {f.imgsz}",
@@ -307,7 +307,7 @@ def _from_runs(runs: Iterable[tuple[str, Any]]) -> dict[int, float]:
 
 
 def _row(name: str, layers: str, before: str, after: str, kept: str) -> str:
-    return f"{name[:28]:28} {layers:44} {before:>6} {after:>6} {kept:>5}"
+    return f"{name:35} {layers:44} {before:>6} {after:>6} {kept:>5}"
 
 
 def _shorten(names: Iterable[str], width: int) -> str:

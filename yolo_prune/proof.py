@@ -20,7 +20,7 @@ from yolo_prune.errors import ProofError
 from yolo_prune.graph import probes
 from yolo_prune.plans import Plan
 
-TOLERANCE = 1e-8  # relative, in float64
+TOLERANCE = 1e-9  # relative, in float64
 OUTPUT = "the model's output "
 LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
 
@@ -80,7 +80,7 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
             raise ProofError(
                 f"The pruned model {does}. The first layer that differs is '{name}', by {gap:.1e} (allowed "
                 f"{tolerance:.0e}). The model is unchanged. If a block of your own is behind this, protect it "
-                "(protect: in the recipe) or register a rule for it."
+                "(protect: in the recipe) or check its rule."
             )
         error = max(error, gap)
     effect = max(_difference(x, y) for x, y in zip(before, _final(wanted), strict=True))

@@ -184,6 +184,8 @@ class _Move:
 def _levels(group: Group, constraints: Constraints, dense_widths: Mapping[str, int]) -> list[int]:
     """Allowed numbers of grains, from the present one downward."""
     dense = max(dense_widths.get(s.name, s.size) for s in group.sets)
+    if all(s.whole for s in group.sets):
+        constraints = Constraints(1, 1, constraints.max_removed)
     floor = max(constraints.min, math.ceil(round((1 - constraints.max_removed) * dense, 6)), 1)
     per_grain = group.width // group.grain
     lower = (n for n in range(group.grain - 1, 0, -1) if n * per_grain >= floor)

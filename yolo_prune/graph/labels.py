@@ -89,6 +89,7 @@ class Labels:
         self._size: dict[tuple[str, int], int] = {}
         self.pins: list[tuple[int, str, Ids]] = []
         self.equals: list[list[Ids]] = []
+        self.wholes: list[Ids] = []
         self.explain: Callable[[str], str] = str  # adds to a reason where it was met
         self._pairs: list[tuple[Ids, Ids]] = []
         self.count = 0

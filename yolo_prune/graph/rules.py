@@ -114,8 +114,9 @@ class Facts:
         rows = self.outputs(name)
         if sum(sizes) != len(rows):
             raise UnsupportedModelError(
-                f"'{self._layer(name)[0]}' has {len(rows)} output channels, where {' + '.join(map(str, sizes))} are "
-                "expected; the block was changed in a way this version does not know."
+                f"'{self._layer(name)[0]}' has {len(rows)} output channels, where the rule for "
+                f"{type(self.block).__name__} expects {' + '.join(map(str, sizes))}: the block was changed, or the "
+                "rule is wrong."
             )
         pieces, start = [], 0
         for size in sizes:
@@ -137,10 +138,12 @@ class Facts:
 
     def attribute(self, name: str, *rows: Rows, per: int = 1) -> None:
         """Fact: the block's attribute `name` is how many of `rows` there are, divided by `per`."""
+        self._check_attribute(name, int)
         self.found.attributes.append(Attribute(self.path, name, rows, per))
 
     def attribute_list(self, name: str, *rows: Rows) -> None:
         """Fact: the block's attribute `name` is a list of how many of each of `rows` there are."""
+        self._check_attribute(name, list)
         self.found.attributes.append(Attribute(self.path, name, rows, many=True))
         self.found.equal.extend((part,) for part in rows)  # on its own: each part is a set
 
@@ -171,6 +174,13 @@ class Facts:
         """Fact: what the trace finds to be fixed inside this block is so for this reason."""
         self.found.reasons[self.path] = reason
 
+    def _check_attribute(self, name: str, kind: type) -> None:
+        if type(getattr(self.block, name, None)) is not kind:
+            raise UnsupportedModelError(
+                f"The rule for {type(self.block).__name__} names the attribute '{name}', and '{self.path}.{name}' is "
+                f"no {kind.__name__}."
+            )
+
     def _layer(self, name: str) -> tuple[str, Any]:
         layer: Any = self.block.get_submodule(name)
         inner = next((n for n in ("conv", "conv_transpose") if isinstance(getattr(layer, n, None), nn.Module)), None)
@@ -183,5 +193,12 @@ def gather(model: nn.Module, heads: str = "dims") -> Found:
     found = Found()
     for path, module in model.named_modules():
         if rule := rule_of(module):
-            rule(module, Facts(path, module, found, heads))
+            try:
+                rule(module, Facts(path, module, found, heads))
+            except UnsupportedModelError:
+                raise
+            except Exception as e:  # a rule is the user's code; whatever is wrong with it has to be told as such
+                raise UnsupportedModelError(
+                    f"The rule for {type(module).__name__} fails on '{path}': {type(e).__name__}: {e}."
+                ) from e
     return found

@@ -54,11 +54,12 @@ def channel_sets(labels: Labels, outputs: Mapping[tuple[str, int], str]) -> Sets
     found.sort(key=lambda m: _first_output(m, space, puts_out))
     names = _names(found, space, puts_out, labels, outputs)
     sets, home = [], np.full(labels.count, -1)
+    whole = {int(roots[ids[0]]) for ids in labels.wholes}
     for number, (name, members) in enumerate(zip(names, found, strict=True)):
         places = [labels.spaces[i] for i in space[members[0]]]
         slots = tuple(Slot(tensor, dim, tuple(index[members[:, i]].tolist())) for i, (tensor, dim) in enumerate(places))
         layers = tuple(dict.fromkeys(outputs[p] for p in places if p in outputs))
-        sets.append(ChannelSet(name, len(members), slots, layers))
+        sets.append(ChannelSet(name, len(members), slots, layers, int(roots[members[0, 0]]) in whole))
         home[members] = number
     return Sets(tuple(sets), home, _reasons(labels, home))
 

@@ -41,12 +41,14 @@ class ChannelSet:
         size: channels.
         slots: where they lie.
         layers: names of the layers that produce them.
+        whole: each of them stands for many channels (a head of an attention); limits on widths do not apply.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     layers: tuple[str, ...] = ()
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -157,6 +158,7 @@ def _state(labels: Labels, found: rules.Found) -> None:
     for parts in found.whole:
         ids = np.concatenate([labels.of(*_range(p)) for p in parts])
         labels.unify(torch.from_numpy(ids), torch.from_numpy(ids[:1]).expand(len(ids)))
+        labels.wholes.append(ids)
     for rows, reason in found.fixed:
         labels.pin(labels.of(*_range(rows)), reason, RULE)
 
@@ -198,10 +200,12 @@ def _match(model: nn.Module, protect: Sequence[str]) -> dict[str, str]:
     for pattern in protect:
         hits = [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
         if not hits:
-            tops = [name for name, _ in model.named_modules() if name.count(".") == 1]
+            names = [name for name, _ in model.named_modules() if name]
+            tops = [name for name in names if name.count(".") == 1] or names
+            near = get_close_matches(pattern.partition("[")[0], names, n=1)
             raise RecipeError(
                 f"protect: '{pattern}' matches no module of this model. Its layers are {tops[0]} to {tops[-1]}; "
-                "'yolo-prune plan model=...' lists the names inside them."
+                + (f"did you mean '{near[0]}'?" if near else "give the name of one, of a part of one, or a glob.")
             )
         found.update(dict.fromkeys(hits, f"recipe: protect '{pattern}'"))
     return found
