@@ -20,11 +20,13 @@ from yolo_prune.cost import measure
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import (
     Group,
-    blocks as registered,  # noqa: F401  registers the rules before any test changes them
     read_as_is,
     register_block,
     rules,
     trace,
+)
+from yolo_prune.graph import (
+    blocks as registered,  # noqa: F401  registers the rules before any test changes them
 )
 from yolo_prune.graph.rules import RULES
 from yolo_prune.planner import build_plan, make_plan
