@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import zoo
 from torch import nn
 from ultralytics.utils.torch_utils import get_flops
 
@@ -31,6 +32,19 @@ def without_the_copy_of_the_head(model: Any) -> Any:
 def test_flops_are_those_ultralytics_prints(name: str, imgsz: int) -> None:
     dense = without_the_copy_of_the_head(models.build(name)).eval()
     assert models.cost_of(name, imgsz).flops() == pytest.approx(get_flops(dense, imgsz) * 1e9, rel=1e-9)
+
+
+OTHERS = ("yolov3-tiny", "yolov9t", "yolov10n", "yolo12", "yolo26-seg", "yolov8-world", "rtdetr-l")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_flops_of_other_architectures_are_those_ultralytics_prints(name: str) -> None:
+    """RT-DETR's differ by the softmax of torch's attention, which thop counts as well."""
+    model = zoo.build(name).eval()
+    for key in [k for k in model.model[-1]._modules if k.startswith("one2one_")]:
+        setattr(model.model[-1], key, None)
+    cost = measure(model, trace(model, imgsz=640))
+    assert cost.flops() == pytest.approx(get_flops(model, 640) * 1e9, rel=2e-3 if name == "rtdetr-l" else 1e-9)
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

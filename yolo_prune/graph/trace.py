@@ -228,8 +228,10 @@ def _work(tracer: Tracer, found: Sets) -> tuple[dict[str, float], float]:
     places = {s.tensor for c in sets for s in c.slots if s.tensor.endswith("weight")}
     columns = sorted(t for t in places if labels.numel[t] == labels.size(t, 0))
     holds = np.array([[sum(s.tensor == t for s in c.slots) for t in columns] for c in sets], dtype=np.float64)
-    if not holds.size:
-        return work, fixed + float(owed[:-1].sum())
+    told = holds.any(1) if holds.size else np.zeros(len(sets), dtype=bool)
+    fixed += float(owed[numbers[~told]].sum())  # torch's own attention: its width is protected
+    if not told.any():
+        return work, fixed
     solution = np.linalg.lstsq(holds, owed[numbers] / [c.size for c in sets], rcond=None)[0]
     for tensor, macs in zip(columns, solution, strict=True):
         work[tensor] = work.get(tensor, 0.0) + float(macs)
