@@ -19,7 +19,6 @@ from yolo_prune import metadata, planner, proof, recover, schedule, surgery
 from yolo_prune import trainer as control
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.files import write_text
-from yolo_prune.graph import trace
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
@@ -159,7 +158,7 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
         report = _old_report(trainer, recipe, source, record)
         cost = planner.present_cost(model, trainer.args.imgsz)
     else:
-        graph = trace(model, recipe.protect, frozen, imgsz=trainer.args.imgsz, heads=recipe.channels.attention)
+        graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
         plan = planner.plan_for(model, graph, recipe)
         past = record.plan if record else None
         widths = record.widths if record and past else planner.widths(model, graph)

@@ -43,6 +43,10 @@ class Cost:
         """Parameters, with `shapes` in place of this model's where given."""
         return sum(self._numel(name, shapes) for name in self.params)
 
+    def total(self, metric: str, shapes: Shapes | None = None) -> float:
+        """`flops` or `parameters`, by the name of a recipe's metric: "flops" or "params"."""
+        return self.flops(shapes) if metric == "flops" else self.parameters(shapes)
+
     def _numel(self, name: str, shapes: Shapes | None) -> int:
         return math.prod(shapes.get(name, self.shapes[name]) if shapes else self.shapes[name])
 

@@ -40,18 +40,20 @@ def make_plan(
         RecipeError: If a protect pattern matches nothing or the criterion is unknown.
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
-    graph = trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
-    return plan_for(model, graph, recipe, keep)
+    return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep)
+
+
+def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:
+    """Trace a model as a recipe asks for it."""
+    return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
 
 
 def plan_for(model: nn.Module, graph: Graph, recipe: Recipe, keep: float | None = None) -> Plan:
     """`make_plan` for a model that was traced before."""
     cost = measure(model, graph)
-    record = read(model)
-    dense = record.plan.shapes if record and record.plan else {}
+    dense, widths = _dense(model, graph)
     metric, wanted = recipe.target.metric, recipe.target.keep if keep is None else keep
-    count = cost.flops if metric == "flops" else cost.parameters
-    whole, present = count(dense), count()
+    whole, present = cost.total(metric, dense), cost.total(metric)
     if present <= wanted * whole:
         raise NothingToRemoveError(
             f"target.{metric}: the model already is at {present / whole:.3f} of its dense size; "
@@ -61,7 +63,7 @@ def plan_for(model: nn.Module, graph: Graph, recipe: Recipe, keep: float | None 
     tensors = model.state_dict()
     scores = {s.name: criteria.score(criterion, tensors, s) for g in graph.groups if not g.protected for s in g.sets}
     goal = Goal(metric, wanted * whole, whole)
-    kept = select(graph.groups, cost, scores, goal, _constraints(recipe), _dense_widths(model, graph))
+    kept = select(graph.groups, cost, scores, goal, _constraints(recipe), widths)
     return build_plan(graph, cost, kept, dense)
 
 
@@ -74,19 +76,18 @@ def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
         recipe: for the metric and the constraints.
     """
     cost, metric = measure(model, graph), recipe.target.metric
-    record = read(model)
-    dense = record.plan.shapes if record and record.plan else {}
-    whole = cost.flops(dense) if metric == "flops" else cost.parameters(dense)
-    return least(graph.groups, cost, metric, _constraints(recipe), _dense_widths(model, graph)) / whole
+    dense, widths = _dense(model, graph)
+    return least(graph.groups, cost, metric, _constraints(recipe), widths) / cost.total(metric, dense)
 
 
 def _constraints(recipe: Recipe) -> Constraints:
     return Constraints(recipe.channels.round_to, recipe.channels.min, recipe.channels.max_removed)
 
 
-def _dense_widths(model: nn.Module, graph: Graph) -> Mapping[str, int]:
+def _dense(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:
+    """Of the dense model: shapes of the tensors that are smaller now, and `{set name: channels}`."""
     record = read(model)
-    return record.widths if record and record.plan else graph.widths
+    return (record.plan.shapes, record.widths) if record and record.plan else ({}, graph.widths)
 
 
 def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], dense: Shapes) -> Plan:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from yolo_prune import surgery
 from yolo_prune.errors import ProofError
 from yolo_prune.graph import probes
+from yolo_prune.graph.structure import output_dimension
 from yolo_prune.plans import Plan
 
 TOLERANCE = 1e-9  # relative, in float64
@@ -101,18 +101,13 @@ def _float64_copy(model: nn.Module) -> nn.Module:
     return probes.batch_norm_off(lean_copy(model).double())
 
 
-def _out_dimension(layer: nn.Module | None) -> int:
-    """Dimension of a layer's weight that its outputs are along."""
-    return int(isinstance(layer, nn.modules.conv._ConvTransposeNd))
-
-
 def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -> Tensor:
     """A layer's output, channels in dimension 1, as it has to be after the cut: fewer channels, some with a factor."""
     weight = f"{name}.weight"
     if factors := plan.scale.get(weight):
         factor = torch.tensor([factors.get(i, 1.0) for i in range(reference.shape[1])], dtype=reference.dtype)
         reference = reference * factor.view(1, -1, *[1] * (reference.ndim - 2))
-    keep = plan.keep.get(weight, {}).get(_out_dimension(layer))
+    keep = plan.keep.get(weight, {}).get(output_dimension(layer))
     if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
         each = layer.weight.shape[1]
         depthwise = layer.groups == layer.in_channels
@@ -125,7 +120,7 @@ def _silence(model: nn.Module, plan: Plan) -> None:
     state, layers = model.state_dict(), dict(model.named_modules())
     for name, dims in plan.keep.items():
         layer, _, key = name.rpartition(".")
-        dim = _out_dimension(layers[layer]) if key == "weight" else 0
+        dim = output_dimension(layers[layer]) if key == "weight" else 0
         if dim in dims and key not in ("running_mean", "running_var"):
             removed = torch.ones(state[name].shape[dim], dtype=torch.bool)
             removed[list(dims[dim])] = False
@@ -185,7 +180,7 @@ def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
             if number:  # forwards with prompts mix in Python numbers, and overflow otherwise
                 torch.set_default_dtype(image.dtype)
             with _Leaky():
-                out = list(_tensors(probe(model, image)))
+                out = list(probes.outputs(probe(model, image)))
             finals |= {f"{OUTPUT}{number}.{i}": t for i, t in enumerate(out)}
     except (RuntimeError, ValueError) as e:
         raise _StoppedError(found, running[-1] if running else "") from e
@@ -198,19 +193,6 @@ def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 def _final(outputs: dict[str, Tensor]) -> list[Tensor]:
     return [t for name, t in outputs.items() if name.startswith(OUTPUT)]
-
-
-def _tensors(out: Any) -> Iterator[Tensor]:
-    """Outputs in a fixed order; feature maps that ride along are not outputs."""
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, dict):
-        for key in sorted(out):
-            if key != "feats":
-                yield from _tensors(out[key])
-    elif isinstance(out, list | tuple):
-        for item in out:
-            yield from _tensors(item)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -38,6 +38,19 @@ def probes(model: nn.Module) -> Iterator[Probe]:
             yield probe
 
 
+def outputs(out: Any) -> Iterator[Tensor]:
+    """The tensors that a model returned, in a fixed order; feature maps that ride along are not outputs."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, dict):
+        for key in sorted(out):
+            if key != "feats":
+                yield from outputs(out[key])
+    elif isinstance(out, list | tuple):
+        for item in out:
+            yield from outputs(item)
+
+
 def batch_norm_off(model: nn.Module) -> nn.Module:
     """`model` in training mode, where all branches run and nothing is decoded, but for its batch norms and dropouts."""
     model.train()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from yolo_prune.errors import UnsupportedModelError
-from yolo_prune.graph.structure import Attribute, Fold, Rows
+from yolo_prune.graph.structure import Attribute, Fold, Rows, output_dimension
 
 Rule = Callable[[Any, "Facts"], None]
 
@@ -96,13 +96,13 @@ class Facts:
     def outputs(self, name: str) -> Rows:
         """The output channels of a child: a convolution, `Conv` or linear layer."""
         path, layer = self._layer(name)
-        dim = int(isinstance(layer, nn.ConvTranspose2d))
+        dim = output_dimension(layer)
         return Rows(f"{path}.weight", dim, 0, layer.weight.shape[dim])
 
     def inputs(self, name: str) -> Rows:
         """The input channels of a child."""
         path, layer = self._layer(name)
-        dim = int(not isinstance(layer, nn.ConvTranspose2d))
+        dim = 1 - output_dimension(layer)
         return Rows(f"{path}.weight", dim, 0, layer.weight.shape[dim])
 
     def parts(self, name: str, *sizes: int) -> list[Rows]:
@@ -126,7 +126,7 @@ class Facts:
 
     def parameter(self, name: str, dim: int = 0) -> Rows:
         """All indices along one dimension of a parameter of the block itself."""
-        return Rows(f"{self.path}.{name}", dim, 0, getattr(self.block, name).shape[dim])
+        return Rows(self._inside(name), dim, 0, getattr(self.block, name).shape[dim])
 
     def equal(self, *parts: Rows) -> None:
         """Fact: these always keep equal fractions of their channels."""
@@ -160,15 +160,15 @@ class Facts:
             counted: the width that forward reads.
             power: `rows` are multiplied by `(kept / size of counted) ** power`.
         """
-        child = self.block.get_submodule(name)
-        last = f"{self.path}.{name}.bn" if hasattr(child, "bn") else self._layer(name)[0]
+        norm = getattr(self.block.get_submodule(name), "bn", None)
+        path, layer = self._layer(name) if norm is None else (self._inside(f"{name}.bn"), norm)
         for key in ("weight", "bias"):
-            if getattr(self.block.get_submodule(last.removeprefix(f"{self.path}.")), key, None) is not None:
-                self.found.folds.append(Fold(Rows(f"{last}.{key}", 0, rows.start, rows.stop), counted, power))
+            if getattr(layer, key, None) is not None:
+                self.found.folds.append(Fold(Rows(f"{path}.{key}", 0, rows.start, rows.stop), counted, power))
 
     def spare(self, name: str) -> None:
         """Fact: the child `name` does not run in deployment beside its twin."""
-        self.found.spare.append(f"{self.path}.{name}.")
+        self.found.spare.append(f"{self._inside(name)}.")
 
     def because(self, reason: str) -> None:
         """Fact: what the trace finds to be fixed inside this block is so for this reason."""
@@ -184,8 +184,11 @@ class Facts:
     def _layer(self, name: str) -> tuple[str, Any]:
         layer: Any = self.block.get_submodule(name)
         inner = next((n for n in ("conv", "conv_transpose") if isinstance(getattr(layer, n, None), nn.Module)), None)
-        path = f"{self.path}.{name}" if self.path else name
+        path = self._inside(name)
         return (f"{path}.{inner}", getattr(layer, inner)) if inner else (path, layer)
+
+    def _inside(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
 
 
 def gather(model: nn.Module, heads: str = "dims") -> Found:

@@ -8,6 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import nn
+
+
+def output_dimension(layer: nn.Module | None) -> int:
+    """The dimension of a layer's weight that its outputs are along."""
+    return int(isinstance(layer, nn.modules.conv._ConvTransposeNd))
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -15,7 +15,7 @@ from yolo_prune.errors import PruneError, RecipeError, UnsupportedModelError
 from yolo_prune.graph import probes, rules
 from yolo_prune.graph.labels import ASKED, FOUND, RULE, Labels
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
-from yolo_prune.graph.structure import Graph, Rows
+from yolo_prune.graph.structure import Graph, Rows, output_dimension
 from yolo_prune.graph.tracer import Tracer
 from yolo_prune.graph.twin import weightless
 
@@ -64,11 +64,10 @@ def trace(
     settled = {rows.tensor for rows, _ in found.fixed}
     deployed = _run(tracer, twin, torch.empty(1, channels, imgsz, imgsz, device="meta"), settled)
     _state(labels, found)
-    _guard(labels, guarded)
-    _unseen(labels, tracer.ran)
-    for tensor, other in _tied(twin):
-        for dim in (d for t, d in labels.spaces if t == tensor):
-            labels.pin(labels.along(tensor, dim), f"shared with {other.rpartition('.')[0]}", RULE)
+    tensors = dict.fromkeys(tensor for tensor, _ in labels.spaces)
+    _pin(labels, {t: why for t in tensors if (why := _guard(t, guarded))}, ASKED)
+    _pin(labels, {t: UNSEEN for t in tensors if t not in tracer.ran}, FOUND)
+    _pin(labels, {t: f"shared with {other.rpartition('.')[0]}" for t, other in _tied(twin)}, RULE)
     sets = channel_sets(labels, _outputs(twin))
     groups = groups_of(sets, labels)
     work, fixed = _work(tracer, sets)
@@ -167,28 +166,25 @@ def _range(rows: Rows) -> tuple[str, int, int, int]:
     return rows.tensor, rows.dim, rows.start, rows.stop
 
 
-def _guard(labels: Labels, guarded: Mapping[str, str]) -> None:
+def _pin(labels: Labels, reasons: Mapping[str, str], rank: int) -> None:
+    """Pin whole tensors: `{tensor: why}`."""
     for tensor, dim in labels.spaces:
-        module = tensor.rpartition(".")[0]
-        why = next((r for name, r in guarded.items() if module == name or module.startswith(f"{name}.")), None)
-        if why:
-            labels.pin(labels.along(tensor, dim), why, ASKED)
+        if tensor in reasons:
+            labels.pin(labels.along(tensor, dim), reasons[tensor], rank)
 
 
-def _unseen(labels: Labels, ran: set[str]) -> None:
-    for tensor, dim in labels.spaces:
-        if tensor not in ran:
-            labels.pin(labels.along(tensor, dim), UNSEEN, FOUND)
+def _guard(tensor: str, guarded: Mapping[str, str]) -> str | None:
+    """Why a tensor must not be touched, if it is inside a module that must not."""
+    module = tensor.rpartition(".")[0]
+    return next((why for name, why in guarded.items() if module == name or module.startswith(f"{name}.")), None)
 
 
 def _outputs(twin: nn.Module) -> dict[tuple[str, int], str]:
     """`{(tensor, dimension): layer}` of what layers put out."""
     found = {}
     for name, layer in twin.named_modules():
-        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            found[f"{name}.weight", 1] = name
-        elif isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding):
-            found[f"{name}.weight", 0] = name
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding):
+            found[f"{name}.weight", output_dimension(layer)] = name
         elif isinstance(layer, nn.MultiheadAttention):
             found[f"{name}.in_proj_weight", 0] = name
     return found

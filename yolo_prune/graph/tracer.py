@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from yolo_prune.graph.labels import OUTPUT, Ids, Labels, Tag, tag_of, tight, varying
+from yolo_prune.graph import probes
+from yolo_prune.graph.labels import FOUND, OUTPUT, Ids, Labels, Tag, tag_of, tight, varying
 from yolo_prune.graph.ops import EFFECTS, Call
 
 RESHAPES = frozenset({"view", "reshape", "unflatten", "resize", "view_as", "reshape_as", "expand_as"})
@@ -46,8 +46,8 @@ class Tracer:
         self,
         labels: Labels,
         trusts: Callable[[nn.Module], bool],
-        reasons: Mapping[str, str] = MappingProxyType({}),
-        spare: Sequence[str] = (),
+        reasons: Mapping[str, str],
+        spare: Sequence[str],
     ) -> None:
         """Start with the labels of a model's tensors.
 
@@ -99,7 +99,7 @@ class Tracer:
 
     @property
     def where(self) -> str:
-        """Name of the module that runs, or ran when an error occurred."""
+        """Name of the module that runs."""
         return self._stack[-1][0] if self._stack else ""
 
     @property
@@ -120,23 +120,15 @@ class Tracer:
             for tensor in value if isinstance(value, list | tuple) else [value]:
                 self.pin(tensor, why)
 
-    def pin(self, tensor: Any, why: str) -> None:
+    def pin(self, tensor: Any, why: str, rank: int = FOUND) -> None:
         """Pin all labels of a tensor."""
         for plane in (tag_of(tensor) or Tag()).planes:
-            self.labels.pin(plane, why)
+            self.labels.pin(plane, why, rank)
 
     def outputs(self, out: Any) -> None:
-        """Pin what the model returns; feature maps that ride along are not outputs."""
-        if isinstance(out, Tensor):
-            for plane in (tag_of(out) or Tag()).planes:
-                self.labels.pin(plane, "task output", OUTPUT)
-        elif isinstance(out, dict):
-            for key, value in out.items():
-                if key != "feats":
-                    self.outputs(value)
-        elif isinstance(out, list | tuple):
-            for value in out:
-                self.outputs(value)
+        """Pin what the model returns."""
+        for tensor in probes.outputs(out):
+            self.pin(tensor, "task output", OUTPUT)
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Follow one operation."""

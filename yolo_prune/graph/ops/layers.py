@@ -81,8 +81,8 @@ def batch_norm(call: Call) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (own := tag_of(call.get(name))) and own.planes:
             call.labels.unify(own.planes[0], given)
-            silent = silent or name == "weight"
             if name == "weight":
+                silent = True
                 call.count(None, own.source, 4.0 * x.numel())  # as thop counts it, and so Ultralytics
     put(first(call.out), Tag(tag.planes, silent))
 
@@ -91,13 +91,13 @@ def batch_norm(call: Call) -> None:
 def layer_norm(call: Call) -> None:
     """Normalises over channels: every channel depends on all."""
     x, tag = first_input(call)
-    group = "group" in call.name
+    reason = "GroupNorm" if "group" in call.name else "LayerNorm"
     for plane in tag.planes:
-        call.labels.pin(plane, "GroupNorm" if group else "LayerNorm")
+        call.labels.pin(plane, reason)
     for name in ("weight", "bias"):
         if (own := tag_of(call.get(name))) and own.planes:
-            call.labels.pin(own.planes[0], "GroupNorm" if group else "LayerNorm")
-            if tag.planes and not group and varying(tag.planes[0]) == {x.ndim - 1}:
+            call.labels.pin(own.planes[0], reason)
+            if tag.planes and reason == "LayerNorm" and varying(tag.planes[0]) == {x.ndim - 1}:
                 call.labels.unify(own.planes[0], tight(tag.planes[0]).flatten())
             if name == "weight":
                 call.count(None, own.source, 4.0 * x.numel())
