@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import zoo
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
@@ -117,34 +118,10 @@ def _built(name: str, seed: int) -> DetectionModel:
     elif name.endswith("-deep"):
         configuration = scaled(name.removesuffix("-deep"), "x", 1.0, 0.125)
     model = DetectionModel(configuration, nc=NC, verbose=False)
-    return randomise(model.double(), seed).train()
+    return zoo.randomise(model.double(), seed).train()
 
 
 def scaled(family: str, scale: str, depth: float, width: float) -> dict[str, Any]:
     """A stock architecture at a size of its own."""
     config: dict[str, Any] = yaml_model_load(f"{family}.yaml")
     return {**config, "scales": {scale: [depth, width, 1024]}, "scale": scale}
-
-
-@torch.no_grad()
-def randomise(model: Any, seed: int) -> Any:
-    """Draw every tensor anew, scaled so that signals neither fade nor blow up; the box distribution is left alone."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(like: Tensor, low: float, high: float) -> Tensor:
-        return torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
-
-    def normal(like: Tensor, std: float) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64) * std
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.copy_(uniform(layer.weight, 0.5, 1.5))
-            layer.bias.copy_(normal(layer.bias, 0.2))
-            layer.running_mean.copy_(normal(layer.running_mean, 0.1))
-            layer.running_var.copy_(uniform(layer.running_var, 0.5, 1.5))
-        elif isinstance(layer, nn.Conv2d) and ".dfl" not in name:
-            layer.weight.copy_(normal(layer.weight, (2 / layer.weight[0].numel()) ** 0.5))
-            if layer.bias is not None:
-                layer.bias.copy_(normal(layer.bias, 1.0))
-    return model

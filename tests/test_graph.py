@@ -332,7 +332,7 @@ def test_the_rule_in_the_documentation_prunes_the_block_it_is_for(monkeypatch: p
     model: Any = models.build("yolov8-tiny")
     stock, own = model.model[3], names["Swap"](16, 32).double()
     own.i, own.f, own.type, own.np = stock.i, stock.f, "Swap", stock.np
-    model.model[3] = models.randomise(own, 0)
+    model.model[3] = zoo.randomise(own)
     assert group_of(model, "model.3.cv.conv").protected == "is cut up by 'split' in Swap"
     exec("@yolo_prune.register_block" + rule, names)
     plan = halved(model, "model.3.cv.conv")

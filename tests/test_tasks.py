@@ -10,7 +10,8 @@ import datasets
 import pytest
 import torch
 import zoo
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO, YOLOWorld
+from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -47,71 +48,63 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tasks")
 
 
-def check(model: YOLO, run: Path, before: int) -> None:
-    """A run delivered a pruned checkpoint with a report that agrees, and it goes on from there."""
-    report = Report.load(run)
+def settings(task: str, folder: Path) -> dict[str, Any]:
+    """What all runs of a task pass to `train`."""
+    return {"data": str(datasets.make(task, folder)), "project": str(folder / "runs"), **TINY}
+
+
+def prune(model: Model, name: str, run: dict[str, Any]) -> Path:
+    """Prune a model while it trains; what is delivered is pruned, with a report that agrees."""
+    before = sum(p.numel() for p in model.model.parameters())
+    model.train(epochs=2, callbacks="prune", name=name, **run, **EASY)
+    folder = Path(run["project"]) / name
+    report = Report.load(folder)
     assert report.status == "finished"
-    delivered, _ = load_checkpoint(run / "weights/best.pt")
+    delivered, _ = load_checkpoint(folder / "weights/best.pt")
     record = metadata.read(delivered)
     assert record
     assert record.plan
-    after = sum(p.numel() for p in delivered.parameters())
-    assert after < before
+    assert sum(p.numel() for p in delivered.parameters()) < before
     assert report.pruned.flops / report.dense.flops <= 0.7 + 1e-9
     assert report.rounds[0].proof.error < 1e-8
     assert yolo_prune.is_pruned(model)
+    return folder / "weights/best.pt"
+
+
+def train_on(checkpoint: Path, name: str, run: dict[str, Any]) -> YOLO:
+    """Training a pruned checkpoint further keeps its structure."""
+    model = YOLO(checkpoint)
+    pruned = sum(p.numel() for p in model.model.parameters())
+    model.train(epochs=1, name=f"{name}-again", **run)
+    assert sum(p.numel() for p in model.model.parameters()) == pruned
+    return model
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", RUNS)
 def test_a_run_of_every_task(task: str, folder: Path) -> None:
-    data = str(datasets.make(task, folder))
+    run = settings(task, folder)
     torch.manual_seed(0)
-    model = YOLO(f"{RUNS[task]}.yaml")
-    before = sum(p.numel() for p in model.model.parameters())
-    run = {"data": data, "project": str(folder / "runs"), **TINY}
-    model.train(epochs=2, callbacks="prune", name=task, **run, **EASY)
-    check(model, folder / "runs" / task, before)
-
-    again = YOLO(folder / "runs" / task / "weights/best.pt")
-    pruned = sum(p.numel() for p in again.model.parameters())
-    again.train(epochs=1, name=f"{task}-again", **run)
-    assert sum(p.numel() for p in again.model.parameters()) == pruned
+    again = train_on(prune(YOLO(f"{RUNS[task]}.yaml"), task, run), task, run)
     assert len(again.predict(torch.rand(1, 3, 64, 64), verbose=False)) == 1
 
 
 @pytest.mark.slow
 def test_a_run_of_rtdetr(folder: Path) -> None:
-    from ultralytics import RTDETR
-
-    data = str(datasets.make("detect", folder))
-    model = RTDETR("yolov8-rtdetr.yaml")
-    before = sum(p.numel() for p in model.model.parameters())
-    run = {"data": data, "project": str(folder / "runs"), **TINY}
-    model.train(epochs=2, callbacks="prune", name="rtdetr", **run, **EASY)
-    check(model, folder / "runs" / "rtdetr", before)
+    prune(RTDETR("yolov8-rtdetr.yaml"), "rtdetr", settings("detect", folder))
 
 
 @pytest.mark.slow
 def test_a_run_of_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text embeddings come from CLIP, which would be downloaded: made up here."""
-    from ultralytics import YOLOWorld
 
     def embed(self: Any, text: list[str], batch: int = 80, cache_clip_model: bool = False) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.nn.functional.normalize(torch.randn(1, len(text), 512, generator=generator), dim=-1)
 
     monkeypatch.setattr(tasks.WorldModel, "get_text_pe", embed)
-    data = str(datasets.make("detect", folder))
-    model = YOLOWorld("yolov8-world.yaml")
-    before = sum(p.numel() for p in model.model.parameters())
-    run = {"data": data, "project": str(folder / "runs"), **TINY}
-    model.train(epochs=2, callbacks="prune", name="world", **run, **EASY)
-    check(model, folder / "runs" / "world", before)
-    again = YOLO(folder / "runs/world/weights/best.pt")
-    pruned = sum(p.numel() for p in again.model.parameters())
-    again.train(epochs=1, name="world-again", **run)
-    assert sum(p.numel() for p in again.model.parameters()) == pruned
+    run = settings("detect", folder)
+    train_on(prune(YOLOWorld("yolov8-world.yaml"), "world", run), "world", run)
 
 
 def test_every_task_has_a_run() -> None:
