@@ -308,7 +308,6 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
         ({"compile": True}, RunError, "compile=True does not work with callbacks=prune"),
         ({"quantize": 8}, RunError, "prune first, then train the pruned checkpoint with quantize=8"),
         ({"time": 1.0}, RunError, "time=1.0 does not work with callbacks=prune"),
-        ({"device": "0,1"}, RunError, "pass one device"),
         ({"callbacks": "prun"}, SyntaxError, "Did you mean callbacks=prune"),
         ({"callback": "prune"}, SyntaxError, "'callback' is not a valid YOLO argument. Did you mean 'callbacks'"),
         ({"callbacks": None}, SyntaxError, "'recipe' has no effect by itself"),

@@ -1,81 +1,29 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""When things happen during an Ultralytics run: the rounds, their bookkeeping, the report."""
+"""When things happen during an Ultralytics run: the rounds and their bookkeeping."""
 
 from __future__ import annotations
 
-import io
+import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, TQDM, colorstr
-from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune import metadata, planner, proof, recover, schedule, surgery
-from yolo_prune import trainer as control
+from yolo_prune import control, journal, metadata, planner, proof, ranks, recover, resume, schedule, surgery
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.files import write_text
+from yolo_prune.journal import PREFIX, Run
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
-from yolo_prune.report import (
-    EpochRow,
-    Figures,
-    LayerRow,
-    Proof,
-    ProtectedRow,
-    Report,
-    RoundFitness,
-    RoundRow,
-    rounds_table,
-    summary_table,
-)
+from yolo_prune.report import Proof, Report, RoundFitness, RoundRow, rounds_table, summary_table
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.picture import draw
-from yolo_prune.versions import installed
 
-PREFIX = colorstr("yolo-prune: ")
 METRICS = {"flops": "FLOPs", "params": "parameters"}
-
-
-@dataclass
-class Run:
-    """The state of one pruned run; lives on the trainer as `trainer.pruning`.
-
-    Attributes:
-        recipe: what was asked for.
-        rounds: when to cut, and how far.
-        report: what was measured so far.
-        patience: the early stopping patience to restore after the last round.
-        cost: FLOPs and parameters of the model as it is.
-        frozen: modules that this run does not train (`freeze=`).
-        done: rounds that are finished.
-        epoch_open: an epoch was trained and is not yet in the report.
-    """
-
-    recipe: Recipe
-    rounds: tuple[schedule.Round, ...]
-    report: Report
-    patience: float
-    cost: tuple[float, int]
-    frozen: tuple[str, ...] = ()
-    done: int = 0
-    epoch_open: bool = False
-
-    def due(self, epoch: int) -> schedule.Round | None:
-        """The next round, if its epoch has come; a round that is done never comes again."""
-        left = self.rounds[self.done :]
-        return left[0] if left and epoch >= left[0].epoch else None
-
-    def advance(self, trainer: BaseTrainer) -> None:
-        """A round is over; after the last one, early stopping works again."""
-        self.done += 1
-        if self.done == len(self.rounds):
-            trainer.stopper.patience = self.patience
 
 
 class PruneCallback:
@@ -87,6 +35,8 @@ class PruneCallback:
     EVENTS = (
         "on_pretrain_routine_end",
         "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_train_batch_end",
         "on_train_epoch_end",
         "on_fit_epoch_end",
         "on_train_end",
@@ -119,8 +69,23 @@ class PruneCallback:
 
     def on_train_epoch_start(self, trainer: BaseTrainer) -> None:
         """No batch is in flight: cut, if a round is due."""
-        if due := trainer.pruning.due(trainer.epoch):
-            perform(trainer, trainer.pruning, due)
+        run: Run = trainer.pruning
+        journal.untrack(trainer)
+        trainer.cadence.epoch_starts(trainer)
+        if run.exact:
+            resume.seed_epoch(trainer)
+        if due := run.due(trainer.epoch):
+            perform(trainer, run, due)
+            if run.exact:
+                resume.seed_epoch(trainer)
+
+    def on_train_batch_start(self, trainer: BaseTrainer) -> None:
+        """A resumed run takes up the cadence of the optimizer's steps."""
+        trainer.cadence.batch_starts(trainer)
+
+    def on_train_batch_end(self, trainer: BaseTrainer) -> None:
+        """See `on_train_batch_start`."""
+        trainer.cadence.batch_ends()
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:
         """An epoch was trained; `on_fit_epoch_end` follows once it is validated."""
@@ -129,9 +94,11 @@ class PruneCallback:
     def on_fit_epoch_end(self, trainer: BaseTrainer) -> None:
         """An epoch was validated: take it down. After the final validation this fires once more; that is no epoch."""
         run: Run = trainer.pruning
-        if run.epoch_open:
-            run.epoch_open = False
-            _log_epoch(trainer, run)
+        if ranks.first():
+            if run.epoch_open:
+                journal.log_epoch(trainer, run, trainer.epoch + 1)
+            journal.track(trainer, run)
+        run.epoch_open = False
 
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """The run is over: check what it delivers and write the report."""
@@ -141,8 +108,10 @@ class PruneCallback:
         """The run is over, well or badly."""
         run: Run | None = getattr(trainer, "pruning", None)
         if run and run.report.status == "running":
+            error = sys.exc_info()[1]
             run.report.status = "failed"
-            _save(trainer, run.report)
+            run.report.error = f"{type(error).__name__}: {error}" if error else None
+            journal.save(trainer, run.report)
 
 
 def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
@@ -151,60 +120,76 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     Raises:
         PruneError: If the recipe does not fit this model or this run.
     """
-    model = control.live(trainer)
-    record = metadata.read(model)
-    frozen = control.frozen_modules(trainer)
-    if trainer.resume and record:
-        report = _old_report(trainer, recipe, source, record)
-        cost = planner.present_cost(model, trainer.args.imgsz)
-    else:
-        graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
-        plan = planner.plan_for(model, graph, recipe)
-        past = record.plan if record else None
-        widths = record.widths if record and past else planner.widths(model, graph)
-        present = plan.predicted.present(recipe.target.metric)
-        record = Record(recipe.to_dict(), past, widths, (), present, active=True)
-        metadata.write(model, record)
-        report = _new_report(trainer, recipe, source, plan)
-        cost = plan.predicted.flops_before, plan.predicted.params_before
-        for aside in trainer.wdir.glob("round*.pt"):  # of an earlier run in the same folder
-            aside.unlink()
-    rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
-    run = Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, len(record.rounds))
-    if run.done < len(rounds):
+    record = metadata.read(control.live(trainer))
+    run = _go_on(trainer, recipe, source, record) if trainer.resume and record else _begin(trainer, recipe, source)
+    if run.done < len(run.rounds):
         control.hold_early_stopping(trainer)
-    write_text(trainer.save_dir / "prune.yaml", recipe.to_yaml())
-    _save(trainer, report)
-    epochs = ", ".join(str(r.epoch + 1) for r in rounds)
+    if ranks.first():
+        write_text(trainer.save_dir / "prune.yaml", recipe.to_yaml())
+    journal.save(trainer, run.report)
+    epochs = ", ".join(str(r.epoch + 1) for r in run.rounds)
     LOGGER.info(
-        f"{PREFIX}{len(rounds)} round{'s' * (len(rounds) > 1)}, before epoch {epochs}, down to {recipe.target.keep:g} "
-        f"of the dense model's {METRICS[recipe.target.metric]}" + (f"; {run.done} done already" if run.done else "")
+        f"{PREFIX}{len(run.rounds)} round{'s' * (len(run.rounds) > 1)}, before epoch {epochs}, down to "
+        f"{recipe.target.keep:g} of the dense model's {METRICS[recipe.target.metric]}"
+        + (f"; {run.done} done already" if run.done else "")
     )
+    return run
+
+
+def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
+    model, frozen = control.live(trainer), control.frozen_modules(trainer)
+    record = metadata.read(model)
+    graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
+    plan = planner.plan_for(model, graph, recipe)
+    past = record.plan if record else None
+    widths = record.widths if record and past else planner.widths(model, graph)
+    present = plan.predicted.present(recipe.target.metric)
+    metadata.write(model, Record(recipe.to_dict(), past, widths, (), present, active=True))
+    if ranks.first():
+        for aside in (*trainer.wdir.glob("round*.pt"), *trainer.wdir.glob("state-*.pt")):
+            aside.unlink()  # of an earlier run in the same folder
+    rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, present)
+    report = journal.open_new(trainer, recipe, source, plan)
+    cost = plan.predicted.flops_before, plan.predicted.params_before
+    return Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, exact=bool(trainer.args.deterministic))
+
+
+def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Run:
+    exact = bool(trainer.args.deterministic)
+    done = int(record.rounds[-1]["number"]) if record.rounds else 0
+    if exact:
+        resume.restore(trainer, done, trainer.cadence)
+    if ranks.first():
+        resume.trim_results(trainer.csv, trainer.start_epoch)
+    rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
+    report = journal.reopen(trainer, recipe, source, record)
+    cost = planner.present_cost(control.live(trainer), trainer.args.imgsz)
+    frozen = control.frozen_modules(trainer)
+    run = Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, done, exact)
+    if len(report.epochs_log) == trainer.start_epoch - 1:  # killed between last.pt and the report
+        journal.log_epoch(trainer, run, trainer.start_epoch)
     return run
 
 
 def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
     """One round: plan, prove, cut, recalibrate, and set the run's bookkeeping right.
 
-    Planning and proof only read; whatever they raise leaves the run, its model and its files as they were.
+    Planning and proof only read; whatever they raise leaves the run, its model and its files as they were. With several
+    ranks, the first one plans and proves, and all cut alike.
     """
     began = time.perf_counter()
-    recipe, ema = run.recipe, trainer.ema.ema
-    record = metadata.read(control.live(trainer))
+    recipe, record = run.recipe, metadata.read(control.live(trainer))
     if record is None:
         raise RunError("The run's pruning record is gone from the model; another callback replaced `model.yaml`.")
     before = _fitness_before(trainer, run)
-    try:
-        plan = planner.make_plan(ema, recipe, trainer.args.imgsz, due.keep, run.frozen)
-    except NothingToRemoveError:
-        plan = None
+    plan, proven = ranks.agree(lambda: _decide(trainer, run, due))
     if plan is None:
         LOGGER.info(f"{PREFIX}round {due.number}: the round before already went this far; nothing to remove")
         run.advance(trainer)
         return
-    proven = proof.prove(ema, plan) if recipe.proof else None
     composed = record.plan.then(plan) if record.plan else plan
     control.cut(trainer, plan)
+    _compare_ranks(trainer, composed)
     run.cost = plan.predicted.flops_after, plan.predicted.params_after
     after_cut = control.validate(trainer) if recipe.measure else None
     _recalibrate(trainer, run, due.number)
@@ -217,7 +202,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
         target={recipe.target.metric: due.keep},
         flops=plan.predicted.flops_after,
         params=plan.predicted.params_after,
-        size_mb=_size_mb(ema),
+        size_mb=journal.size_mb(control.average(trainer)),
         plan=plan.hash,
         proof=Proof(**vars(proven)) if proven else None,
         fitness=RoundFitness(before=before, cut=after_cut, recalibrated=recalibrated),
@@ -225,9 +210,29 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
     )
     facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
     metadata.write(control.live(trainer), replace(record, plan=composed, rounds=(*record.rounds, facts)))
-    trainer.ema.ema.yaml = control.live(trainer).yaml
+    control.average(trainer).yaml = control.live(trainer).yaml
+    journal.log_round(trainer, run, row)
     control.save_last(trainer)
-    _report_round(trainer, run, row)
+
+
+def _decide(trainer: BaseTrainer, run: Run, due: schedule.Round) -> tuple[Plan | None, proof.Proof | None]:
+    """The proved plan of a round; none where the rounds before went this far already."""
+    ema = control.average(trainer)
+    try:
+        plan = planner.make_plan(ema, run.recipe, trainer.args.imgsz, due.keep, run.frozen)
+    except NothingToRemoveError:
+        return None, None
+    return plan, proof.prove(ema, plan) if run.recipe.proof else None
+
+
+def _compare_ranks(trainer: BaseTrainer, plan: Plan) -> None:
+    """Make sure that every rank has the same model."""
+    if not ranks.several():
+        return
+    held = ranks.gather((plan.hash, control.structure(trainer)))
+    LOGGER.info(PREFIX + "; ".join(f"rank {i} holds plan {h[:12]}, model {m[:12]}" for i, (h, m) in enumerate(held)))
+    if len(set(held)) > 1:
+        raise RunError("The ranks do not hold the same model after the cut. Please report this with the log above.")
 
 
 def finish(trainer: BaseTrainer, run: Run) -> None:
@@ -243,7 +248,7 @@ def finish(trainer: BaseTrainer, run: Run) -> None:
             f"The run ended after epoch {trainer.epoch + 1}, before round {left.number} (epoch {left.epoch + 1}): "
             f"{delivered} has not reached the target. Train longer, or give the schedule fewer rounds."
         )
-    model, _ = load_checkpoint(delivered)
+    model = metadata.inner(load_checkpoint(delivered)[0])
     wanted, found = metadata.read(control.live(trainer)), metadata.read(model)
     if not (wanted and wanted.plan and found and found.plan) or found.plan.hash != wanted.plan.hash:
         raise RunError(
@@ -251,133 +256,37 @@ def finish(trainer: BaseTrainer, run: Run) -> None:
             f"{trainer.save_dir / FILE_NAME}."
         )
     surgery.check_applied(model, found.plan)
-    report = run.report
-    flops, params = planner.present_cost(model, trainer.args.imgsz)
-    fitness = float(trainer.validator.metrics.fitness)
-    report.pruned = Figures(flops=flops, params=params, size_mb=_size_mb(model), fitness=fitness)
-    _close_rounds(report, fitness)
-    report.layers = _layers(model, found.plan, report)
-    report.status = "finished"
-    _save(trainer, report)
+    journal.complete(trainer, run.report, model, found.plan)
+    _draw(trainer, run.report)
+    for number in range(1, len(run.rounds) + 1):
+        if (aside := trainer.wdir / f"round{number}.pt").exists():
+            trainer.strip(aside)
+    LOGGER.info(f"\n{rounds_table(run.report)}\n\n{summary_table(run.report)}")
+    LOGGER.info(f"{PREFIX}pruned model {colorstr('bold', delivered)}, report {colorstr('bold', trainer.save_dir)}")
+
+
+def _draw(trainer: BaseTrainer, report: Report) -> None:
     try:
         draw(report, trainer.save_dir / "prune.png")
     except Exception as e:  # a picture must not cost a finished run
         LOGGER.warning(f"{PREFIX}prune.png could not be drawn: {type(e).__name__}: {e}")
-    for number in range(1, len(run.rounds) + 1):
-        if (aside := trainer.wdir / f"round{number}.pt").exists():
-            strip_optimizer(aside)
-    LOGGER.info(f"\n{rounds_table(report)}\n\n{summary_table(report)}")
-    LOGGER.info(f"{PREFIX}pruned model {colorstr('bold', delivered)}, report {colorstr('bold', trainer.save_dir)}")
 
 
 def _fitness_before(trainer: BaseTrainer, run: Run) -> float | None:
     """Fitness of the averaged model as it goes into the cut: known from the last epoch, else measured."""
-    if trainer.epoch > trainer.start_epoch and trainer.fitness is not None:
-        return float(trainer.fitness)
-    return control.validate(trainer) if run.recipe.measure else None
+    known = trainer.fitness if trainer.epoch > trainer.start_epoch else None
+    known = ranks.agree(lambda: None if known is None else float(known))  # later ranks do not know it
+    return control.validate(trainer) if known is None and run.recipe.measure else known
 
 
 def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:
     """Estimate the batch norms of the live model and of its average anew; both go on into training."""
     batches = min(run.recipe.recover.batchnorm, len(trainer.train_loader))
     seed = trainer.args.seed + number
-    for model in (control.live(trainer), trainer.ema.ema) if batches else ():
-        with control.own_randomness(seed):
-            images = control.training_images(trainer, batches, seed)
-            bar = TQDM(images, total=batches, desc=f"{PREFIX}round {number}: recalibrating batch norm")
-            recover.recalibrate(model, bar, run.frozen)
-
-
-def _log_epoch(trainer: BaseTrainer, run: Run) -> None:
-    flops, params = run.cost
-    row = EpochRow(epoch=trainer.epoch + 1, fitness=trainer.fitness, flops=flops, params=params)
-    kept = [r for r in run.report.epochs_log if r.epoch <= trainer.epoch]  # an epoch that is redone is written anew
-    run.report.epochs_log = [*kept, row]
-    _save(trainer, run.report)
-
-
-def _save(trainer: BaseTrainer, report: Report) -> None:
-    """Write the report; a disk or viewer that does not allow it must not cost a night of training."""
-    try:
-        report.save(trainer.save_dir / FILE_NAME)
-    except OSError as e:
-        LOGGER.warning(f"{PREFIX}{FILE_NAME} could not be written: {e}")
-
-
-def _old_report(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Report:
-    """The report of the run that is resumed; rebuilt from the checkpoint's record where the file is gone."""
-    if (trainer.save_dir / FILE_NAME).exists():
-        report = Report.load(trainer.save_dir)
-        report.status = "running"
-        return report
-    flops, params = planner.dense_cost(control.live(trainer), record.plan, trainer.args.imgsz)
-    return Report(
-        **_identity(trainer, recipe, source),
-        dense=Figures(flops=flops, params=params),
-        rounds=[RoundRow.model_validate(facts) for facts in record.rounds],
-    )
-
-
-def _identity(trainer: BaseTrainer, recipe: Recipe, source: str) -> dict[str, Any]:
-    return {
-        "versions": installed(),
-        "recipe": recipe.to_dict(),
-        "model": source or str(trainer.args.model),
-        "data": str(trainer.args.data),
-        "imgsz": trainer.args.imgsz,
-        "epochs": trainer.epochs,
-    }
-
-
-def _new_report(trainer: BaseTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
-    forecast = plan.predicted
-    whole = forecast.present(recipe.target.metric) == 1.0
-    return Report(
-        **_identity(trainer, recipe, source),
-        dense=Figures(
-            flops=forecast.dense_flops,
-            params=forecast.dense_params,
-            size_mb=_size_mb(control.live(trainer)) if whole else None,
-        ),
-        protected=[ProtectedRow(layers=list(p.layers), reason=p.reason) for p in plan.protected],
-    )
-
-
-def _report_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
-    report = run.report
-    if not report.rounds and report.dense.size_mb is not None:
-        report.dense = report.dense.model_copy(update={"fitness": row.fitness.before})
-    report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
-    _close_rounds(report, None)
-    _save(trainer, report)
-    kept = (row.flops or 0) / (report.dense.flops or 1)
-    steps = [f"{name} {value:.3f}" for name, value in row.fitness if value is not None]
-    LOGGER.info(
-        f"{PREFIX}round {row.number} of {len(run.rounds)}: {kept:.1%} of the FLOPs, {row.params:,} parameters; "
-        + (f"fitness {', '.join(steps)}" if steps else "not measured")
-        + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved")
-    )
-
-
-def _close_rounds(report: Report, final: float | None) -> None:
-    """A round's end is what the next one starts from; the last one's is the delivered model."""
-    starts = [*(r.fitness.before for r in report.rounds[1:]), final]
-    for row, end in zip(report.rounds, starts, strict=False):
-        row.fitness.end = end
-
-
-def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:
-    protected = {name for p in report.protected for name in p.layers}
-    rows = []
-    for name, width in planner.layer_widths(model):
-        dense = plan.shapes.get(f"{name}.weight", (width,))[0]
-        rows.append(LayerRow(name=name, dense=dense, pruned=width, protected=name in protected))
-    return rows
-
-
-def _size_mb(model: nn.Module) -> float:
-    """Megabytes of the model as a checkpoint stores it, in half precision."""
-    copy = proof.lean_copy(model).half()
-    buffer = io.BytesIO()
-    torch.save({"model": copy}, buffer)
-    return buffer.getbuffer().nbytes / 1e6
+    for model in (control.live(trainer), control.average(trainer)) if batches else ():
+        if ranks.first():
+            with control.own_randomness(seed):
+                images = control.training_images(trainer, batches, seed)
+                bar = TQDM(images, total=batches, desc=f"{PREFIX}round {number}: recalibrating batch norm")
+                recover.recalibrate(model, bar, run.frozen)
+        ranks.share(model.buffers())

@@ -33,3 +33,12 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` as UTF-8; see `write_bytes`."""
     return write_bytes(path, text.encode("utf-8"))
+
+
+class WholeFile(type(Path())):  # type: ignore[misc]  # PosixPath or WindowsPath; Path itself only from Python 3.12 on
+    """A path whose `write_bytes` writes all or nothing; what is joined to it is one, too."""
+
+    def write_bytes(self, data: bytes) -> int:
+        """See the function of this name."""
+        write_bytes(Path(self), data)
+        return len(data)

@@ -12,9 +12,10 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML, checks
 
 from yolo_prune import keys, metadata, planner, schedule
-from yolo_prune.callback import PREFIX, PruneCallback
+from yolo_prune.callback import PruneCallback
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.graph.probes import stride
+from yolo_prune.journal import PREFIX
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.trainer import prune_trainer
 
@@ -150,11 +151,6 @@ def check_run(settings: Mapping[str, Any]) -> None:
             isinstance(settings.get("data"), list | tuple),
             "rounds belong to one run",
             "pass one dataset",
-        ),
-        "device": (
-            len(str(settings.get("device") or "").strip("[]()").split(",")) > 1 or str(settings.get("device")) == "-2",
-            "pruning on several GPUs is not supported yet",
-            "pass one device, for example device=0",
         ),
     }
     for key, (wrong, why, remedy) in refused.items():

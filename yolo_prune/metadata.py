@@ -38,12 +38,19 @@ class Record:
     active: bool = False
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """The model that carries the record: of a distillation, the student."""
+    student: nn.Module = getattr(model, "student_model", model)
+    return student
+
+
 def read(model: nn.Module) -> Record | None:
     """The record of a model, or None if it was never touched or does not have the structure it speaks of.
 
     Raises:
         PruneError: If the record was written by a later version of yolo-prune, or is damaged.
     """
+    model = inner(model)
     yaml = getattr(model, "yaml", None)
     data = yaml.get(KEY) if isinstance(yaml, Mapping) else None
     if data is None:

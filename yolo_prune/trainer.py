@@ -1,41 +1,43 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What this package does to an Ultralytics trainer, and the trainer class that keeps a pruned structure."""
+"""The trainer class that keeps a pruned structure and whose checkpoints a kill cannot damage."""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
+from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.torch_utils import unwrap_model
+from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune import metadata, surgery
+from yolo_prune import metadata, ranks, resume
 from yolo_prune.errors import RunError
+from yolo_prune.files import WholeFile
 from yolo_prune.graph.probes import image_channels
-from yolo_prune.plans import Plan
 
 
 class KeepStructure:
-    """Mixin over any Ultralytics trainer: a pruned model is trained as it is instead of being rebuilt from its YAML."""
+    """Mixin over any Ultralytics trainer: a pruned model is trained as it is instead of being rebuilt from its YAML.
+
+    Attributes:
+        cadence: when the optimizer steps; a resumed run takes it up where it was.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
+        self.cadence = resume.Cadence()
+        self._stripped: Path | None = None
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """The model to train: a copy of `weights` if it is pruned, else what the stock trainer builds."""
         if not isinstance(weights, nn.Module) or not metadata.is_pruned(weights):
             return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
-        if getattr(self, "world_size", 0) > 1:
-            raise RunError(
-                "Training a pruned model on several GPUs is not supported yet. Pass one device, for example device=0."
-            )
         if any("YOLOEPE" in cls.__name__ for cls in type(self).__mro__):
             raise RunError(
                 "Linear probing rebuilds the head of YOLOE, which would lose the pruned structure. Probe first, then "
@@ -49,6 +51,90 @@ class KeepStructure:
         model.requires_grad_(True)  # checkpoints are saved frozen
         _take_over_dropout(stock, model)
         return model
+
+    def optimizer_step(self) -> None:
+        """Stock; counted."""
+        super().optimizer_step()  # type: ignore[misc]
+        self.cadence.stepped()
+
+    def save_model(self) -> Any:
+        """Stock, but files appear whole, and last.pt after all that it speaks of."""
+        last, held = self.last, _Held()
+        self.last = held  # type: ignore[assignment]  # only written to
+        try:
+            saved = super().save_model()  # type: ignore[misc]
+        finally:
+            self.last = last
+        run = getattr(self, "pruning", None)
+        if run and run.exact:
+            resume.save(self, run.done, self.cadence)
+        if held.data:
+            last.write_bytes(held.data)
+        if run:
+            resume.forget(self, run.done)
+        return saved
+
+    def resume_training(self, ckpt: Any) -> None:
+        """Stock, which refuses a checkpoint of the last epoch; a run killed after that one can be completed, too."""
+        epochs = self.epochs  # type: ignore[attr-defined]
+        complete = bool(self.resume and ckpt and ckpt.get("epoch", -1) + 1 == epochs > 1)  # type: ignore[attr-defined]
+        super().resume_training({**ckpt, "epoch": epochs - 2} if complete else ckpt)  # type: ignore[misc]
+        if self.resume and ckpt:  # type: ignore[attr-defined]
+            self.fitness = (ckpt.get("train_metrics") or {}).get("fitness")
+        if complete:
+            self.start_epoch = epochs
+
+    def _setup_train(self, *args: Any) -> None:
+        super()._setup_train(*args)  # type: ignore[misc]
+        if self.start_epoch >= self.epochs:  # type: ignore[attr-defined]
+            raise _AllTrained
+
+    def final_eval(self) -> None:
+        """Stock, on checkpoints that are replaced when they are complete, last.pt at the very end of the run."""
+        engine.strip_optimizer = self.strip
+        try:
+            super().final_eval()  # type: ignore[misc]
+        finally:
+            engine.strip_optimizer = strip_optimizer
+
+    def _do_train(self, *args: Any) -> None:
+        """Stock; where all epochs are trained already, only what comes after them."""
+        try:
+            super()._do_train(*args)  # type: ignore[misc]
+        except _AllTrained:
+            self.epoch = self.epochs - 1  # type: ignore[attr-defined]
+            self.final_eval()
+            if ranks.first():
+                self.run_callbacks("on_train_end")  # type: ignore[attr-defined]
+        if self._stripped and self._stripped.exists():
+            os.replace(self._stripped, self.last)
+        if ranks.first() and hasattr(self, "pruning"):
+            resume.forget(self)
+
+    def strip(self, path: Any, s: str = "", updates: Any = None) -> Any:
+        """Ultralytics' `strip_optimizer` for a file of this run; it is replaced once the new one is complete."""
+        target = Path(s or path)
+        temporary = target.with_name(f".{target.name}.stripped.tmp")
+        result = strip_optimizer(path, s=str(temporary), **({"updates": updates} if updates else {}))
+        if target == self.last:
+            self._stripped = temporary
+        elif temporary.exists():
+            os.replace(temporary, target)
+        return result
+
+
+class _Held:
+    """Takes what is written to a file, to write it later."""
+
+    data = b""
+
+    def write_bytes(self, data: bytes) -> int:
+        self.data = data
+        return len(data)
+
+
+class _AllTrained(Exception):
+    """Every epoch of a resumed run was trained before it was killed."""
 
 
 @cache
@@ -87,115 +173,3 @@ def _check_data(model: Any, data: Mapping[str, Any]) -> None:
             f"The dataset lists the model's classes in another order ({', '.join(moved)}). Give its names the order of "
             f"the model: {', '.join(before.values())}."
         )
-
-
-def live(trainer: BaseTrainer) -> nn.Module:
-    """The module that is trained, without wrappers."""
-    model: nn.Module = unwrap_model(trainer.model)
-    return model
-
-
-def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:
-    """Names of the modules that this run does not train (`freeze=`); the box distribution never is."""
-    return tuple(
-        name
-        for name, module in live(trainer).named_modules()
-        if (own := list(module.parameters(recurse=False)))
-        and not any(p.requires_grad for p in own)
-        and ".dfl" not in name
-    )
-
-
-def cut(trainer: BaseTrainer, plan: Plan) -> None:
-    """Apply a plan to the live model, its average and the optimizer, between two batches."""
-    trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.loss = None  # holds the last batch's graph, and with it the old parameters
-    model = live(trainer)
-    replaced = surgery.apply(model, plan)
-    surgery.apply_to_optimizer(trainer.optimizer, replaced, model, plan)
-    surgery.apply(trainer.ema.ema, plan)
-    trainer.ema._pairs = None  # caches the old tensors; left alone, the average would silently freeze
-
-
-def forget_best(trainer: BaseTrainer, aside: Path) -> None:
-    """Start the search for the best epoch anew: what was best so far has another structure; it is moved `aside`."""
-    if trainer.best.exists() and trainer.best_fitness is not None:
-        trainer.best.replace(aside)
-    trainer.best.unlink(missing_ok=True)  # of an earlier run in the same folder
-    trainer.best_fitness = None
-    trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
-    trainer.stopper.possible_stop = False
-
-
-def hold_early_stopping(trainer: BaseTrainer) -> float:
-    """Keep the run from stopping before its last round; returns the patience to restore."""
-    patience = trainer.stopper.patience
-    trainer.stopper.patience = math.inf
-    return float(patience)
-
-
-def save_last(trainer: BaseTrainer) -> None:
-    """Rewrite last.pt with the present structure, as of the epoch before: recovery and resume restart this epoch.
-
-    At epoch 0 there is nothing that could be resumed, and nothing is written.
-    """
-    if trainer.epoch == 0 or not trainer.args.save:
-        return
-    fitness, period = trainer.fitness, trainer.save_period
-    trainer.epoch -= 1
-    trainer.fitness = trainer.fitness or 0.0  # never equal to the best fitness, None after a cut: best.pt stays
-    trainer.save_period = -1  # what was saved for that epoch stays
-    try:
-        trainer.save_model()
-    finally:
-        trainer.epoch += 1
-        trainer.fitness, trainer.save_period = fitness, period
-
-
-def validate(trainer: BaseTrainer) -> float:
-    """Fitness of the averaged model, measured as the run itself does; the run's bookkeeping is left alone."""
-    if not hasattr(trainer, "loss_items"):  # before the first batch the validator has no names for the losses
-        loader = trainer.train_loader
-        with torch.no_grad(), own_randomness(trainer.args.seed):
-            batch = trainer.preprocess_batch(loader.collate_fn([loader.dataset[0]]))
-            trainer.loss_items = trainer.ema.ema.loss(batch)[1]
-    plots, trainer.validator.args.plots = trainer.validator.args.plots, False
-    try:
-        with own_randomness(trainer.args.seed):
-            return float(trainer.validator(trainer)["fitness"])
-    finally:
-        trainer.validator.args.plots = plots
-
-
-def training_images(trainer: BaseTrainer, batches: int, seed: int) -> Iterator[Tensor]:
-    """Batches of training images as the model sees them, in an order of their own.
-
-    Args:
-        trainer: after its set-up.
-        batches: at most this many; never more than the training set holds.
-        seed: same seed, same images.
-    """
-    stock = trainer.train_loader
-    generator, count = np.random.default_rng(seed), len(stock.dataset)
-    # With rect=True, batches of consecutive images share a shape; then only the batches are shuffled.
-    order = np.arange(count) if getattr(stock.dataset, "rect", False) else generator.permutation(count)
-    chunks = [order[i : i + stock.batch_size].tolist() for i in range(0, count, stock.batch_size)]
-    chosen = [chunks[i] for i in generator.permutation(len(chunks))[:batches]]
-    loader = DataLoader(stock.dataset, batch_sampler=chosen, num_workers=stock.num_workers, collate_fn=stock.collate_fn)
-    for batch in loader:
-        yield trainer.preprocess_batch(batch)["img"]
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Draw random numbers from `seed` inside, and leave the run's own sequence as it was."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

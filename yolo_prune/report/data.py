@@ -129,6 +129,7 @@ class Report(_Row):
     imgsz: Annotated[int | list[int] | None, BeforeValidator(_plain)] = None
     epochs: _Int = None
     status: Literal["running", "finished", "failed"] = "running"
+    error: str | None = None
     dense: Figures = Field(default_factory=Figures)
     pruned: Figures = Field(default_factory=Figures)
     rounds: list[RoundRow] = Field(default_factory=list)

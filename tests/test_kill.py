@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""kill -9, wherever it hurts: the resumed run ends as the unbroken one, to the last bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import scaled
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+
+from yolo_prune import metadata
+from yolo_prune.report import Report
+from yolo_prune.scenes import make_dataset
+
+RUN: dict[str, Any] = {
+    "epochs": 7,
+    "imgsz": 64,
+    "batch": 4,
+    "nbs": 12,  # three batches a step, five batches an epoch: gradients wait from one epoch to the next
+    "workers": 0,
+    "amp": False,
+    "plots": False,
+    "device": "cpu",
+    "optimizer": "MuSGD",
+    "lr0": 0.01,
+    "close_mosaic": 2,
+    "callbacks": "prune",
+    "recipe": {
+        "target": {"flops": 0.6},
+        "schedule": {"rounds": 3, "start": 1, "interval": 2},
+        "recover": {"batchnorm": 1},
+    },
+}
+# Where, and at which time after the start or resume. In this order every place is met in some epoch of the run.
+KILLS: list[tuple[str, int]] = [
+    ("in a batch", 3),  # nothing to resume yet: the run is started anew
+    ("writing last.pt", 1),
+    ("in a batch", 8),
+    ("before a cut", 1),  # the second cut
+    ("after a cut", 1),
+    ("recalibrating", 1),
+    ("best.pt put aside", 1),
+    ("round taken down", 1),
+    ("after a round", 1),
+    ("at an optimizer step", 1),
+    ("after an optimizer step", 1),
+    ("writing the state", 1),
+    ("writing best.pt", 1),
+    ("after a row of results.csv", 1),
+    ("writing last.pt", 1),
+    ("in a batch", 7),
+    ("before a cut", 1),  # the third
+    ("writing the state", 1),
+    ("writing last.pt", 1),
+    ("after a round", 1),
+    ("writing the report", 2),
+    ("in a batch", 4),
+    ("after validation", 1),
+    ("writing last.pt", 1),
+    ("after last.pt", 1),  # all epochs are trained
+    ("before the last validation", 1),
+    ("stripping", 1),
+    ("stripping", 2),
+    ("report complete", 1),
+]
+
+
+class Zygote:
+    """Runs trainings in children of one prepared process."""
+
+    def __init__(self, folder: Path, data: str) -> None:
+        self.folder, self.data = folder, data
+        command = [sys.executable, str(Path(__file__).parent / "zygote.py")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
+
+    def train(self, name: str, kill: tuple[str, int] | None) -> int:
+        """Start a run, or resume it where there is something to resume; returns the child's wait status."""
+        last = self.folder / name / "weights/last.pt"
+        arguments = (
+            {"resume": True}
+            if last.exists()
+            else {
+                **RUN,
+                "data": self.data,
+                "project": str(self.folder),
+                "name": name,
+                "exist_ok": True,
+            }
+        )
+        model = last if last.exists() else self.folder / "dense.pt"
+        order = {"model": str(model), "train": arguments, "kill": kill, "log": str(self.folder / f"{name}.log")}
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8")[-3000:]
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    folder = tmp_path_factory.mktemp("kill")
+    data = make_dataset(folder / "scenes", train=18, val=4, imgsz=64)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo26", "n", 0.33, 0.125), "nc": 5}))
+    torch.manual_seed(0)
+    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
+    zygote = Zygote(folder, str(data))
+    yield zygote
+    zygote.process.kill()
+    zygote.process.wait()
+
+
+@pytest.fixture(scope="module")
+def unbroken(zygote: Zygote) -> Path:
+    assert zygote.train("unbroken", None) == 0, zygote.log("unbroken")
+    return zygote.folder / "unbroken"
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in r.items() if k != "time"} for r in csv.DictReader((folder / "results.csv").open())]
+
+
+def assert_same_run(folder: Path, wanted: Path) -> None:
+    found, want = Report.load(folder), Report.load(wanted)
+    assert found.status == "finished"
+    assert [(r.number, r.epoch, r.plan) for r in found.rounds] == [(r.number, r.epoch, r.plan) for r in want.rounds]
+    assert len(want.rounds) == 3
+    assert found.epochs_log == want.epochs_log
+    assert [r.fitness for r in found.rounds] == [r.fitness for r in want.rounds]
+    assert rows(folder) == rows(wanted)
+    for name in ("best.pt", "last.pt"):
+        a, b = (load_checkpoint(f / "weights" / name)[0] for f in (folder, wanted))
+        ours, theirs = metadata.read(a), metadata.read(b)
+        assert ours.plan.hash == theirs.plan.hash
+        assert ours.rounds == theirs.rounds
+        for key, value in b.state_dict().items():
+            assert torch.equal(a.state_dict()[key], value), f"{name}: {key}"
+    assert sorted(p.name for p in (folder / "weights").iterdir()) == sorted(
+        p.name for p in (wanted / "weights").iterdir()
+    )
+
+
+@pytest.mark.slow
+def test_a_run_killed_everywhere_ends_like_an_unbroken_one(zygote: Zygote, unbroken: Path) -> None:
+    for kill in KILLS:
+        status = zygote.train("killed", kill)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('killed')}"
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert zygote.train("killed", None) == 0, zygote.log("killed")
+    assert_same_run(zygote.folder / "killed", unbroken)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote, unbroken: Path) -> None:
+    moments = random.Random(4)
+    for _ in range(10):
+        status = zygote.train("random", ("at random", moments.randint(200, 4000)))
+        if not status:
+            break
+        assert os.WIFSIGNALED(status), zygote.log("random")
+    else:
+        assert zygote.train("random", None) == 0, zygote.log("random")
+    assert_same_run(zygote.folder / "random", unbroken)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What this package does to a running Ultralytics trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_prune import metadata, ranks, surgery
+from yolo_prune.plans import Keep, Plan, Shapes
+from yolo_prune.resume import refill_mosaic
+
+
+def live(trainer: BaseTrainer) -> nn.Module:
+    """The module that is trained, without wrappers; of a distillation, the student."""
+    return _student(unwrap_model(trainer.model))
+
+
+def average(trainer: BaseTrainer) -> nn.Module:
+    """The moving average of `live`: what is validated, saved and delivered."""
+    return _student(trainer.ema.ema)
+
+
+def _student(model: nn.Module) -> nn.Module:
+    for name in ("_teacher_feats", "_student_feats"):  # of the last batch, and with them its graph
+        getattr(model, name, {}).clear()
+    return metadata.inner(model)
+
+
+def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:
+    """Names of the modules that this run does not train (`freeze=`); the box distribution never is."""
+    return tuple(
+        name
+        for name, module in live(trainer).named_modules()
+        if (own := list(module.parameters(recurse=False)))
+        and not any(p.requires_grad for p in own)
+        and ".dfl" not in name
+    )
+
+
+def cut(trainer: BaseTrainer, plan: Plan) -> None:
+    """Apply a plan to the live model, its average and the optimizer, between two batches."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.loss = None  # holds the last batch's graph, and with it the old parameters
+    _cut_and_follow(trainer, plan, live(trainer), average(trainer))
+    if projection := _projection(trainer, plan):
+        _cut_and_follow(trainer, projection, unwrap_model(trainer.model).projector, trainer.ema.ema.projector)
+    trainer.ema._pairs = None  # caches the old tensors; left alone, the average would silently freeze
+    _wrap_again(trainer)
+
+
+def _cut_and_follow(trainer: BaseTrainer, plan: Plan, model: nn.Module, averaged: nn.Module) -> None:
+    replaced = surgery.apply(model, plan)
+    surgery.apply_to_optimizer(trainer.optimizer, replaced, model, plan)
+    surgery.apply(averaged, plan)
+
+
+def _projection(trainer: BaseTrainer, plan: Plan) -> Plan | None:
+    """For `distill_model=`: the layers between student and teacher read what the student's head reads."""
+    whole = unwrap_model(trainer.model)
+    keep: Keep = {}
+    shapes: Shapes = {}
+    for level, layers in enumerate(getattr(whole, "projector", ())):
+        reader = f"model.{whole.feats_idx[-1]}.cv2.{level}.0.conv.weight"
+        if kept := plan.keep.get(reader, {}).get(1):
+            name = f"{level}.0.weight"
+            keep[name], shapes[name] = {1: kept}, tuple(layers[0].weight.shape)
+    return Plan(keep, {}, shapes) if keep else None
+
+
+def _wrap_again(trainer: BaseTrainer) -> None:
+    """A wrapper for several devices knows the parameters it was made with: make it anew, with the same settings."""
+    old = trainer.model
+    if not isinstance(old, DistributedDataParallel):
+        return
+    buffers = "forward_sync_buffers" if hasattr(old, "forward_sync_buffers") else "broadcast_buffers"
+    settings = {
+        "device_ids": old.device_ids,
+        "find_unused_parameters": old.find_unused_parameters,
+        "static_graph": old.static_graph,
+        buffers: getattr(old, buffers),
+    }
+    old._remove_autograd_hooks()  # type: ignore[no-untyped-call]  # of the parameters that stayed the same
+    trainer.model = DistributedDataParallel(old.module, **settings)
+
+
+def structure(trainer: BaseTrainer) -> str:
+    """Hash of the names and shapes of all that is trained and averaged on this rank."""
+    shapes = [(n, tuple(t.shape)) for m in (live(trainer), average(trainer)) for n, t in m.state_dict().items()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()
+
+
+def forget_best(trainer: BaseTrainer, aside: Path) -> None:
+    """Start the search for the best epoch anew: what was best so far has another structure; it is moved `aside`."""
+    if ranks.first():
+        if trainer.best.exists() and trainer.best_fitness is not None:
+            trainer.best.replace(aside)
+        trainer.best.unlink(missing_ok=True)  # of an earlier run in the same folder
+    trainer.best_fitness = None
+    trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
+    trainer.stopper.possible_stop = False
+
+
+def hold_early_stopping(trainer: BaseTrainer) -> float:
+    """Keep the run from stopping before its last round; returns the patience to restore."""
+    patience = trainer.stopper.patience
+    trainer.stopper.patience = math.inf
+    return float(patience)
+
+
+def save_last(trainer: BaseTrainer) -> None:
+    """Rewrite last.pt with the present structure, as of the epoch before: recovery and resume restart this epoch.
+
+    At epoch 0 there is nothing that could be resumed, and nothing is written.
+    """
+    if trainer.epoch == 0 or not ranks.first():
+        return
+    fitness, period = trainer.fitness, trainer.save_period
+    trainer.epoch -= 1
+    trainer.fitness = trainer.fitness or 0.0  # never equal to the best fitness, None after a cut: best.pt stays
+    trainer.save_period = -1  # what was saved for that epoch stays
+    try:
+        trainer.save_model()
+    finally:
+        trainer.epoch += 1
+        trainer.fitness, trainer.save_period = fitness, period
+
+
+def validate(trainer: BaseTrainer) -> float | None:
+    """Fitness of the averaged model, measured as the run itself does; the run's bookkeeping is left alone.
+
+    With several ranks, all of them must call it; only the first gets the fitness, the others None.
+    """
+    ranks.share(trainer.ema.ema.buffers())
+    if not hasattr(trainer, "loss_items"):  # before the first batch the validator has no names for the losses
+        loader = trainer.train_loader
+        with torch.no_grad(), own_randomness(trainer.args.seed):
+            batch = trainer.preprocess_batch(loader.collate_fn([loader.dataset[0]]))
+            trainer.loss_items = trainer.ema.ema.loss(batch)[1]
+    plots, trainer.validator.args.plots = trainer.validator.args.plots, False
+    try:
+        with own_randomness(trainer.args.seed):
+            measured = trainer.validator(trainer)
+    finally:
+        trainer.validator.args.plots = plots
+    return float(measured["fitness"]) if measured else None
+
+
+def training_images(trainer: BaseTrainer, batches: int, seed: int) -> Iterator[Tensor]:
+    """Batches of training images as the model sees them, in an order of their own.
+
+    Args:
+        trainer: after its set-up.
+        batches: at most this many; never more than the training set holds.
+        seed: same seed, same images.
+    """
+    stock = trainer.train_loader
+    generator, count = np.random.default_rng(seed), len(stock.dataset)
+    # With rect=True, batches of consecutive images share a shape; then only the batches are shuffled.
+    order = np.arange(count) if getattr(stock.dataset, "rect", False) else generator.permutation(count)
+    chunks = [order[i : i + stock.batch_size].tolist() for i in range(0, count, stock.batch_size)]
+    refill_mosaic(stock.dataset, seed)
+    chosen = [chunks[i] for i in generator.permutation(len(chunks))[:batches]]
+    loader = DataLoader(stock.dataset, batch_sampler=chosen, num_workers=stock.num_workers, collate_fn=stock.collate_fn)
+    for batch in loader:
+        yield trainer.preprocess_batch(batch)["img"]
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Draw random numbers from `seed` inside, and leave the run's own sequence as it was."""
+    states = random.getstate(), np.random.get_state()
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if cuda else []
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The state of a pruning run, and what it writes down: its report, the log, and figures for experiment trackers."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils import LOGGER, colorstr
+
+from yolo_prune import control, planner, proof, ranks, schedule
+from yolo_prune.errors import PruneError
+from yolo_prune.metadata import Record
+from yolo_prune.plans import Plan
+from yolo_prune.recipe import Recipe
+from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundRow
+from yolo_prune.report.data import FILE_NAME
+from yolo_prune.versions import installed
+
+PREFIX = colorstr("yolo-prune: ")
+TRACKED = "prune/"
+
+
+@dataclass
+class Run:
+    """The state of one pruned run; lives on the trainer as `trainer.pruning`.
+
+    Attributes:
+        recipe: what was asked for.
+        rounds: when to cut, and how far.
+        report: what was measured so far.
+        patience: the early stopping patience to restore after the last round.
+        cost: FLOPs and parameters of the model as it is.
+        frozen: modules that this run does not train (`freeze=`).
+        done: rounds that are finished.
+        exact: a resumed run goes on bit for bit (`deterministic=`).
+        epoch_open: an epoch was trained and is not yet in the report.
+    """
+
+    recipe: Recipe
+    rounds: tuple[schedule.Round, ...]
+    report: Report
+    patience: float
+    cost: tuple[float, int]
+    frozen: tuple[str, ...] = ()
+    done: int = 0
+    exact: bool = True
+    epoch_open: bool = False
+
+    def due(self, epoch: int) -> schedule.Round | None:
+        """The next round, if its epoch has come; a round that is done never comes again."""
+        left = self.rounds[self.done :]
+        return left[0] if left and epoch >= left[0].epoch else None
+
+    def advance(self, trainer: BaseTrainer) -> None:
+        """A round is over; after the last one, early stopping works again."""
+        self.done += 1
+        if self.done == len(self.rounds):
+            trainer.stopper.patience = self.patience
+
+
+def save(trainer: BaseTrainer, report: Report) -> None:
+    """Write the report; a disk or viewer that does not allow it must not cost a night of training."""
+    if not ranks.first():
+        return
+    try:
+        report.save(trainer.save_dir / FILE_NAME)
+    except OSError as e:
+        LOGGER.warning(f"{PREFIX}{FILE_NAME} could not be written: {e}")
+
+
+def open_new(trainer: BaseTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
+    """The report of a run that begins; `plan` is what it would do at once."""
+    forecast = plan.predicted
+    whole = forecast.present(recipe.target.metric) == 1.0
+    return Report(
+        **_identity(trainer, recipe, source),
+        dense=Figures(
+            flops=forecast.dense_flops,
+            params=forecast.dense_params,
+            size_mb=size_mb(control.live(trainer)) if whole else None,
+        ),
+        protected=[ProtectedRow(layers=list(p.layers), reason=p.reason) for p in plan.protected],
+    )
+
+
+def reopen(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Report:
+    """The report of the run that is resumed, as of its checkpoint; rebuilt from the record where the file is gone."""
+    report = _old(trainer)
+    if report is None:
+        flops, params = planner.dense_cost(control.live(trainer), record.plan, trainer.args.imgsz)
+        report = Report(**_identity(trainer, recipe, source), dense=Figures(flops=flops, params=params))
+    known = {row.plan: row for row in report.rounds}
+    report.rounds = [known.get(facts["plan"]) or RoundRow.model_validate(facts) for facts in record.rounds]
+    report.epochs_log = [row for row in report.epochs_log if row.epoch <= trainer.start_epoch]
+    close_rounds(report, None)
+    return report
+
+
+def _old(trainer: BaseTrainer) -> Report | None:
+    if not (trainer.save_dir / FILE_NAME).exists():
+        return None
+    try:
+        report = Report.load(trainer.save_dir)
+    except PruneError as e:
+        LOGGER.warning(f"{PREFIX}{e} It is begun anew.")
+        return None
+    report.status, report.error = "running", None
+    return report
+
+
+def _identity(trainer: BaseTrainer, recipe: Recipe, source: str) -> dict[str, Any]:
+    return {
+        "versions": installed(),
+        "recipe": recipe.to_dict(),
+        "model": source or str(trainer.args.model),
+        "data": str(trainer.args.data),
+        "imgsz": trainer.args.imgsz,
+        "epochs": trainer.epochs,
+    }
+
+
+def log_epoch(trainer: BaseTrainer, run: Run, number: int) -> None:
+    """Take down an epoch, counted from 1, that was trained and validated."""
+    flops, params = run.cost
+    row = EpochRow(epoch=number, fitness=trainer.fitness, flops=flops, params=params)
+    kept = [r for r in run.report.epochs_log if r.epoch < number]  # an epoch that is redone is written anew
+    run.report.epochs_log = [*kept, row]
+    save(trainer, run.report)
+
+
+def track(trainer: BaseTrainer, run: Run) -> None:
+    """Add the run's figures to what Ultralytics' integrations (TensorBoard, MLflow, W&B, ...) are about to log."""
+    flops, params = run.cost
+    figures: dict[str, Any] = {"round": run.done}
+    if run.report.dense.flops and run.report.dense.params:
+        figures |= {"flops_kept": flops / run.report.dense.flops, "params_kept": params / run.report.dense.params}
+    last = run.report.rounds[-1] if run.report.rounds else None
+    if last and last.epoch == trainer.epoch:
+        figures |= {f"fitness_{name}": value for name, value in last.fitness if value is not None}
+    trainer.metrics = {**(trainer.metrics or {}), **{f"{TRACKED}{name}": value for name, value in figures.items()}}
+
+
+def untrack(trainer: BaseTrainer) -> None:
+    """Take them out again: results.csv keeps its columns."""
+    trainer.metrics = {k: v for k, v in (trainer.metrics or {}).items() if not k.startswith(TRACKED)}
+
+
+def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
+    """Take down a round that was performed."""
+    report = run.report
+    if not report.rounds and report.dense.size_mb is not None:
+        report.dense = report.dense.model_copy(update={"fitness": row.fitness.before})
+    report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
+    close_rounds(report, None)
+    save(trainer, report)
+    kept = (row.flops or 0) / (report.dense.flops or 1)
+    steps = [f"{name} {value:.3f}" for name, value in row.fitness if value is not None]
+    LOGGER.info(
+        f"{PREFIX}round {row.number} of {len(run.rounds)}: {kept:.1%} of the FLOPs, {row.params:,} parameters; "
+        + (f"fitness {', '.join(steps)}" if steps else "not measured")
+        + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved")
+    )
+
+
+def close_rounds(report: Report, final: float | None) -> None:
+    """A round's end is what the next one starts from; the last one's is the delivered model."""
+    starts = [*(r.fitness.before for r in report.rounds[1:]), final]
+    for row, end in zip(report.rounds, starts, strict=False):
+        row.fitness.end = end
+
+
+def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan) -> None:
+    """Fill in what only the delivered model can tell, and close the report."""
+    flops, params = planner.present_cost(model, trainer.args.imgsz)
+    fitness = float(trainer.validator.metrics.fitness)
+    report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness)
+    close_rounds(report, fitness)
+    report.layers = _layers(model, plan, report)
+    report.status = "finished"
+    save(trainer, report)
+
+
+def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:
+    protected = {name for p in report.protected for name in p.layers}
+    rows = []
+    for name, width in planner.layer_widths(model):
+        dense = plan.shapes.get(f"{name}.weight", (width,))[0]
+        rows.append(LayerRow(name=name, dense=dense, pruned=width, protected=name in protected))
+    return rows
+
+
+def size_mb(model: nn.Module) -> float:
+    """Megabytes of the model as a checkpoint stores it, in half precision."""
+    copy = proof.lean_copy(model).half()
+    buffer = io.BytesIO()
+    torch.save({"model": copy}, buffer)
+    return buffer.getbuffer().nbytes / 1e6

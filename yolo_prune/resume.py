@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Going on with a killed run as if it had never been killed.
+
+Ultralytics' last.pt holds the average in half precision, the optimizer's state partly so, and nothing of the state of
+random numbers. Here, every epoch of a pruning run draws its random numbers from the seed and its own number, and what
+last.pt rounds is kept beside it, in `state-<epoch>-<rounds>.pt`. last.pt is written last: it only ever speaks of files
+that are complete. `deterministic=False` turns all of this off.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_prune import ranks
+from yolo_prune.files import write_bytes, write_text
+
+NEVER = 10**9
+
+
+class Cadence:
+    """When the optimizer steps: Ultralytics' loop counts batches since the last step in a variable of its own.
+
+    Attributes:
+        pending: batches whose gradients wait for the next step.
+        gradients: of those batches, in a run that was resumed; Ultralytics clears them before its first epoch.
+        nominal: batches per step to go back to, once a resumed run has caught up; None if it has.
+    """
+
+    def __init__(self) -> None:
+        self.pending = 0
+        self.gradients: dict[str, Tensor] = {}
+        self.nominal: int | None = None
+
+    def epoch_starts(self, trainer: BaseTrainer) -> None:
+        """Put the gradients of a resumed run back."""
+        parameters = dict(unwrap_model(trainer.model).named_parameters()) if self.gradients else {}
+        for name, gradient in self.gradients.items():
+            parameters[name].grad = gradient
+        self.gradients = {}
+
+    def batch_starts(self, trainer: BaseTrainer) -> None:
+        """After a resume the loop would step at once: hold it until the unbroken run would have stepped."""
+        if self.nominal is not None:
+            trainer.accumulate = NEVER if self.pending + 1 < self.nominal else self.nominal
+
+    def batch_ends(self) -> None:
+        """Its gradients are added up; `stepped` has been called in between if they were used."""
+        self.pending += 1
+
+    def stepped(self) -> None:
+        """The optimizer has made a step, with the batch that is about to end."""
+        self.pending, self.nominal = -1, None
+
+
+def seed_epoch(trainer: BaseTrainer) -> None:
+    """Make all that this epoch draws depend on the run's seed and the epoch alone."""
+    attempt = trainer.nan_recovery_attempts  # an epoch that ended in NaN is redone with other batches
+    seed = (trainer.args.seed + 1) * 1_000_003 + trainer.epoch * 1009 + attempt * 101 + ranks.rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    loader = trainer.train_loader
+    if getattr(loader, "generator", None) is None or not hasattr(loader, "reset"):
+        return  # a loader of the user's own
+    loader.generator.manual_seed(seed)
+    refill_mosaic(loader.dataset, seed)
+    loader.reset()
+
+
+def refill_mosaic(dataset: Any, seed: int) -> None:
+    """Mosaics are made of images that were loaded lately; which ones, only the process that loaded them knows."""
+    length = getattr(dataset, "max_buffer_length", 0)
+    if not length or getattr(dataset, "cache", None) == "ram":
+        return
+    for i in dataset.buffer:
+        dataset.ims[i] = dataset.im_hw0[i] = dataset.im_hw[i] = None
+    dataset.buffer = random.Random(seed).choices(range(len(dataset.ims)), k=max(length - 1, 1))
+
+
+def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
+    """Write what last.pt, which is about to be written for `trainer.epoch`, leaves out."""
+    model, optimizer = unwrap_model(trainer.model), trainer.optimizer
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None} if cadence.pending else {}
+    state = {
+        "model": model.state_dict(),
+        "ema": trainer.ema.ema.state_dict(),
+        "updates": trainer.ema.updates,
+        "optimizer": optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "pending": cadence.pending,
+        "gradients": gradients,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(_path(trainer, trainer.epoch, rounds), buffer.getvalue())
+
+
+def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
+    """After Ultralytics has resumed from last.pt: put back what it rounded, if that was kept."""
+    path = _path(trainer, trainer.start_epoch - 1, rounds)
+    model = unwrap_model(trainer.model)
+    try:
+        state = torch.load(path, map_location=trainer.device, weights_only=True)
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scaler.load_state_dict(state["scaler"])
+        model.load_state_dict(state["model"])
+        trainer.ema.ema.load_state_dict(state["ema"])
+    except Exception as e:  # whatever is wrong with it, last.pt alone is enough to go on
+        LOGGER.warning(
+            f"yolo-prune: {path.name} beside last.pt cannot be used ({type(e).__name__}); going on from last.pt alone. "
+            "The run is complete, but not bit for bit the one that was interrupted."
+        )
+        return
+    trainer.ema.updates = state["updates"]
+    cadence.pending = state["pending"]
+    args = trainer.args
+    if args.close_mosaic and trainer.start_epoch > trainer.epochs - args.close_mosaic:
+        trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch
+    cadence.gradients = state["gradients"]
+    cadence.nominal = trainer.accumulate
+
+
+def forget(trainer: BaseTrainer, keep: int | None = None) -> None:
+    """Delete the states that last.pt no longer speaks of, and what a kill left half written.
+
+    Args:
+        trainer: the trainer.
+        keep: number of rounds of the state for `trainer.epoch`, which stays.
+    """
+    kept = None if keep is None else _path(trainer, trainer.epoch, keep)
+    for path in (*trainer.wdir.glob("state-*.pt"), *trainer.wdir.glob(".*.tmp"), *trainer.save_dir.glob(".*.tmp")):
+        if path != kept:
+            path.unlink(missing_ok=True)
+
+
+def trim_results(path: Path, epochs: int) -> None:
+    """Take rows out of results.csv that the resumed run is about to write again, and what is half a row."""
+    if not path.exists():
+        return
+    header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+    width = len(next(csv.reader([header]), []))
+    whole = [r for r in rows if r.endswith("\n") and len(fields := r.split(",")) == width and int(fields[0]) <= epochs]
+    if whole != rows:
+        write_text(path, header + "".join(whole))
+
+
+def _path(trainer: BaseTrainer, epoch: int, rounds: int) -> Path:
+    return Path(trainer.wdir) / f"state-{epoch}-{rounds}.pt"
