@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ def test_a_run_killed_everywhere_ends_like_an_unbroken_one(zygote: Zygote, unbro
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote, unbroken: Path) -> None:
     moments = random.Random(4)
     for _ in range(10):
-        status = zygote.train("random", ("at random", moments.randint(200, 4000)))
+        status = zygote.train("random", ("at random", moments.randint(900, 2000)))
         if not status:
             break
         assert os.WIFSIGNALED(status), zygote.log("random")
