@@ -83,7 +83,7 @@ class Zygote:
 
     def __init__(self, folder: Path, data: str) -> None:
         self.folder, self.data = folder, data
-        command = [sys.executable, str(Path(__file__).parent / "zygote.py")]
+        command = [sys.executable, "-u", str(Path(__file__).parent / "zygote.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
 
     def train(self, name: str, kill: tuple[str, int] | None) -> int:
@@ -168,8 +168,8 @@ def test_a_run_killed_everywhere_ends_like_an_unbroken_one(zygote: Zygote, unbro
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote, unbroken: Path) -> None:
     moments = random.Random(4)
-    for _ in range(10):
-        status = zygote.train("random", ("at random", moments.randint(900, 2000)))
+    for _ in range(8):
+        status = zygote.train("random", ("at random", moments.randint(1500, 4500)))
         if not status:
             break
         assert os.WIFSIGNALED(status), zygote.log("random")

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML, checks
 
 from yolo_prune import keys, metadata, planner, schedule
 from yolo_prune.callback import PruneCallback
-from yolo_prune.errors import NothingToRemoveError, RunError
+from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
 from yolo_prune.graph.probes import stride
 from yolo_prune.journal import PREFIX
 from yolo_prune.recipe import Recipe, load_recipe
+from yolo_prune.report import Report
 from yolo_prune.trainer import prune_trainer
 
 
@@ -47,7 +50,9 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
             metadata.close(model.model)
             if not metadata.is_pruned(model.model):
                 return stock_train(model, trainer=trainer, **stock)
-        elif "warmup_epochs" not in explicit and model.ckpt and settings.get("pretrained") is not False:
+        elif callback.recipe.recover.distill:
+            stock["distill_model"] = str(_origin(model))
+        if callback and "warmup_epochs" not in explicit and model.ckpt and settings.get("pretrained") is not False:
             # Ultralytics' warm-up (bias learning rate 0.1) undoes much of what a cut left of a trained model.
             LOGGER.info(f"{PREFIX}no warm-up, as the model is trained already; pass warmup_epochs= to have one")
             stock["warmup_epochs"] = 0.0
@@ -58,9 +63,19 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
         callback.attach(model.callbacks)
     try:
         return stock_train(model, trainer=trainer, **stock)
+    except subprocess.CalledProcessError as e:  # of a process per device, which this one only started
+        raise RunError(_failed_worker(model.trainer)) from e
     finally:
         if callback:
             callback.detach(model.callbacks)
+
+
+def _failed_worker(trainer: Any) -> str:
+    try:
+        reason = Report.load(trainer.save_dir).error
+    except PruneError:
+        reason = None
+    return f"Training on {trainer.world_size} devices failed: {reason or 'see what the processes printed above'}"
 
 
 def _settings(model: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
@@ -78,8 +93,34 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
         return None
     recipe = load_recipe(arguments.get("recipe"), keys.overrides(arguments))
     check_run(settings)
+    _check_teacher(model, recipe, settings)
     _check_fits(model.model, recipe, settings)
     return PruneCallback(recipe, str(settings.get("model") or model.model_name))
+
+
+def _check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    """Refuse a distillation that Ultralytics would only find impossible once the run has begun."""
+    teacher = settings.get("distill_model")
+    if not (recipe.recover.distill or teacher):
+        return
+    key = "recover.distill" if recipe.recover.distill else "distill_model"
+    if not any(isinstance(layer, Detect) for layer in model.model.model):
+        raise RunError(f"{key} needs a model with a detection head, and this one is for {model.task}. Leave it out.")
+    if recipe.recover.distill and teacher:
+        raise RunError(f"recover.distill and distill_model={teacher} both name a teacher. Leave one of them out.")
+    if recipe.recover.distill and not _origin(model):
+        raise RunError(
+            "recover.distill uses the checkpoint that the run starts from as teacher, and this model comes from no "
+            "file. Save it and start from the .pt, or leave recover.distill out."
+        )
+    if teacher and not Path(str(teacher)).is_file() and Path(str(teacher)).suffix != ".pt":
+        raise RunError(f"distill_model='{teacher}' is no checkpoint. Pass the path of a .pt file.")
+
+
+def _origin(model: Any) -> Path | None:
+    """The file that a model was loaded from."""
+    path = Path(str(getattr(model.model, "pt_path", None) or ""))
+    return path.resolve() if path.is_file() else None
 
 
 def _recipe_keys(arguments: Mapping[str, Any]) -> list[str]:
@@ -136,11 +177,6 @@ def check_run(settings: Mapping[str, Any]) -> None:
             settings.get("quantize") in (8, "8", "int8"),
             "quantization-aware training fixes the shapes",
             "prune first, then train the pruned checkpoint with quantize=8",
-        ),
-        "distill_model": (
-            settings.get("distill_model") is not None,
-            "the student's connections to the teacher have fixed widths",
-            "prune first, then train the pruned checkpoint with distill_model",
         ),
         "time": (
             settings.get("time") is not None,

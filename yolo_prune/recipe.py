@@ -101,6 +101,9 @@ class Recover(_Part):
         ge=0,
         description="training batches to re-estimate batch norm statistics with; 0 leaves them as they are",
     )
+    distill: bool = Field(
+        False, description="train with the checkpoint that the run starts from as teacher, as with distill_model="
+    )
 
 
 class Recipe(_Part):

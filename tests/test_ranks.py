@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Two processes that train one model: real workers, started by Ultralytics' own launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import scaled
+from ultralytics import YOLO
+from ultralytics.nn.tasks import load_checkpoint
+
+from yolo_prune import metadata
+from yolo_prune.report import Report
+from yolo_prune.scenes import make_dataset
+
+RUN: dict[str, Any] = {
+    "epochs": 4,
+    "imgsz": 64,
+    "batch": 8,
+    "nbs": 8,
+    "workers": 0,
+    "amp": False,
+    "plots": False,
+    "device": "cpu",
+    "optimizer": "AdamW",
+    "exist_ok": True,
+}
+PRUNE: dict[str, Any] = {
+    "callbacks": "prune",
+    "recipe": {"target": {"flops": 0.6}, "schedule": {"rounds": 2, "interval": 2}, "recover": {"batchnorm": 1}},
+}
+PARENT = """
+import json, sys
+from cpu_ranks import CpuRanks
+from ultralytics import YOLO
+model, arguments = sys.argv[1], json.loads(sys.argv[2])
+model = YOLO(model)
+fail_in = arguments.pop("fail_in", None)
+
+def fail(trainer):
+    if trainer.epoch == fail_in:
+        raise RuntimeError("the power went off")
+
+model.add_callback("on_train_batch_end", fail)
+model.train(trainer=CpuRanks, **arguments)
+print("parent has", sum(p.numel() for p in model.model.parameters()))
+"""
+
+
+def launch(model: Path, arguments: dict[str, Any], script: str = PARENT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(model), json.dumps(arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    make_dataset(folder / "scenes", train=18, val=6, imgsz=64)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo11", "n", 0.33, 0.125), "nc": 5}))
+    torch.manual_seed(0)
+    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
+    return folder
+
+
+def parameters(path: Path) -> int:
+    return sum(p.numel() for p in load_checkpoint(path)[0].parameters())
+
+
+@pytest.fixture(scope="module")
+def pruned(folder: Path) -> tuple[Path, str]:
+    """A finished run of two ranks, and what the parent printed."""
+    done = launch(folder / "dense.pt", {**RUN, **PRUNE, **places(folder), "name": "pruned"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "pruned", done.stdout + done.stderr
+
+
+def places(folder: Path) -> dict[str, str]:
+    return {"data": str(folder / "scenes/scenes.yaml"), "project": str(folder)}
+
+
+@pytest.mark.slow
+def test_two_ranks_prune_alike_and_the_parent_gets_the_result(pruned: tuple[Path, str]) -> None:
+    run, log = pruned
+    held = re.findall(r"rank 0 holds plan (\w+), model (\w+); rank 1 holds plan (\w+), model (\w+)", log)
+    assert len(held) == 2, log
+    assert all((a, b) == (c, d) for a, b, c, d in held)
+    report = Report.load(run)
+    assert report.status == "finished"
+    assert report.pruned.flops / report.dense.flops <= 0.6
+    best = run / "weights/best.pt"
+    assert metadata.is_pruned(load_checkpoint(best)[0])
+    assert f"parent has {parameters(best)}" in log
+    assert report.pruned.params == parameters(best) < parameters(run.parent / "dense.pt")
+
+
+@pytest.mark.slow
+def test_a_pruned_model_stays_pruned_on_two_ranks(pruned: tuple[Path, str], folder: Path) -> None:
+    best = pruned[0] / "weights/best.pt"
+    again = launch(best, {**RUN, **places(folder), "epochs": 1, "name": "again"})
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert parameters(folder / "again/weights/best.pt") == parameters(best)
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_and_end_alike(pruned: tuple[Path, str], folder: Path) -> None:
+    failed = launch(folder / "dense.pt", {**RUN, **PRUNE, **places(folder), "name": "broken", "fail_in": 2})
+    assert failed.returncode == 1
+    last = "RunError: Training on 2 devices failed: RuntimeError: the power went off"
+    assert failed.stderr.strip().splitlines()[-1].endswith(last)
+    resumed = launch(folder / "broken/weights/last.pt", {"resume": True})
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    found, wanted = Report.load(folder / "broken"), Report.load(pruned[0])
+    assert [r.plan for r in found.rounds] == [r.plan for r in wanted.rounds]
+    assert found.epochs_log == wanted.epochs_log
