@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune import metadata, ranks, resume
+from yolo_prune import metadata, outputs, ranks, resume
 from yolo_prune.errors import RunError
 from yolo_prune.files import WholeFile
 from yolo_prune.graph.probes import image_channels
@@ -27,6 +26,9 @@ class KeepStructure:
     Attributes:
         cadence: when the optimizer steps; a resumed run takes it up where it was.
     """
+
+    data: Any
+    args: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,14 +45,43 @@ class KeepStructure:
                 "Linear probing rebuilds the head of YOLOE, which would lose the pruned structure. Probe first, then "
                 "prune; or fine-tune the pruned model with the default trainer."
             )
-        data = self.data  # type: ignore[attr-defined]
-        _check_data(weights, data)
-        stock = super().get_model(cfg, None, verbose=False)  # type: ignore[misc]  # for what else the trainer sets up
         model: Any = deepcopy(weights).float()
         model.criterion = None  # built anew for this run's arguments
+        self._fit_to_data(model)
         model.requires_grad_(True)  # checkpoints are saved frozen
-        _take_over_dropout(stock, model)
+        _take_over_dropout(self._stock_model(model), model)  # built also for what else the trainer sets up then
         return model
+
+    def _fit_to_data(self, model: Any) -> None:
+        """Give a pruned model the input channels, keypoints and classes of this run's dataset."""
+        data = self.data
+        channels, wanted = image_channels(model), data.get("channels", 3)
+        if channels and channels != wanted:
+            follow = outputs.followers(lambda n: self._stock_model(model, channels=n)).of(model, channels)
+            outputs.resize(model, follow, wanted)
+            model.yaml["channels"] = wanted
+        keypoints = getattr(model, "kpt_shape", None)
+        if keypoints and "kpt_shape" in data and list(keypoints) != list(data["kpt_shape"]):
+            count, size = data["kpt_shape"]
+            follow = outputs.followers(lambda n: self._stock_model(model, kpt_shape=[n, keypoints[1]]))
+            renewed = outputs.followers(lambda n: self._stock_model(model, kpt_shape=[n, size]))
+            outputs.resize(model, renewed.among(follow.of(model, keypoints[0])), count)
+            model.kpt_shape = model.model[-1].kpt_shape = model.yaml["kpt_shape"] = [count, size]
+        classes, names = len(model.names), data["names"]
+        rows = outputs.same_names(model.names, names) if getattr(self.args, "cls_remap", True) else None
+        if classes != data["nc"] or rows:
+            follow = outputs.followers(lambda n: self._stock_model(model, nc=n)).of(model, classes)
+            outputs.resize(model, follow, data["nc"], rows)
+            model.yaml["nc"] = data["nc"]
+
+    def _stock_model(self, model: Any, **data: Any) -> nn.Module:
+        """What the stock trainer builds in place of a pruned model, with some facts of the dataset replaced."""
+        held = self.data
+        self.data = {**held, **data}
+        try:
+            return super().get_model(deepcopy(model.yaml), None, verbose=False)  # type: ignore[misc,no-any-return]
+        finally:
+            self.data = held
 
     def optimizer_step(self) -> None:
         """Stock; counted."""
@@ -152,24 +183,3 @@ def _take_over_dropout(stock: nn.Module, model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Dropout) and name in wanted:
             layer.p = wanted[name]
-
-
-def _check_data(model: Any, data: Mapping[str, Any]) -> None:
-    """Refuse data that need other output layers than the pruned model has."""
-    has: dict[str, Any] = {"classes": len(model.names), "input channels": image_channels(model)}
-    needs = {"classes": data["nc"], "input channels": data.get("channels", 3)}
-    if "kpt_shape" in data and getattr(model, "kpt_shape", None):
-        has["keypoints"], needs["keypoints"] = tuple(model.kpt_shape), tuple(data["kpt_shape"])
-    wrong = [f"{has[key]} {key}, the dataset {needs[key]}" for key in has if has[key] != needs[key]]
-    if wrong:
-        raise RunError(
-            f"The pruned model has {'; '.join(wrong)}. Training a pruned model on other classes is not supported yet: "
-            "train the dense model on this dataset first, then prune it."
-        )
-    before, now = dict(model.names), dict(data["names"])
-    moved = [name for i, name in now.items() if before.get(i) != name and name in before.values()]
-    if moved:
-        raise RunError(
-            f"The dataset lists the model's classes in another order ({', '.join(moved)}). Give its names the order of "
-            f"the model: {', '.join(before.values())}."
-        )
