@@ -229,8 +229,19 @@ def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters
 ) -> None:
     seen: dict[str, Any] = {}
 
+    def state_of(trainer: Any) -> dict[tuple[str, str], torch.Tensor]:
+        names = {p: name for name, p in trainer.model.named_parameters()}
+        states = trainer.optimizer.state.items()
+        return {(names[p], key): v.clone() for p, state in states for key, v in state.items() if torch.is_tensor(v)}
+
+    def cut_comes(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            seen["momentum"] = state_of(trainer)
+
     def cut_made(trainer: Any) -> None:
         if trainer.epoch == 1 and "ema" not in seen:
+            seen["kept"] = state_of(trainer)
+            seen["plan"] = metadata.read(trainer.model).plan
             seen["ema"] = {k: v.clone() for k, v in trainer.ema.ema.state_dict().items()}
             owned = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
             everything = {id(p) for p in trainer.model.parameters()}
@@ -245,6 +256,7 @@ def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters
             seen["moved"] = [k for k, v in seen["ema"].items() if v.is_floating_point() and not torch.equal(v, now[k])]
 
     model = YOLO(dense_checkpoint(tmp_path))
+    model.add_callback("on_train_epoch_start", cut_comes)
     model.add_callback("on_train_batch_start", cut_made)
     model.add_callback("on_train_epoch_end", trained)
     overrides = {"recipe.schedule.rounds": 1, "recipe.schedule.start": 1}
@@ -252,12 +264,22 @@ def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters
     model.train(data=data, epochs=2, callbacks="prune", project=str(tmp_path), freeze=[0], **settings, **overrides)
     assert seen["owned"]
     assert seen["state"]
+    assert set(seen["kept"]) == set(seen["momentum"])
+    for (name, key), before in seen["momentum"].items():  # of channels that are kept, to the bit
+        dims = seen["plan"].keep.get(name, {}) if before.ndim else {}
+        for dim, keep in dims.items():
+            before = before.index_select(dim, torch.tensor(keep))
+        assert torch.equal(seen["kept"][name, key], before), (name, key)
+    rows = list(csv.DictReader((tmp_path / "train/results.csv").open()))
+    logged = Report.load(tmp_path / "train").epochs_log
+    assert [float(r["metrics/mAP50-95(B)"]) for r in rows] == pytest.approx([e.fitness for e in logged], abs=1e-4)
     moving = [k for k in seen["ema"] if k.endswith("conv.weight") and ".dfl" not in k and not k.startswith("model.0.")]
     assert set(moving) <= set(seen["moved"])
     # freeze=[0] keeps its layer as it is, structure included
     best = load_checkpoint(tmp_path / "train/weights/best.pt")[0]
     dense = load_checkpoint(tmp_path / "dense.pt")[0]
     assert torch.equal(best.model[0].conv.weight, dense.model[0].conv.weight)
+    surgery.check_applied(best, seen["plan"])
 
 
 def test_early_stopping_waits_for_the_last_round(data: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.torch_utils import strip_optimizer
+from ultralytics.utils.torch_utils import strip_optimizer, strip_qat
 
 from yolo_prune import metadata, outputs, ranks, resume
 from yolo_prune.errors import RunError
@@ -46,6 +46,7 @@ class KeepStructure:
                 "prune; or fine-tune the pruned model with the default trainer."
             )
         model: Any = deepcopy(weights).float()
+        strip_qat(model)  # a resumed quantize=8 run puts its quantizers in again
         model.criterion = None  # built anew for this run's arguments
         self._fit_to_data(model)
         model.requires_grad_(True)  # checkpoints are saved frozen

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Ultralytics' own settings together with pruning: each works, with the effect it is there for, or is refused."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from models import scaled
+from ultralytics import YOLO
+from ultralytics.data.augment import Compose, Mosaic
+from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils.metrics import DetMetrics
+
+from yolo_prune import metadata
+from yolo_prune.errors import RunError
+from yolo_prune.report import Report
+from yolo_prune.scenes import make_dataset
+
+RUN: dict[str, Any] = {
+    "epochs": 3,
+    "imgsz": 64,
+    "batch": 4,
+    "nbs": 4,
+    "workers": 0,
+    "amp": False,
+    "plots": False,
+    "device": "cpu",
+    "optimizer": "AdamW",
+    "callbacks": "prune",
+    "recipe": {
+        "target": {"flops": 0.6},
+        "schedule": {"rounds": 2, "interval": 1},
+        "recover": {"batchnorm": 1},
+        "channels": {"round_to": 2, "min": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("settings")
+    make_dataset(folder / "scenes", train=12, val=4, imgsz=64)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo11", "n", 0.33, 0.125), "nc": 5}))
+    torch.manual_seed(0)
+    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
+    return folder
+
+
+def mosaic_of(transforms: Any) -> float:
+    """How probable a mosaic is."""
+    for transform in transforms.transforms:
+        if isinstance(transform, Mosaic):
+            return float(transform.p)
+        if isinstance(transform, Compose):
+            return mosaic_of(transform)
+    return 0.0
+
+
+class Watched:
+    """A run, with what its trainer looked like at the end of each epoch."""
+
+    def __init__(
+        self, folder: Path, tmp_path: Path, callbacks: dict[str, Callable[[Any], None]] | None = None, **settings: Any
+    ):
+        self.epochs: list[dict[str, Any]] = []
+        model = YOLO(folder / "dense.pt")
+        model.add_callback("on_train_epoch_end", self.look)
+        for event, function in (callbacks or {}).items():
+            model.add_callback(event, function)
+        places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path), "name": "run"}
+        model.train(**{**RUN, **places, **settings})
+        self.folder = tmp_path / "run"
+        self.report = Report.load(self.folder)
+        self.best = load_checkpoint(self.folder / "weights/best.pt")[0]
+
+    def look(self, trainer: Any) -> None:
+        self.epochs.append(
+            {
+                "lr": [g["lr"] for g in trainer.optimizer.param_groups],
+                "batch": trainer.batch_size,
+                "images": len(trainer.train_loader.dataset),
+                "weights": getattr(trainer.model, "class_weights", None),
+                "mosaic": mosaic_of(trainer.train_loader.dataset.transforms),
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
+                "cached": sum(i is not None for i in trainer.train_loader.dataset.ims),
+            }
+        )
+
+    def rows(self) -> list[dict[str, str]]:
+        return list(csv.DictReader((self.folder / "results.csv").open()))
+
+    def is_delivered(self) -> None:
+        """Whatever was set: two rounds, the target met, the checkpoint of the last structure, figures that agree."""
+        assert self.report.status == "finished"
+        assert [r.number for r in self.report.rounds] == [1, 2]
+        assert self.report.pruned.flops / self.report.dense.flops <= 0.6
+        assert self.report.pruned.params == sum(p.numel() for p in self.best.parameters())
+        assert [r["plan"] for r in metadata.read(self.best).rounds] == [r.plan for r in self.report.rounds]
+        assert [int(r["epoch"]) for r in self.rows()] == [e.epoch for e in self.report.epochs_log]
+
+
+def closes_mosaic(run: Watched) -> None:
+    assert [e["mosaic"] for e in run.epochs] == [1.0, 1.0, 0.0]
+
+
+def freezes(run: Watched) -> None:
+    dense = load_checkpoint(run.folder.parent / "dense.pt")[0]
+    for key, value in run.best.state_dict().items():
+        if key.startswith(("model.0.", "model.1.")):
+            assert torch.equal(value, dense.state_dict()[key]), key
+
+
+def warms_up(run: Watched) -> None:
+    assert run.epochs[0]["lr"][0] < run.epochs[1]["lr"][0]
+
+
+def saves_epochs(run: Watched) -> None:
+    sizes = [
+        sum(p.numel() for p in load_checkpoint(run.folder / f"weights/epoch{i}.pt")[0].parameters()) for i in range(3)
+    ]
+    assert sizes == [e.params for e in run.report.epochs_log]
+    assert sizes[0] > sizes[1] == sizes[2]
+
+
+def has_class_weights(run: Watched) -> None:
+    assert all(e["weights"] is not None and len(e["weights"]) == 5 for e in run.epochs)
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], Callable[[Watched], object]]] = {
+    "val": ({"val": False}, lambda run: run.report.pruned.fitness is not None),
+    "save_period": ({"save_period": 1}, saves_epochs),
+    "close_mosaic": ({"close_mosaic": 1}, closes_mosaic),
+    "warm-up": ({"warmup_epochs": 2.0, "optimizer": "SGD", "lr0": 0.01}, warms_up),
+    "cos_lr": ({"cos_lr": True}, lambda run: len({e["lr"][0] for e in run.epochs}) == 3),
+    "freeze": ({"freeze": 2}, freezes),
+    "multi_scale": ({"multi_scale": 0.5, "imgsz": 128}, None),
+    "rect": ({"rect": True}, None),
+    "cache in memory": ({"cache": "ram"}, lambda run: all(e["cached"] == 12 for e in run.epochs)),
+    "cache on disk": ({"cache": "disk"}, lambda run: any((run.folder.parent / "scenes").rglob("*.npy"))),
+    "fraction": ({"fraction": 0.5}, lambda run: all(e["images"] == 6 for e in run.epochs)),
+    "single_cls": ({"single_cls": True}, lambda run: run.best.model[-1].nc == 1),
+    "class weights": ({"cls_pw": 0.5}, has_class_weights),
+    "deterministic": ({"deterministic": False}, lambda run: not any(e["deterministic"] for e in run.epochs)),
+    "accumulation": ({"nbs": 16}, None),
+    "classes": ({"classes": [0, 1]}, None),
+    "plots": ({"plots": True}, lambda run: (run.folder / "results.png").exists()),
+    "seed": ({"seed": 7}, None),
+    "dropout and augmentation": ({"mixup": 0.5, "degrees": 10.0, "dropout": 0.1}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_works_while_channels_go(name: str, folder: Path, tmp_path: Path) -> None:
+    settings, effect = SETTINGS[name]
+    (tmp_path / "dense.pt").symlink_to(folder / "dense.pt")
+    (tmp_path / "scenes").symlink_to(folder / "scenes")
+    run = Watched(folder, tmp_path, **settings)
+    run.is_delivered()
+    if effect:
+        assert effect(run) in (True, None)
+
+
+@pytest.mark.slow
+def test_nan_after_a_cut_is_recovered_from(folder: Path, tmp_path: Path) -> None:
+    """Ultralytics reloads last.pt, which has been rewritten with the new structure."""
+    attempts: list[int] = []
+
+    def poison(trainer: Any) -> None:
+        if trainer.epoch == 1 and not attempts:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(torch.nan)
+                next(trainer.ema.ema.parameters()).fill_(torch.nan)
+
+    def count(trainer: Any) -> None:
+        if trainer.epoch == 1 and trainer.nan_recovery_attempts:
+            attempts.append(trainer.nan_recovery_attempts)
+
+    run = Watched(folder, tmp_path, {"on_train_batch_start": poison, "on_train_epoch_start": count})
+    run.is_delivered()
+    assert attempts == [1]
+    assert all(torch.isfinite(v).all() for v in run.best.state_dict().values())
+
+
+@pytest.mark.slow
+def test_a_first_epoch_out_of_memory_is_redone_with_half_the_batch(folder: Path, tmp_path: Path) -> None:
+    failed: list[int] = []
+
+    def fail_once(trainer: Any) -> None:
+        stock = trainer.preprocess_batch
+
+        def preprocess_batch(batch: Any) -> Any:
+            trainer.preprocess_batch = stock
+            failed.append(trainer.epoch)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        if not failed:
+            trainer.preprocess_batch = preprocess_batch
+
+    run = Watched(folder, tmp_path, {"on_train_batch_start": fail_once})
+    run.is_delivered()
+    assert failed == [0]
+    assert [e["batch"] for e in run.epochs] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_early_stopping_ends_the_run_after_the_last_round(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DetMetrics, "fitness", property(lambda self: 0.5))
+    run = Watched(folder, tmp_path, epochs=30, patience=2)
+    run.is_delivered()
+    assert len(run.rows()) == 4  # the last cut, before the second epoch, begins the wait anew
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"time": 0.1}, r"time=0\.1 does not work with callbacks=prune: the number of epochs is not known beforehand"),
+        ({"compile": True}, "compile=True does not work with callbacks=prune: a compiled model cannot change shape"),
+        ({"quantize": 8}, "Instead, prune first, then train the pruned checkpoint with quantize=8"),
+        ({"save": False}, "save=False does not work with callbacks=prune: the pruned model would be lost"),
+        ({"data": ["a.yaml", "b.yaml"]}, "rounds belong to one run"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_the_reason(
+    settings: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=message):
+        Watched(folder, tmp_path, **settings)
+    assert list(tmp_path.iterdir()) == []
