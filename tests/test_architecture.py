@@ -19,6 +19,7 @@ MAY_IMPORT_ULTRALYTICS = {
     "journal.py",
     "resume.py",
     "cli.py",
+    "compat.py",
     "demo.py",
     "graph/blocks.py",
     "launch.py",

@@ -29,22 +29,27 @@ def apply(module: ModuleType) -> None:
         RuntimeError: If this Ultralytics does not have what is patched, or has it with another signature.
     """
     if module.__name__ == "ultralytics.cfg":
-        _replace(module, "check_dict_alignment", ["base", "custom", "e", "allowed_custom_keys"], _alignment)
+        _replace(module, "check_dict_alignment", ["base", "custom", "e", "allowed_custom_keys"], _alignment, since=3)
     elif module.__name__ == "ultralytics.engine.model":
         _replace(module.Model, "train", ["self", "trainer", "kwargs"], _train)
         _extend_export()
 
 
 def _replace(
-    owner: Any, name: str, expected: list[str], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    owner: Any,
+    name: str,
+    expected: list[str],
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
+    since: int | None = None,
 ) -> None:
+    """Put `wrap(original)` in its place. Earlier releases may lack the `expected` parameters from number `since` on."""
     original = getattr(owner, name, None)
     if original is None:
         raise RuntimeError(f"{owner.__name__} has no '{name}'")
     if hasattr(original, MARK):
         return
     found = list(inspect.signature(original).parameters)
-    if found != expected:
+    if found != expected and (since is None or found != expected[:since]):
         raise RuntimeError(f"{owner.__name__}.{name} takes {found}, expected {expected}")
     replacement = functools.wraps(original)(wrap(original))
     setattr(replacement, MARK, True)
@@ -58,8 +63,9 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         e: Exception | None = None,
         allowed_custom_keys: set[str] | None = None,
     ) -> None:
+        further = [allowed_custom_keys] if allowed_custom_keys else []  # releases before 8.4.0 have no such parameter
         if "train" not in base:  # not the command line: run configurations never hold our keys
-            original(base, custom, e, allowed_custom_keys)
+            original(base, custom, e, *further)
             return
         ours = [key for key in custom if is_pruning_key(key)]
         mode = custom.get("mode")
@@ -73,7 +79,7 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         if ours and "callbacks" not in custom and mode == "train":
             raise SyntaxError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
         # The examples make the suggestions for misspelt keys know ours too.
-        original({**base, **EXAMPLES}, without_pruning_keys(custom), e, allowed_custom_keys)
+        original({**base, **EXAMPLES}, without_pruning_keys(custom), e, *further)
 
     return check_dict_alignment
 

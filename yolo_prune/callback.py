@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
 from yolo_prune import control, journal, metadata, planner, proof, ranks, recover, resume, schedule, surgery
+from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.files import write_text
 from yolo_prune.journal import PREFIX, Run

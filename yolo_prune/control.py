@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_prune import metadata, ranks, surgery
+from yolo_prune.compat import unwrap_model
 from yolo_prune.plans import Keep, Plan, Shapes
 from yolo_prune.resume import refill_mosaic
 

@@ -87,7 +87,8 @@ def compare_onnx(checkpoint: Path, exported: Path, images: list[Path]) -> float:
     import cv2
     import onnxruntime
     import torch
-    from ultralytics.nn.tasks import load_checkpoint
+
+    from yolo_prune.compat import load_checkpoint
 
     model, _ = load_checkpoint(checkpoint)
     session = onnxruntime.InferenceSession(str(exported))

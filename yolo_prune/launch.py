@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 from ultralytics.nn.modules.head import Detect
-from ultralytics.nn.tasks import load_checkpoint
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, YAML, checks
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, checks
 
 from yolo_prune import keys, metadata, planner, schedule
 from yolo_prune.callback import PruneCallback
+from yolo_prune.compat import load_checkpoint, load_yaml
 from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
 from yolo_prune.graph.probes import stride
 from yolo_prune.journal import PREFIX
@@ -81,7 +81,7 @@ def _failed_worker(trainer: Any) -> str:
 def _settings(model: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """The run's settings as `Model.train` is about to resolve them, and which of them somebody chose."""
     cfg = arguments.get("cfg")
-    base = YAML.load(checks.check_yaml(cfg)) if cfg else model.overrides
+    base = load_yaml(checks.check_yaml(cfg)) if cfg else model.overrides
     return {**DEFAULT_CFG_DICT, **base, **arguments}, {*(base if cfg else ()), *arguments}
 
 

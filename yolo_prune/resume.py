@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
-from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_prune import ranks
+from yolo_prune.compat import unwrap_model
 from yolo_prune.files import write_bytes, write_text
 
 NEVER = 10**9
@@ -65,7 +65,7 @@ class Cadence:
 
 def seed_epoch(trainer: BaseTrainer) -> None:
     """Make all that this epoch draws depend on the run's seed and the epoch alone."""
-    attempt = trainer.nan_recovery_attempts  # an epoch that ended in NaN is redone with other batches
+    attempt = getattr(trainer, "nan_recovery_attempts", 0)  # an epoch that ended in NaN is redone with other batches
     seed = (trainer.args.seed + 1) * 1_000_003 + trainer.epoch * 1009 + attempt * 101 + ranks.rank()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils.torch_utils import strip_optimizer, strip_qat
+from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolo_prune import metadata, outputs, ranks, resume
+from yolo_prune.compat import strip_qat
 from yolo_prune.errors import RunError
 from yolo_prune.files import WholeFile
 from yolo_prune.graph.probes import image_channels

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics.nn import tasks
-from ultralytics.nn.modules import block as b
-from ultralytics.nn.modules import conv as c
-from ultralytics.nn.modules import head as h
-from ultralytics.nn.modules import transformer as t
+from ultralytics.nn.modules import block, conv, head
+from ultralytics.nn.modules import transformer as transformers
 
+from yolo_prune.compat import Blocks
 from yolo_prune.graph.probes import PROMPTS, register_probe
 from yolo_prune.graph.rules import Facts, read_as_is, register_block
+
+b, c, h, t = Blocks(block), Blocks(conv), Blocks(head), Blocks(transformers)
 
 # Nothing to state: forward takes whatever widths the layers have.
 read_as_is(tasks.BaseModel)
@@ -40,32 +41,32 @@ def halves(block: Any, facts: Facts) -> None:
 
 
 @register_block(b.ADown)
-def adown(block: b.ADown, facts: Facts) -> None:
+def adown(block: Any, facts: Facts) -> None:
     """The two halves of the *input* keep equal counts, which its `chunk` says."""
     facts.attribute("c", facts.outputs("cv1"))
 
 
 @register_block(b.CBLinear)
-def cblinear(block: b.CBLinear, facts: Facts) -> None:
+def cblinear(block: Any, facts: Facts) -> None:
     """One convolution for several outputs, each free; what `CBFuse` sums is one."""
     facts.attribute_list("c2s", *facts.parts("conv", *block.c2s))
 
 
 @register_block(c.RepConv)
-def repconv(block: c.RepConv, facts: Facts) -> None:
+def repconv(block: Any, facts: Facts) -> None:
     """Both branches have the same outputs, with an identity branch also the same inputs."""
     facts.attribute("c1", facts.inputs("conv1"))
     facts.attribute("c2", facts.outputs("conv1"))
 
 
 @register_block(b.RepVGGDW)
-def repvggdw(block: b.RepVGGDW, facts: Facts) -> None:
+def repvggdw(block: Any, facts: Facts) -> None:
     """Two depthwise convolutions of the same channels."""
     facts.attribute("dim", facts.outputs("conv"))
 
 
 @register_block(b.Attention)
-def attention(block: b.Attention, facts: Facts) -> None:
+def attention(block: Any, facts: Facts) -> None:
     """Heads of equal sizes; forward reshapes heads x head_dim back to the input's width. `scale` stays as trained."""
     role = [block.key_dim, block.key_dim, block.head_dim]
     pieces = facts.parts("qkv", *role * block.num_heads)
@@ -83,7 +84,7 @@ def attention(block: b.Attention, facts: Facts) -> None:
 
 
 @register_block(b.AAttn)
-def area_attention(block: b.AAttn, facts: Facts) -> None:
+def area_attention(block: Any, facts: Facts) -> None:
     """Queries, keys and values of equal sizes; the scale is made from `head_dim`, so the queries make up for it."""
     pieces = facts.parts("qkv", *[block.head_dim] * 3 * block.num_heads)
     facts.attribute("all_head_dim", facts.outputs("pe"))
@@ -99,7 +100,7 @@ def area_attention(block: b.AAttn, facts: Facts) -> None:
 
 
 @register_block(b.MaxSigmoidAttnBlock)
-def max_sigmoid_attention(block: b.MaxSigmoidAttnBlock, facts: Facts) -> None:
+def max_sigmoid_attention(block: Any, facts: Facts) -> None:
     """Heads of image and text embedding of equal sizes, divided by the root of their size; heads of `proj_conv` too."""
     guide = facts.parts("gl", *[block.hc] * block.nh)
     out = facts.outputs("proj_conv")
@@ -111,7 +112,7 @@ def max_sigmoid_attention(block: b.MaxSigmoidAttnBlock, facts: Facts) -> None:
 
 
 @register_block(t.MSDeformAttn)
-def deformable_attention(block: t.MSDeformAttn, facts: Facts) -> None:
+def deformable_attention(block: Any, facts: Facts) -> None:
     """Values of equal size per head."""
     values = facts.parts("value_proj", *[block.d_model // block.n_heads] * block.n_heads)
     facts.equal(*values)
@@ -165,7 +166,7 @@ def text(block: nn.Module, facts: Facts) -> None:
 
 
 @register_block(b.DFL)
-def dfl(block: b.DFL, facts: Facts) -> None:
+def dfl(block: Any, facts: Facts) -> None:
     """A fixed sum over the bins of a box distribution."""
     for rows in (facts.outputs("conv"), facts.inputs("conv")):
         facts.fixed(rows, "box distribution (DFL)")
@@ -173,7 +174,7 @@ def dfl(block: b.DFL, facts: Facts) -> None:
 
 @register_block(h.Detect, h.Segment, h.Segment26, h.Pose, h.OBB, h.OBB26, h.WorldDetect, h.YOLOEDetect)
 @register_block(h.YOLOESegment, h.YOLOESegment26)
-def detect(block: h.Detect, facts: Facts) -> None:
+def detect(block: Any, facts: Facts) -> None:
     """Only outputs are fixed. A one-to-one branch keeps the widths of its twin: either can be the one deployed."""
     for name, child in block.named_children():
         twin = getattr(block, name.removeprefix("one2one_"), None)
@@ -187,12 +188,12 @@ def detect(block: h.Detect, facts: Facts) -> None:
 
 
 @register_block(h.RTDETRDecoder)
-def rtdetr(block: h.RTDETRDecoder, facts: Facts) -> None:
+def rtdetr(block: Any, facts: Facts) -> None:
     """The decoder's stream is normalised over channels; hidden layers and values are free."""
     facts.because("width of a transformer's stream")
 
 
-@register_probe(tasks.YOLOEModel)
+@register_probe(Blocks(tasks).YOLOEModel)
 def prompts(model: Any, image: Any) -> Any:
     """YOLOE with text and visual prompts, which a plain pass does without."""
     head = model.model[-1]

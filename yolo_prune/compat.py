@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Where the releases of Ultralytics differ: one name for each thing, whatever the installed one calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from ultralytics import utils
+from ultralytics.nn import tasks
+from ultralytics.utils import torch_utils
+
+
+class Blocks:
+    """A module of Ultralytics' blocks; one that is missing in this release is a class that has no instances."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name, None) or type(name, (), {})
+
+
+def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in a checkpoint, in float32, and the checkpoint; `attempt_load_one_weight` before 8.3.200."""
+    load = getattr(tasks, "load_checkpoint", None) or tasks.attempt_load_one_weight
+    model, checkpoint = load(str(path))
+    return model, checkpoint
+
+
+def unwrap_model(model: nn.Module) -> Any:
+    """The model inside wrappers for compilation and several devices; `de_parallel` before 8.3.200."""
+    return (getattr(torch_utils, "unwrap_model", None) or torch_utils.de_parallel)(model)
+
+
+def strip_qat(model: nn.Module) -> None:
+    """Take quantizers out of a model, in place; there is no `quantize=8` in training before 8.4.120."""
+    if strip := getattr(torch_utils, "strip_qat", None):
+        strip(model)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file; `yaml_load` before 8.3.200."""
+    data: dict[str, Any] = utils.YAML.load(path) if hasattr(utils, "YAML") else utils.yaml_load(path)
+    return data
