@@ -15,13 +15,18 @@ import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.cfg import check_dict_alignment
+from ultralytics.data import build
+from ultralytics.data.augment import Mosaic
+from ultralytics.data.base import BaseDataset
+from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn import tasks
+from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
@@ -250,3 +255,78 @@ def test_trainer_finds_these_in_early_stopping() -> None:
 def test_metadata_travels_in_the_yaml_that_the_run_copies_into_the_average() -> None:
     assert '"yaml"' in inspect.getsource(BaseTrainer._do_train)
     tasks.DetectionModel({**YOLO("yolo11n.yaml").model.yaml, "pruning": {"version": 1}}, verbose=False)
+
+
+def test_trainer_overrides_these_and_they_do_what_it_builds_on() -> None:
+    save = inspect.getsource(BaseTrainer.save_model)
+    assert save.count("self.last.write_bytes(") == save.count("self.best.write_bytes(") == 1
+    assert 'f"epoch{self.epoch}.pt").write_bytes(' in save
+    final = inspect.getsource(BaseTrainer.final_eval)
+    assert final.count("strip_optimizer(") == 2
+    assert engine.strip_optimizer is torch_utils.strip_optimizer
+    assert list(inspect.signature(torch_utils.strip_optimizer).parameters) == ["f", "s", "updates"]
+    setup = inspect.getsource(BaseTrainer._setup_train)
+    assert setup.index("self.resume_training(ckpt)") < setup.index('"on_pretrain_routine_end"')
+    resumed = inspect.getsource(BaseTrainer.resume_training)
+    assert "assert 0 < start_epoch < self.epochs" in resumed
+    train = inspect.getsource(BaseTrainer._do_train)
+    assert train.index("self.final_eval()") < train.index('"on_train_end"')
+    assert "last_opt_step = -1" in train
+    assert "if ni - last_opt_step >= self.accumulate:" in train
+    assert "self.optimizer_step()" in train
+
+
+def test_resume_draws_what_these_draw() -> None:
+    loader = inspect.getsource(build.InfiniteDataLoader)
+    assert {"def reset", "self.iterator = None"} <= {
+        text for text in ("def reset", "self.iterator = None") if text in loader
+    }
+    assert "generator=generator" in inspect.getsource(build.build_dataloader)
+    dataset = inspect.getsource(BaseDataset)
+    for name in ("self.buffer", "self.max_buffer_length", "self.ims", "self.im_hw0", "self.im_hw"):
+        assert name in dataset
+    assert "self.dataset.buffer" in inspect.getsource(Mosaic.get_indexes)
+    assert "epoch >= self.epochs - self.args.close_mosaic" in inspect.getsource(BaseTrainer._do_train)
+    assert "nan_recovery_attempts" in inspect.getsource(BaseTrainer._handle_nan_recovery)
+    state = inspect.getsource(BaseTrainer._load_checkpoint_state)
+    assert "self.ema.updates" in state
+    assert "self.optimizer.load_state_dict" in state
+
+
+def test_control_finds_the_student_and_what_leads_to_the_teacher() -> None:
+    source = inspect.getsource(DistillationModel)
+    for name in (
+        "self.student_model",
+        "self.projector",
+        "self.feats_idx",
+        "self._teacher_feats",
+        "self._student_feats",
+    ):
+        assert name in source
+    assert "self.ema.teacher_model = None" in inspect.getsource(ModelEMA)
+
+
+def test_control_wraps_as_the_trainer_does() -> None:
+    setup = inspect.getsource(BaseTrainer._setup_train)
+    wrapped = setup[setup.index("DistributedDataParallel(") - 400 : setup.index("# Batch size")]
+    for setting in (
+        "static_graph",
+        "forward_sync_buffers",
+        "broadcast_buffers",
+        "device_ids",
+        "find_unused_parameters",
+    ):
+        assert setting in wrapped
+    assert wrapped.count("=") - wrapped.count("==") <= 9, "a further setting? then control._wrap_again needs it, too"
+
+
+def test_compat_finds_one_of_each() -> None:
+    assert hasattr(tasks, "load_checkpoint")
+    assert {"unwrap_model", "strip_qat"} <= set(dir(torch_utils))
+
+
+def test_journal_adds_its_figures_before_the_trackers_read_them() -> None:
+    source = inspect.getsource(BaseTrainer.__init__)
+    assert source.index("self.callbacks = copy(_callbacks)") < source.index("add_integration_callbacks")
+    train = inspect.getsource(BaseTrainer._do_train)
+    assert train.index("self.save_metrics(") < train.index('"on_fit_epoch_end"')

@@ -8,7 +8,7 @@ import re
 import site
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
@@ -17,8 +17,8 @@ from yolo_prune import _startup
 from yolo_prune._version import __version__
 
 TESTED = {
-    "ultralytics": ("8.4.190", "8.4.190"),
-    "torch": ("2.14.1", "2.15.0"),
+    "ultralytics": ("8.3.0", "8.4.190"),
+    "torch": ("2.4.0", "2.15.0"),
 }
 """Oldest and newest version, both included, that this release of yolo-prune was tested with."""
 
@@ -93,6 +93,12 @@ class Diagnosis:
     def exit_code(self) -> int:
         """0 if `yolo train ... callbacks=prune` works here, 1 if not. An untested version is no failure."""
         return int(not self.hook.active or any(c.missing for c in self.components))
+
+
+def untested() -> list[str]:
+    """Installed versions that this release was not tested with, each as a warning."""
+    components = (Component(name, _version_of(name)) for name in TESTED)
+    return [warning for component in components if component.tested is False for warning in _warnings_of([component])]
 
 
 def diagnose() -> Diagnosis:
@@ -197,7 +203,7 @@ def _version_of(distribution: str) -> str | None:
         return None
 
 
-def _warnings_of(components: tuple[Component, ...]) -> Iterator[str]:
+def _warnings_of(components: Sequence[Component]) -> Iterator[str]:
     for component in components:
         name = component.name
         if component.missing:

@@ -11,7 +11,10 @@ from yolo_prune.metadata import KEY, Record, read
 
 def on_export_start(exporter: Any) -> None:
     """Add one key, `pruning`, to the metadata that every export format carries."""
-    record = read(exporter.model)
+    model = getattr(exporter, "model", None)
+    if model is None:  # before Ultralytics 8.3.200 the event comes before there is any metadata
+        return
+    record = read(model)
     if record and record.plan:
         exporter.metadata[KEY] = json.dumps(summary(record))
 

@@ -12,7 +12,7 @@ from torch import nn
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, checks
 
-from yolo_prune import keys, metadata, planner, schedule
+from yolo_prune import doctor, keys, metadata, planner, schedule
 from yolo_prune.callback import PruneCallback
 from yolo_prune.compat import load_checkpoint, load_yaml
 from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
@@ -92,6 +92,8 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
             raise SyntaxError(f"'{given[0]}' has no effect by itself. Add callbacks='prune' to prune while training.")
         return None
     recipe = load_recipe(arguments.get("recipe"), keys.overrides(arguments))
+    for warning in doctor.untested():
+        LOGGER.warning(f"{PREFIX}{warning}")
     check_run(settings)
     _check_teacher(model, recipe, settings)
     _check_fits(model.model, recipe, settings)

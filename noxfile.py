@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Checks in other environments than that of the test suite: releases of Ultralytics, lowest bounds, integrations."""
+
+from __future__ import annotations
+
+import nox
+
+RELEASES = ("8.3.0", "8.3.100", "8.3.200", "8.4.0", "8.4.60", "8.4.120", "8.4.190")
+"""Oldest, some in between, newest; `yolo_prune/doctor.py` and `pyproject.toml` name the ends."""
+MAIN_PATH = ("tests/test_main_path.py", "tests/test_kill.py")
+
+nox.options.sessions = ["releases"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def releases(session: nox.Session) -> None:
+    """The main path and the kill tests on each release, in one environment."""
+    session.install(".", "pytest", "onnx", "onnxruntime", "onnxslim")
+    outcome = {}
+    for release in session.posargs or RELEASES:
+        session.install(f"ultralytics=={release}")
+        try:
+            session.run("python", "-m", "pytest", "-q", *MAIN_PATH)
+            outcome[release] = "passed"
+        except nox.command.CommandFailed:
+            outcome[release] = "FAILED"
+    session.log("; ".join(f"ultralytics {release} {result}" for release, result in outcome.items()))
+    if "FAILED" in outcome.values():
+        session.error("not every release works")
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The main path with the lowest versions that `pyproject.toml` allows."""
+    session.install(".", "pytest", *LOWEST)
+    session.run("python", "-m", "pytest", "-q", MAIN_PATH[0])
+
+
+@nox.session
+def integrations(session: nox.Session) -> None:
+    """Experiment trackers and quantization-aware training, none of which is a dependency."""
+    session.install(".[test]", "tensorboard", "mlflow", "wandb", "nvidia-modelopt", "huggingface_hub")
+    session.run("python", "-m", "pytest", "-q", "tests/test_further.py")
+
+
+LOWEST = (
+    "matplotlib==3.6.*",
+    "numpy==1.23.5",
+    "pydantic==2.7.0",
+    "pyyaml==6.0",
+    "torch==2.4.0",
+    "torchvision==0.19.0",
+    "ultralytics==8.3.0",
+)
