@@ -16,7 +16,7 @@ nox.options.reuse_existing_virtualenvs = True
 @nox.session
 def releases(session: nox.Session) -> None:
     """The main path and the kill tests on each release, in one environment."""
-    session.install(".", "pytest", "onnx", "onnxruntime", "onnxslim")
+    session.install(".", "pytest", "onnx", "onnxruntime", "onnxscript", "onnxslim")
     outcome = {}
     for release in session.posargs or RELEASES:
         session.install(f"ultralytics=={release}")

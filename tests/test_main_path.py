@@ -81,7 +81,8 @@ def test_plan_proof_and_cut(name: str) -> None:
     assert proof is not None
     assert proof.error < 1e-9
     assert proof.effect > 0
-    model.predict(torch.rand(1, 3, 64, 64), verbose=False)
+    assert yolo_prune.is_pruned(model)
+    model.model(torch.rand(1, 3, 64, 64))
 
 
 def test_prune_while_training_and_resume(pruned: Path) -> None:

@@ -146,8 +146,8 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     present = plan.predicted.present(recipe.target.metric)
     metadata.write(model, Record(recipe.to_dict(), past, widths, (), present, active=True))
     if ranks.first():
-        for aside in (*trainer.wdir.glob("round*.pt"), *trainer.wdir.glob("state-*.pt")):
-            aside.unlink()  # of an earlier run in the same folder
+        for old in (*trainer.wdir.glob("round*.pt"), *trainer.wdir.glob("state-*.pt"), trainer.csv):
+            old.unlink(missing_ok=True)  # of an earlier run in the same folder
     rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
