@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,11 @@ def test_a_quantized_model_is_refused_with_the_two_steps() -> None:
         yolo_prune.plan(model, "half-flops", imgsz=64)
 
 
-def test_a_quantized_checkpoint_is_refused_where_it_cannot_be_loaded(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_is_refused_where_it_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("modelopt", "modelopt.torch", "modelopt.torch.opt"):
+        monkeypatch.setitem(sys.modules, name, None)  # as where nvidia-modelopt is not installed
     path = tmp_path / "qat.pt"
     state = {"modelopt": {}, "ranges": {}}
     torch.save({"model": models.build("yolov8-tiny").half(), "train_args": {}, "modelopt": state}, path)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from ultralytics import RTDETR, YOLO
 from ultralytics.engine.model import Model
 
 from yolo_prune import _startup, metadata, planner, proof, recipe, surgery
+from yolo_prune.compat import DAMAGED
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
 from yolo_prune.files import write_bytes
 from yolo_prune.metadata import Record
@@ -157,7 +157,7 @@ def open_model(path: str | Path) -> Model:
                 else "It holds a block of your own: run where its module can be imported (PYTHONPATH)."
             )
         ) from e
-    except (EOFError, OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError) as e:
+    except DAMAGED as e:
         raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
 
 

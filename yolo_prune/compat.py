@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,11 @@ from torch import nn
 from ultralytics import utils
 from ultralytics.nn import tasks
 from ultralytics.utils import torch_utils
+
+from yolo_prune.errors import RunError
+
+DAMAGED = (EOFError, OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError)
+"""What loading a file that is cut short, or something else, ends with."""
 
 
 class Blocks:
@@ -24,9 +30,16 @@ class Blocks:
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in a checkpoint, in float32, and the checkpoint; `attempt_load_one_weight` before 8.3.200."""
+    """The model in a checkpoint, in float32, and the checkpoint; `attempt_load_one_weight` before 8.3.200.
+
+    Raises:
+        RunError: If the file is missing, cut short, or no checkpoint of Ultralytics.
+    """
     load = getattr(tasks, "load_checkpoint", None) or tasks.attempt_load_one_weight
-    model, checkpoint = load(str(path))
+    try:
+        model, checkpoint = load(str(path))
+    except (*DAMAGED, TypeError) as e:
+        raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
     return model, checkpoint
 
 

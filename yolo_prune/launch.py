@@ -106,7 +106,7 @@ def _check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> N
     if not (recipe.recover.distill or teacher):
         return
     key = "recover.distill" if recipe.recover.distill else "distill_model"
-    if not any(isinstance(layer, Detect) for layer in model.model.model):
+    if not _levels(model.model):
         raise RunError(f"{key} needs a model with a detection head, and this one is for {model.task}. Leave it out.")
     if recipe.recover.distill and teacher:
         raise RunError(f"recover.distill and distill_model={teacher} both name a teacher. Leave one of them out.")
@@ -115,8 +115,20 @@ def _check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> N
             "recover.distill uses the checkpoint that the run starts from as teacher, and this model comes from no "
             "file. Save it and start from the .pt, or leave recover.distill out."
         )
-    if teacher and not Path(str(teacher)).is_file() and Path(str(teacher)).suffix != ".pt":
+    if teacher and Path(str(teacher)).is_file():  # else Ultralytics may know where to download it from
+        levels = [_levels(module) for module in (model.model, load_checkpoint(teacher)[0])]
+        if levels[0] != levels[1]:
+            raise RunError(
+                f"distill_model={teacher} cannot teach this model: it detects on {levels[1]} levels, the model on "
+                f"{levels[0]}. Pass a checkpoint of the same family."
+            )
+    elif teacher and Path(str(teacher)).suffix != ".pt":
         raise RunError(f"distill_model='{teacher}' is no checkpoint. Pass the path of a .pt file.")
+
+
+def _levels(module: Any) -> int:
+    """Levels on which a model detects; 0 without a detection head."""
+    return next((len(layer.f) for layer in module.model if isinstance(layer, Detect)), 0)
 
 
 def _origin(model: Any) -> Path | None:

@@ -16,6 +16,8 @@ from yolo_prune.errors import PlanError
 from yolo_prune.files import write_text
 
 VERSION = 1
+MAX_BYTES = 64 * 2**20  # far more than the plan of any model takes
+MAX_INDICES = 10_000_000
 
 Keep = dict[str, dict[int, tuple[int, ...]]]
 Attributes = dict[str, dict[str, int | list[int]]]
@@ -184,7 +186,11 @@ class Plan:
         try:
             if data["version"] != VERSION:
                 raise PlanError(f"This plan has version {data['version']}; this yolo-prune reads version {VERSION}.")
-            keep = {n: {int(d): _from_ranges(k) for d, k in v.items()} for n, v in data["keep"].items()}
+            keep: Keep = {}
+            for name, dims in data["keep"].items():
+                keep[name] = {int(d): _from_ranges(k) for d, k in dims.items()}
+                if sum(len(kept) for dims in keep.values() for kept in dims.values()) > MAX_INDICES:
+                    raise ValueError("more indices than any model has channels")
             shapes = {n: tuple(int(i) for i in s) for n, s in data["shapes"].items()}
             plan = cls(
                 keep=keep,
@@ -212,7 +218,11 @@ class Plan:
             PlanError: If the file is missing, is not JSON, or is not a plan.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            with Path(path).open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+            if len(raw) > MAX_BYTES:
+                raise PlanError(f"'{path}' is larger than {MAX_BYTES // 2**20} MiB; that is not a plan.")
+            data = json.loads(raw.decode("utf-8"))
         except OSError as e:
             raise PlanError(f"Cannot read the plan '{path}': {e.strerror or e}.") from e
         except (ValueError, RecursionError) as e:
@@ -243,6 +253,8 @@ class Plan:
 
         for name, values in self.attributes.items():
             for key, value in values.items():
+                if key.startswith("_") or not key.isidentifier():
+                    raise PlanError(f"The plan is damaged: '{name}.{key}' is not the width of a block.")
                 if any(v < 1 for v in (value if isinstance(value, list) else [value])):
                     raise PlanError(f"The plan is damaged: '{name}.{key}' must be at least 1, found {value}.")
         for name, factors in self.scale.items():
