@@ -21,7 +21,7 @@ from torch import Tensor
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
 
-from yolo_prune import ranks
+from yolo_prune import metadata, ranks
 from yolo_prune.compat import unwrap_model
 from yolo_prune.files import write_bytes, write_text
 
@@ -98,6 +98,7 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         "updates": trainer.ema.updates,
         "optimizer": optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
+        "criterion": _numbers(metadata.inner(model)),
         "pending": cadence.pending,
         "gradients": gradients,
     }
@@ -122,6 +123,7 @@ def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
             "The run is complete, but not bit for bit the one that was interrupted."
         )
         return
+    _continue_criterion(metadata.inner(model), state["criterion"])
     trainer.ema.updates = state["updates"]
     cadence.pending = state["pending"]
     args = trainer.args
@@ -129,6 +131,20 @@ def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch
     cadence.gradients = state["gradients"]
     cadence.nominal = trainer.accumulate
+
+
+def _numbers(model: Any) -> dict[str, float]:
+    """What a loss counts: of end-to-end heads, how far one branch has taken over from the other."""
+    criterion = getattr(model, "criterion", None)
+    return {k: v for k, v in vars(criterion).items() if type(v) in (int, float)} if criterion else {}
+
+
+def _continue_criterion(model: Any, numbers: dict[str, float]) -> None:
+    """Releases before 8.4.60 begin anew with the loss of an end-to-end head when they resume."""
+    if not numbers:
+        return
+    model.criterion = getattr(model, "criterion", None) or model.init_criterion()
+    vars(model.criterion).update(numbers)
 
 
 def forget(trainer: BaseTrainer, keep: int | None = None) -> None:
