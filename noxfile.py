@@ -16,7 +16,7 @@ nox.options.reuse_existing_virtualenvs = True
 @nox.session
 def releases(session: nox.Session) -> None:
     """The main path and the kill tests on each release, in one environment."""
-    session.install(".", "pytest", "onnx", "onnxruntime", "onnxscript", "onnxslim")
+    session.install(".", "pytest", "pytest-xdist", "onnx", "onnxruntime", "onnxscript", "onnxslim")
     outcome = {}
     for release in session.posargs or RELEASES:
         session.install(f"ultralytics=={release}")
@@ -33,7 +33,7 @@ def releases(session: nox.Session) -> None:
 @nox.session
 def lowest(session: nox.Session) -> None:
     """The main path with the lowest versions that `pyproject.toml` allows."""
-    session.install(".", "pytest", *LOWEST)
+    session.install(".", "pytest", "pytest-xdist", *LOWEST)
     session.run("python", "-m", "pytest", "-q", MAIN_PATH[0])
 
 

@@ -99,7 +99,7 @@ def test_the_metadata(wheel: dict[str, bytes]) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("yolo-prune", yolo_prune.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
     assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "export", "test"}
-    assert "ultralytics>=8.4.190" in metadata.get_all("Requires-Dist", [])
+    assert "ultralytics>=8.3.0" in metadata.get_all("Requires-Dist", [])
     assert "yolo-prune = yolo_prune.cli:main" in info(wheel, "entry_points.txt")
 
 

@@ -384,13 +384,6 @@ def test_python_api_one_shot_then_train_keeps_the_structure(data: str, tmp_path:
     assert parameters(model.model) == cut
 
 
-def test_a_pruned_model_refuses_a_dataset_with_other_classes(data: str, tmp_path: Path) -> None:
-    model = YOLO("yolo11n.yaml")
-    yolo_prune.apply(model, yolo_prune.plan(model, imgsz=64))
-    with pytest.raises(RunError, match=r"has 80 classes, the dataset 5\. Training a pruned model"):
-        model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
-
-
 def test_prune_in_one_call_returns_the_report(data: str, tmp_path: Path) -> None:
     report = yolo_prune.prune(
         dense_checkpoint(tmp_path, "yolo26n.yaml"),
@@ -488,11 +481,16 @@ def test_saved_epochs_stay_as_they_were_saved(data: str, tmp_path: Path) -> None
     assert parameters(load_checkpoint(tmp_path / "train/weights/epoch0.pt")[0]) == dense
 
 
-def test_the_same_classes_in_another_order_are_refused(pruned: Path, data: str, tmp_path: Path) -> None:
+def test_classes_in_another_order_take_their_rows_along(pruned: Path, data: str, tmp_path: Path) -> None:
     model = YOLO(pruned / "weights/best.pt")
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     model.model.names = dict(enumerate(reversed(model.model.names.values())))
-    with pytest.raises(RunError, match="classes in another order"):
-        model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
+    seen: dict[str, torch.Tensor] = {}
+    model.add_callback("on_train_start", lambda t: seen.update({k: v.clone() for k, v in t.model.state_dict().items()}))
+    model.train(data=data, epochs=1, project=str(tmp_path), **TINY)
+    rows = "model.23.cv3.0.2.weight"
+    assert torch.equal(seen[rows], before[rows].flip(0).float())
+    assert torch.equal(seen["model.0.conv.weight"], before["model.0.conv.weight"].float())
 
 
 @pytest.mark.parametrize(
@@ -518,7 +516,9 @@ def test_resuming_a_finished_run_says_so(pruned: Path) -> None:
         YOLO(pruned / "weights/last.pt").train(resume=True)
 
 
-def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report(data: str, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
+    data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = YOLO(dense_checkpoint(tmp_path))
     model.add_callback("on_train_batch_end", killed_in_epoch(2))
     with pytest.raises(KeyboardInterrupt):
@@ -527,7 +527,10 @@ def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report(data: str, tm
     with pytest.raises(RunError, match=r"keeps the recipe that it began with: leave out recipe\.target\.flops"):
         YOLO(last).train(resume=True, **{"recipe.target.flops": 0.3})
     (tmp_path / "train/prune.json").unlink()
+    for state in last.parent.glob("state-*.pt"):
+        state.write_bytes(state.read_bytes()[:1000])
     YOLO(last).train(resume=True)
+    assert "going on from last.pt alone" in caplog.text
     report = Report.load(tmp_path / "train")
     assert [r.number for r in report.rounds] == [1, 2, 3]
     assert report.pruned.flops <= 0.5 * report.dense.flops

@@ -22,7 +22,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
 
 from yolo_prune import metadata, ranks
-from yolo_prune.compat import unwrap_model
+from yolo_prune.compat import DAMAGED, unwrap_model
 from yolo_prune.files import write_bytes, write_text
 
 NEVER = 10**9
@@ -93,8 +93,7 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
     model, optimizer = unwrap_model(trainer.model), trainer.optimizer
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None} if cadence.pending else {}
     state = {
-        "model": model.state_dict(),
-        "ema": trainer.ema.ema.state_dict(),
+        **{key: _trained(module) for key, module in _modules(trainer).items()},
         "updates": trainer.ema.updates,
         "optimizer": optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
@@ -110,27 +109,45 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
 def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
     """After Ultralytics has resumed from last.pt: put back what it rounded, if that was kept."""
     path = _path(trainer, trainer.start_epoch - 1, rounds)
-    model = unwrap_model(trainer.model)
     try:
-        state = torch.load(path, map_location=trainer.device, weights_only=True)
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
-        model.load_state_dict(state["model"])
-        trainer.ema.ema.load_state_dict(state["ema"])
-    except Exception as e:  # whatever is wrong with it, last.pt alone is enough to go on
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        usable = all(_shapes(_trained(module)) == _shapes(state[key]) for key, module in _modules(trainer).items())
+    except (*DAMAGED, ValueError, TypeError):
+        usable = False
+    if not usable:
         LOGGER.warning(
-            f"yolo-prune: {path.name} beside last.pt cannot be used ({type(e).__name__}); going on from last.pt alone. "
-            "The run is complete, but not bit for bit the one that was interrupted."
+            f"yolo-prune: there is no {path.name} beside last.pt that fits it; going on from last.pt alone. The run "
+            "will be complete, but not bit for bit the one that was interrupted."
         )
         return
-    _continue_criterion(metadata.inner(model), state["criterion"])
+    for key, module in _modules(trainer).items():
+        module.load_state_dict(state[key], strict=False)  # but for a teacher, all of it: see above
+    for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True):
+        saved["fused"] = group.get("fused")  # the device of today decides, as in Ultralytics
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"]:
+        trainer.scaler.load_state_dict(state["scaler"])
+    _continue_criterion(metadata.inner(unwrap_model(trainer.model)), state["criterion"])
     trainer.ema.updates = state["updates"]
-    cadence.pending = state["pending"]
     args = trainer.args
     if args.close_mosaic and trainer.start_epoch > trainer.epochs - args.close_mosaic:
         trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch
-    cadence.gradients = state["gradients"]
+    cadence.pending = state["pending"]
+    cadence.gradients = {name: gradient.to(trainer.device) for name, gradient in state["gradients"].items()}
     cadence.nominal = trainer.accumulate
+
+
+def _modules(trainer: BaseTrainer) -> dict[str, Any]:
+    return {"model": unwrap_model(trainer.model), "ema": trainer.ema.ema}
+
+
+def _trained(module: Any) -> dict[str, Tensor]:
+    """The state of a module, without that of a teacher, which has a file of its own."""
+    return {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("teacher_model.")}
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _numbers(model: Any) -> dict[str, float]:
