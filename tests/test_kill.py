@@ -88,7 +88,7 @@ class Zygote:
         command = [sys.executable, "-u", str(Path(__file__).parent / "zygote.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
 
-    def train(self, name: str, kill: tuple[str, int] | None) -> int:
+    def train(self, name: str, kill: tuple[str, int] | None, **settings: Any) -> int:
         """Start a run, or resume it where there is something to resume; returns the child's wait status."""
         last = self.folder / name / "weights/last.pt"
         arguments = (
@@ -96,6 +96,7 @@ class Zygote:
             if last.exists()
             else {
                 **RUN,
+                **settings,
                 "data": self.data,
                 "project": str(self.folder),
                 "name": name,
@@ -142,11 +143,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if not k.strip().startswith(left_out)} for row in table]
 
 
-def assert_same_run(folder: Path, wanted: Path) -> None:
+def assert_same_run(folder: Path, wanted: Path, rounds: int = 3) -> None:
     found, want = Report.load(folder), Report.load(wanted)
     assert found.status == "finished"
     assert [(r.number, r.epoch, r.plan) for r in found.rounds] == [(r.number, r.epoch, r.plan) for r in want.rounds]
-    assert len(want.rounds) == 3
+    assert len(want.rounds) == rounds
     assert found.epochs_log == want.epochs_log
     if not NEW:  # where a validation without any hit leaves the figures of the one before
         found.rounds[-1].fitness.end = want.rounds[-1].fitness.end
@@ -185,3 +186,34 @@ def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote
     else:
         assert zygote.train("random", None) == 0, zygote.log("random")
     assert_same_run(zygote.folder / "random", unbroken)
+
+
+@pytest.mark.slow
+def test_early_stopping_waits_across_kills_and_is_not_forgotten(zygote: Zygote) -> None:
+    recipe = {**RUN["recipe"], "schedule": {"rounds": 1, "start": 1}}
+    settings: dict[str, Any] = {"epochs": 30, "patience": 3, "close_mosaic": 0, "recipe": recipe}
+    assert zygote.train("stopped", None, **settings) == 0, zygote.log("stopped")
+    trained = len(rows(zygote.folder / "stopped"))
+    assert trained < 30, "the run did not stop early"
+    batches = 5 * (trained - 2)  # two epochs before its end, while it waits
+    for kill in (("in a batch", batches + 2), ("in a batch", 7), ("before the last validation", 1), ("stripping", 1)):
+        status = zygote.train("waiting", kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('waiting')}"
+    assert zygote.train("waiting", None, **settings) == 0, zygote.log("waiting")
+    assert_same_run(zygote.folder / "waiting", zygote.folder / "stopped", rounds=1)
+
+
+@pytest.mark.slow
+def test_a_round_with_nothing_to_remove_is_resumed_like_any_other(zygote: Zygote) -> None:
+    schedule = {"rounds": 7, "interval": 1, "curve": "linear"}
+    recipe = {"target": {"flops": 0.9}, "schedule": schedule, "channels": {"round_to": 48}}
+    settings = {"epochs": 8, "recipe": recipe}
+    assert zygote.train("skipping", None, **settings) == 0, zygote.log("skipping")
+    performed = len(Report.load(zygote.folder / "skipping").rounds)
+    assert performed < 7, "no round was skipped"
+    for kill in (("in a batch", 28), ("in a batch", 8)):
+        status = zygote.train("skipped", kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('skipped')}"
+    assert zygote.train("skipped", None, **settings) == 0, zygote.log("skipped")
+    assert "going on from last.pt alone" not in zygote.log("skipped")
+    assert_same_run(zygote.folder / "skipped", zygote.folder / "skipping", rounds=performed)

@@ -74,10 +74,11 @@ class PruneCallback:
         trainer.cadence.epoch_starts(trainer)
         if run.exact:
             resume.seed_epoch(trainer)
-        if due := run.due(trainer.epoch):
-            perform(trainer, run, due)
-            if run.exact:
-                resume.seed_epoch(trainer)
+        while due := run.due(trainer.epoch):
+            if perform(trainer, run, due):
+                break
+        if due and run.exact:
+            resume.seed_epoch(trainer)
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
         """A resumed run takes up the cadence of the optimizer's steps."""
@@ -158,7 +159,7 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
     exact = bool(trainer.args.deterministic)
     done = int(record.rounds[-1]["number"]) if record.rounds else 0
     if exact:
-        resume.restore(trainer, done, trainer.cadence)
+        resume.restore(trainer, len(record.rounds), trainer.cadence)
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
     rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
@@ -171,22 +172,25 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
     return run
 
 
-def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
+def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     """One round: plan, prove, cut, recalibrate, and set the run's bookkeeping right.
 
     Planning and proof only read; whatever they raise leaves the run, its model and its files as they were. With several
     ranks, the first one plans and proves, and all cut alike.
+
+    Returns:
+        False if there was nothing to remove. No record is kept of that: a resumed run finds it out again.
     """
     began = time.perf_counter()
     recipe, record = run.recipe, metadata.read(control.live(trainer))
     if record is None:
         raise RunError("The run's pruning record is gone from the model; another callback replaced `model.yaml`.")
-    before = _fitness_before(trainer, run)
     plan, proven = ranks.agree(lambda: _decide(trainer, run, due))
     if plan is None:
         LOGGER.info(f"{PREFIX}round {due.number}: the round before already went this far; nothing to remove")
         run.advance(trainer)
-        return
+        return False
+    before = _fitness_before(trainer, run)
     composed = record.plan.then(plan) if record.plan else plan
     control.cut(trainer, plan)
     _compare_ranks(trainer, composed)
@@ -213,6 +217,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> None:
     control.average(trainer).yaml = control.live(trainer).yaml
     journal.log_round(trainer, run, row)
     control.save_last(trainer)
+    return True
 
 
 def _decide(trainer: BaseTrainer, run: Run, due: schedule.Round) -> tuple[Plan | None, proof.Proof | None]:

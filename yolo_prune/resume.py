@@ -26,6 +26,7 @@ from yolo_prune.compat import DAMAGED, unwrap_model
 from yolo_prune.files import write_bytes, write_text
 
 NEVER = 10**9
+PATIENCE = ("best_fitness", "best_epoch", "possible_stop")
 
 
 class Cadence:
@@ -98,6 +99,7 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         "optimizer": optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "criterion": _numbers(metadata.inner(model)),
+        "stopper": {name: getattr(trainer.stopper, name) for name in PATIENCE},
         "pending": cadence.pending,
         "gradients": gradients,
     }
@@ -129,6 +131,7 @@ def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         trainer.scaler.load_state_dict(state["scaler"])
     _continue_criterion(metadata.inner(unwrap_model(trainer.model)), state["criterion"])
     trainer.ema.updates = state["updates"]
+    vars(trainer.stopper).update(state.get("stopper", {}))
     args = trainer.args
     if args.close_mosaic and trainer.start_epoch > trainer.epochs - args.close_mosaic:
         trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch

@@ -100,11 +100,11 @@ class KeepStructure:
             self.last = last
         run = getattr(self, "pruning", None)
         if run and run.exact:
-            resume.save(self, run.done, self.cadence)
+            resume.save(self, len(run.report.rounds), self.cadence)
         if held.data:
             last.write_bytes(held.data)
         if run:
-            resume.forget(self, run.done)
+            resume.forget(self, len(run.report.rounds))
         return saved
 
     def resume_training(self, ckpt: Any) -> None:
@@ -119,7 +119,8 @@ class KeepStructure:
 
     def _setup_train(self, *args: Any) -> None:
         super()._setup_train(*args)  # type: ignore[misc]
-        if self.start_epoch >= self.epochs:  # type: ignore[attr-defined]
+        stopper = self.stopper  # type: ignore[attr-defined]
+        if self.start_epoch >= self.epochs or self.start_epoch - stopper.best_epoch >= stopper.patience:  # type: ignore[attr-defined]
             raise _AllTrained
 
     def final_eval(self) -> None:
@@ -135,7 +136,7 @@ class KeepStructure:
         try:
             super()._do_train(*args)  # type: ignore[misc]
         except _AllTrained:
-            self.epoch = self.epochs - 1  # type: ignore[attr-defined]
+            self.epoch = self.start_epoch - 1  # type: ignore[attr-defined]
             self.final_eval()
             if ranks.first():
                 self.run_callbacks("on_train_end")  # type: ignore[attr-defined]
@@ -167,7 +168,7 @@ class _Held:
 
 
 class _AllTrained(Exception):
-    """Every epoch of a resumed run was trained before it was killed."""
+    """Every epoch of a resumed run was trained, or it had stopped early, before it was killed."""
 
 
 @cache
