@@ -136,7 +136,7 @@ class KeepStructure:
         try:
             super()._do_train(*args)  # type: ignore[misc]
         except _AllTrained:
-            self.epoch = self.start_epoch - 1  # type: ignore[attr-defined]
+            self.epoch = self.start_epoch - 1
             self.final_eval()
             if ranks.first():
                 self.run_callbacks("on_train_end")  # type: ignore[attr-defined]
