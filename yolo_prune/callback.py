@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ultralytics.engine.trainer import BaseTrainer
@@ -104,15 +105,11 @@ class PruneCallback:
     def on_train_end(self, trainer: BaseTrainer) -> None:
         """The run is over: check what it delivers and write the report."""
         finish(trainer, trainer.pruning)
+        trainer.tidy()  # integrations upload the folder after this
 
     def teardown(self, trainer: BaseTrainer) -> None:
         """The run is over, well or badly."""
-        run: Run | None = getattr(trainer, "pruning", None)
-        if run and run.report.status == "running":
-            error = sys.exc_info()[1]
-            run.report.status = "failed"
-            run.report.error = f"{type(error).__name__}: {error}" if error else None
-            journal.save(trainer, run.report)
+        journal.fail(trainer, sys.exc_info()[1])
 
 
 def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
@@ -138,6 +135,9 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
 
 
 def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
+    teacher = getattr(trainer.args, "distill_model", None)
+    if teacher and Path(teacher).resolve().parent == Path(trainer.wdir).resolve():
+        raise RunError(f"The teacher {teacher} lies where this run writes its checkpoints. Give the run a new name=.")
     model, frozen = control.live(trainer), control.frozen_modules(trainer)
     record = metadata.read(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
@@ -157,14 +157,15 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
 
 def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Run:
     exact = bool(trainer.args.deterministic)
-    done = int(record.rounds[-1]["number"]) if record.rounds else 0
     if exact:
         resume.restore(trainer, len(record.rounds), trainer.cadence)
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
     rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
+    cut = int(record.rounds[-1]["number"]) if record.rounds else 0
+    done = max(cut, sum(r.epoch < trainer.start_epoch for r in rounds))  # no record is kept of rounds without a cut
     report = journal.reopen(trainer, recipe, source, record)
-    cost = planner.present_cost(control.live(trainer), trainer.args.imgsz)
+    cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, report))
     frozen = control.frozen_modules(trainer)
     run = Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, done, exact)
     if len(report.epochs_log) == trainer.start_epoch - 1:  # killed between last.pt and the report
@@ -224,7 +225,7 @@ def _decide(trainer: BaseTrainer, run: Run, due: schedule.Round) -> tuple[Plan |
     """The proved plan of a round; none where the rounds before went this far already."""
     ema = control.average(trainer)
     try:
-        plan = planner.make_plan(ema, run.recipe, trainer.args.imgsz, due.keep, run.frozen)
+        plan = planner.make_plan(ema, run.recipe, journal.imgsz(trainer, run.report), due.keep, run.frozen)
     except NothingToRemoveError:
         return None, None
     return plan, proof.prove(ema, plan) if run.recipe.proof else None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +11,9 @@ from typing import Any
 
 from torch import nn
 from ultralytics import utils
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn import tasks
-from ultralytics.utils import torch_utils
+from ultralytics.utils import dist, torch_utils
 
 from yolo_prune.errors import RunError
 
@@ -46,6 +48,16 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 def unwrap_model(model: nn.Module) -> Any:
     """The model inside wrappers for compilation and several devices; `de_parallel` before 8.3.200."""
     return (getattr(torch_utils, "unwrap_model", None) or torch_utils.de_parallel)(model)
+
+
+def closes_mosaic_late() -> bool:
+    """True where a run of fewer epochs than `close_mosaic` has no mosaic at all; earlier releases never close it."""
+    return "mosaic_closed" in inspect.getsource(BaseTrainer._do_train)
+
+
+def shares_callbacks() -> bool:
+    """True where the processes of a run on several devices get the callbacks of the one that started them."""
+    return "callbacks" in inspect.getsource(dist.generate_ddp_file)
 
 
 def strip_qat(model: nn.Module) -> None:

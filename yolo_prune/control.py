@@ -104,10 +104,8 @@ def structure(trainer: BaseTrainer) -> str:
 
 def forget_best(trainer: BaseTrainer, aside: Path) -> None:
     """Start the search for the best epoch anew: what was best so far has another structure; it is moved `aside`."""
-    if ranks.first():
-        if trainer.best.exists() and trainer.best_fitness is not None:
-            trainer.best.replace(aside)
-        trainer.best.unlink(missing_ok=True)  # of an earlier run in the same folder
+    if ranks.first() and trainer.best.exists() and trainer.best_fitness is not None:
+        trainer.best.replace(aside)
     trainer.best_fitness = None
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
     trainer.stopper.possible_stop = False

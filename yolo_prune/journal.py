@@ -73,6 +73,20 @@ def save(trainer: BaseTrainer, report: Report) -> None:
         LOGGER.warning(f"{PREFIX}{FILE_NAME} could not be written: {e}")
 
 
+def fail(trainer: BaseTrainer, error: BaseException | None) -> None:
+    """Close the report of a run that did not end by itself."""
+    run: Run | None = getattr(trainer, "pruning", None)
+    if run and run.report.status == "running":
+        run.report.status = "failed"
+        run.report.error = f"{type(error).__name__}: {error}" if error else None
+        save(trainer, run.report)
+
+
+def imgsz(trainer: BaseTrainer, report: Report) -> int:
+    """The image size that the report's FLOPs are for; a run that is resumed at another one keeps it."""
+    return report.imgsz if isinstance(report.imgsz, int) else trainer.args.imgsz
+
+
 def open_new(trainer: BaseTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
     """The report of a run that begins; `plan` is what it would do at once."""
     forecast = plan.predicted
@@ -176,7 +190,7 @@ def close_rounds(report: Report, final: float | None) -> None:
 
 def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan) -> None:
     """Fill in what only the delivered model can tell, and close the report."""
-    flops, params = planner.present_cost(model, trainer.args.imgsz)
+    flops, params = planner.present_cost(model, imgsz(trainer, report))
     fitness = float(trainer.validator.metrics.fitness)
     report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness)
     close_rounds(report, fitness)

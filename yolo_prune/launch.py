@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, checks
+from ultralytics.utils import __version__ as ULTRALYTICS
+from ultralytics.utils.files import get_latest_run
 
-from yolo_prune import doctor, keys, metadata, planner, schedule
+from yolo_prune import doctor, journal, keys, metadata, planner, schedule
 from yolo_prune.callback import PruneCallback
-from yolo_prune.compat import load_checkpoint, load_yaml
+from yolo_prune.compat import load_checkpoint, load_yaml, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
 from yolo_prune.graph.probes import stride
 from yolo_prune.journal import PREFIX
@@ -58,16 +60,38 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
             stock["warmup_epochs"] = 0.0
         if metadata.is_pruned(model.model) and not model.ckpt:
             model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
-    trainer = prune_trainer(trainer or model._smart_load("trainer"))
+    _check_devices(settings)
+    trainer = prune_trainer(_trainer_class(trainer, model))
+    held = model.model, model.ckpt
     if callback:
         callback.attach(model.callbacks)
     try:
         return stock_train(model, trainer=trainer, **stock)
-    except subprocess.CalledProcessError as e:  # of a process per device, which this one only started
-        raise RunError(_failed_worker(model.trainer)) from e
+    except BaseException as e:
+        model.model, model.ckpt = held  # as it was, so that the run can be started once more
+        journal.fail(model.trainer, e)
+        if isinstance(e, subprocess.CalledProcessError) and getattr(model.trainer, "ddp", False):
+            raise RunError(_failed_worker(model.trainer)) from e  # this process only started those that train
+        raise
     finally:
         if callback:
             callback.detach(model.callbacks)
+
+
+def _trainer_class(given: Any, model: Any) -> Any:
+    if given is not None and not isinstance(given, type):
+        raise RunError(f"trainer={given!r} is not a class. Pass a subclass of a trainer of Ultralytics.")
+    return given or model._smart_load("trainer")
+
+
+def _check_devices(settings: Mapping[str, Any]) -> None:
+    device = settings.get("device")
+    several = len(device) > 1 if isinstance(device, list | tuple) else "," in str(device)
+    if several and not shares_callbacks():
+        raise RunError(
+            f"Ultralytics {ULTRALYTICS} does not hand callbacks to the processes of a run on several devices, so that "
+            "they would neither prune nor keep a pruned structure. Train on one device, or pip install -U ultralytics."
+        )
 
 
 def _failed_worker(trainer: Any) -> str:
@@ -105,6 +129,8 @@ def _check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> N
     teacher = settings.get("distill_model")
     if not (recipe.recover.distill or teacher):
         return
+    if "distill_model" not in DEFAULT_CFG_DICT:
+        raise RunError(f"Distillation needs a later Ultralytics than {ULTRALYTICS}: pip install -U ultralytics.")
     key = "recover.distill" if recipe.recover.distill else "distill_model"
     if not _levels(model.model):
         raise RunError(f"{key} needs a model with a detection head, and this one is for {model.task}. Leave it out.")
@@ -144,6 +170,9 @@ def _recipe_keys(arguments: Mapping[str, Any]) -> list[str]:
 def _resumed(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> PruneCallback | None:
     """A resumed run goes on with the recipe that its checkpoint carries, if it was pruning."""
     wanted = keys.wants_pruning(arguments.get("callbacks"))
+    last = getattr(model.trainer, "last", None)
+    if settings["resume"] is True and last and last.exists() and not (model.ckpt or {}).get("optimizer"):
+        raise RunError(f"'{model.ckpt_path}' is not the run that was interrupted. Resume that with YOLO('{last}').")
     record = metadata.read(_resume_source(model, settings))
     if record is None or not record.active:
         if wanted or _recipe_keys(arguments):
@@ -170,8 +199,9 @@ def _resumes_pruned(model: Any, settings: Mapping[str, Any]) -> bool:
 def _resume_source(model: Any, settings: Mapping[str, Any]) -> nn.Module:
     resume = settings["resume"]
     module: nn.Module = model.model
-    if isinstance(resume, str | Path) and Path(resume).exists():
-        module, _ = load_checkpoint(resume)
+    if isinstance(resume, str | Path):
+        path = resume if Path(resume).exists() else get_latest_run()  # as Ultralytics goes on to
+        module = load_checkpoint(path)[0] if path else module
     return module
 
 

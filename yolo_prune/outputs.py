@@ -99,13 +99,20 @@ def _affine(few: int, more: int) -> Affine:
     return Affine(few - factor * SMALL[0], factor)
 
 
-def resize(model: nn.Module, follow: Followers, number: int, rows: Sequence[int | None] | None = None) -> None:
+def resize(
+    model: nn.Module,
+    follow: Followers,
+    number: int,
+    stock: nn.Module,
+    rows: Sequence[int | None] | None = None,
+) -> None:
     """Make what follows a number anew, in place, with fresh weights; the rest of the model keeps its own.
 
     Args:
         model: a pruned model.
         follow: what follows the number in the dense one.
         number: the number wanted.
+        stock: what Ultralytics builds for it; biases start as there, so that no class is everywhere.
         rows: for each of the `number` rows of an output layer, the old row to take over, or None for a fresh one.
 
     Raises:
@@ -124,13 +131,14 @@ def resize(model: nn.Module, follow: Followers, number: int, rows: Sequence[int 
             shape = _shape(parameter, follow.tensors.get(f"{name}.{key}", {}), number)
             setattr(layer, key, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device)))
         layer.reset_parameters()  # type: ignore[operator]
+        for key, parameter in layer.named_parameters(recurse=False):
+            fresh = stock.get_parameter(f"{name}.{key}")
+            if fresh.shape == parameter.shape:
+                parameter.data.copy_(fresh)
     for name, values in follow.attributes.items():
         module = model.get_submodule(name)
         for key, size in values.items():
             setattr(module, key, size.at(number))
-    for module in model.modules():
-        if callable(initialise := getattr(module, "bias_init", None)) and follow.tensors:
-            initialise()  # what a detection head starts with, so that no class is everywhere
     _take_over(model, before, follow, number, rows)
     if record:
         metadata.write(model, _follow_up(record, follow, number))

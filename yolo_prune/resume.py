@@ -22,11 +22,12 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
 
 from yolo_prune import metadata, ranks
-from yolo_prune.compat import DAMAGED, unwrap_model
+from yolo_prune.compat import DAMAGED, closes_mosaic_late, unwrap_model
 from yolo_prune.files import write_bytes, write_text
 
 NEVER = 10**9
 PATIENCE = ("best_fitness", "best_epoch", "possible_stop")
+CARRIED = ("prune.json", "results.csv", "weights/best.pt", "weights/round*.pt", "weights/state-*.pt")
 
 
 class Cadence:
@@ -75,8 +76,18 @@ def seed_epoch(trainer: BaseTrainer) -> None:
     if getattr(loader, "generator", None) is None or not hasattr(loader, "reset"):
         return  # a loader of the user's own
     loader.generator.manual_seed(seed)
+    _seed_albumentations(getattr(loader.dataset, "transforms", None), seed)
     refill_mosaic(loader.dataset, seed)
     loader.reset()
+
+
+def _seed_albumentations(transforms: Any, seed: int) -> None:
+    """They have random numbers of their own, which earlier releases seed but once."""
+    for transform in getattr(transforms, "transforms", ()):
+        _seed_albumentations(transform, seed)
+        inner: Any = getattr(transform, "transform", None)
+        if hasattr(inner, "set_random_seed"):
+            inner.set_random_seed(seed % 2**32)
 
 
 def refill_mosaic(dataset: Any, seed: int) -> None:
@@ -100,12 +111,17 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         "scaler": trainer.scaler.state_dict(),
         "criterion": _numbers(metadata.inner(model)),
         "stopper": {name: getattr(trainer.stopper, name) for name in PATIENCE},
+        "stop": bool(trainer.stop),
         "pending": cadence.pending,
         "gradients": gradients,
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_bytes(_path(trainer, trainer.epoch, rounds), buffer.getvalue())
+    path = _path(trainer, trainer.epoch, rounds)
+    try:
+        write_bytes(path, buffer.getvalue())
+    except OSError as e:  # a full disk must not cost a night of training
+        LOGGER.warning(f"yolo-prune: {path.name} could not be written ({e}); a resumed run will not be bit for bit it")
 
 
 def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
@@ -131,9 +147,11 @@ def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         trainer.scaler.load_state_dict(state["scaler"])
     _continue_criterion(metadata.inner(unwrap_model(trainer.model)), state["criterion"])
     trainer.ema.updates = state["updates"]
-    vars(trainer.stopper).update(state.get("stopper", {}))
-    args = trainer.args
-    if args.close_mosaic and trainer.start_epoch > trainer.epochs - args.close_mosaic:
+    vars(trainer.stopper).update(state["stopper"])
+    waited = trainer.start_epoch - trainer.stopper.best_epoch
+    trainer.stopped_early = state["stop"] and waited >= trainer.stopper.patience  # today's, if it was given
+    closes = trainer.epochs - trainer.args.close_mosaic
+    if trainer.args.close_mosaic and trainer.start_epoch > closes and (closes >= 0 or closes_mosaic_late()):
         trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch
     cadence.pending = state["pending"]
     cadence.gradients = {name: gradient.to(trainer.device) for name, gradient in state["gradients"].items()}
@@ -165,6 +183,17 @@ def _continue_criterion(model: Any, numbers: dict[str, float]) -> None:
         return
     model.criterion = getattr(model, "criterion", None) or model.init_criterion()
     vars(model.criterion).update(numbers)
+
+
+def bring_along(trainer: BaseTrainer) -> None:
+    """Ultralytics goes on in the folder that the run began in; if it was moved, fetch what lies beside last.pt."""
+    found = Path(trainer.args.resume).resolve().parent.parent
+    if not ranks.first() or found == trainer.save_dir.resolve():
+        return
+    for path in (p for pattern in CARRIED for p in found.glob(pattern)):
+        target = trainer.save_dir / path.relative_to(found)
+        if not target.exists():
+            write_bytes(target, path.read_bytes())
 
 
 def forget(trainer: BaseTrainer, keep: int | None = None) -> None:

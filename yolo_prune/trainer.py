@@ -17,7 +17,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 from yolo_prune import metadata, outputs, ranks, resume
 from yolo_prune.compat import strip_qat
 from yolo_prune.errors import RunError
-from yolo_prune.files import WholeFile
+from yolo_prune.files import WholeFile, write_bytes
 from yolo_prune.graph.probes import image_channels
 
 
@@ -26,10 +26,16 @@ class KeepStructure:
 
     Attributes:
         cadence: when the optimizer steps; a resumed run takes it up where it was.
+        stopped_early: the run that is resumed had stopped, for want of progress, when it was killed.
     """
 
     data: Any
     args: Any
+    epochs: int
+    start_epoch: int
+    resume: Any
+    fitness: float | None
+    stopped_early = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,20 +66,21 @@ class KeepStructure:
         channels, wanted = image_channels(model), data.get("channels", 3)
         if channels and channels != wanted:
             follow = outputs.followers(lambda n: self._stock_model(model, channels=n)).of(model, channels)
-            outputs.resize(model, follow, wanted)
+            outputs.resize(model, follow, wanted, self._stock_model(model, channels=wanted))
             model.yaml["channels"] = wanted
         keypoints = getattr(model, "kpt_shape", None)
         if keypoints and "kpt_shape" in data and list(keypoints) != list(data["kpt_shape"]):
             count, size = data["kpt_shape"]
             follow = outputs.followers(lambda n: self._stock_model(model, kpt_shape=[n, keypoints[1]]))
             renewed = outputs.followers(lambda n: self._stock_model(model, kpt_shape=[n, size]))
-            outputs.resize(model, renewed.among(follow.of(model, keypoints[0])), count)
+            stock = self._stock_model(model, kpt_shape=[count, size])
+            outputs.resize(model, renewed.among(follow.of(model, keypoints[0])), count, stock)
             model.kpt_shape = model.model[-1].kpt_shape = model.yaml["kpt_shape"] = [count, size]
         classes, names = len(model.names), data["names"]
         rows = outputs.same_names(model.names, names) if getattr(self.args, "cls_remap", True) else None
         if classes != data["nc"] or rows:
             follow = outputs.followers(lambda n: self._stock_model(model, nc=n)).of(model, classes)
-            outputs.resize(model, follow, data["nc"], rows)
+            outputs.resize(model, follow, data["nc"], self._stock_model(model, nc=data["nc"]), rows)
             model.yaml["nc"] = data["nc"]
 
     def _stock_model(self, model: Any, **data: Any) -> nn.Module:
@@ -91,36 +98,30 @@ class KeepStructure:
         self.cadence.stepped()
 
     def save_model(self) -> Any:
-        """Stock, but files appear whole, and last.pt after all that it speaks of."""
-        last, held = self.last, _Held()
-        self.last = held  # type: ignore[assignment]  # only written to
-        try:
-            saved = super().save_model()  # type: ignore[misc]
-        finally:
-            self.last = last
+        """Stock, but files appear whole, and last.pt after the state that belongs to it."""
         run = getattr(self, "pruning", None)
         if run and run.exact:
             resume.save(self, len(run.report.rounds), self.cadence)
-        if held.data:
-            last.write_bytes(held.data)
+        saved = super().save_model()  # type: ignore[misc]
         if run:
             resume.forget(self, len(run.report.rounds))
         return saved
 
     def resume_training(self, ckpt: Any) -> None:
         """Stock, which refuses a checkpoint of the last epoch; a run killed after that one can be completed, too."""
-        epochs = self.epochs  # type: ignore[attr-defined]
-        complete = bool(self.resume and ckpt and ckpt.get("epoch", -1) + 1 == epochs > 1)  # type: ignore[attr-defined]
-        super().resume_training({**ckpt, "epoch": epochs - 2} if complete else ckpt)  # type: ignore[misc]
-        if self.resume and ckpt:  # type: ignore[attr-defined]
+        complete = bool(self.resume and ckpt and ckpt.get("epoch", -1) + 1 == self.epochs)
+        self.epochs += complete
+        super().resume_training(ckpt)  # type: ignore[misc]
+        self.epochs -= complete
+        if self.resume and ckpt:
             self.fitness = (ckpt.get("train_metrics") or {}).get("fitness")
-        if complete:
-            self.start_epoch = epochs
+            resume.bring_along(self)
+            if ranks.first() and self.fitness is not None and self.fitness == ckpt.get("best_fitness"):
+                write_bytes(self.best, Path(self.args.resume).read_bytes())  # killed before this was written
 
     def _setup_train(self, *args: Any) -> None:
         super()._setup_train(*args)  # type: ignore[misc]
-        stopper = self.stopper  # type: ignore[attr-defined]
-        if self.start_epoch >= self.epochs or self.start_epoch - stopper.best_epoch >= stopper.patience:  # type: ignore[attr-defined]
+        if self.start_epoch >= self.epochs or self.stopped_early:
             raise _AllTrained
 
     def final_eval(self) -> None:
@@ -136,10 +137,16 @@ class KeepStructure:
         try:
             super()._do_train(*args)  # type: ignore[misc]
         except _AllTrained:
-            self.epoch = self.start_epoch - 1
+            self.epoch, self.epoch_time = self.start_epoch - 1, None
             self.final_eval()
             if ranks.first():
+                if self.args.plots:
+                    self.plot_metrics()  # type: ignore[attr-defined]
                 self.run_callbacks("on_train_end")  # type: ignore[attr-defined]
+        self.tidy()
+
+    def tidy(self) -> None:
+        """The run is complete: nothing in its folder is for resuming any more."""
         if self._stripped and self._stripped.exists():
             os.replace(self._stripped, self.last)
         if ranks.first() and hasattr(self, "pruning"):
@@ -155,16 +162,6 @@ class KeepStructure:
         elif temporary.exists():
             os.replace(temporary, target)
         return result
-
-
-class _Held:
-    """Takes what is written to a file, to write it later."""
-
-    data = b""
-
-    def write_bytes(self, data: bytes) -> int:
-        self.data = data
-        return len(data)
 
 
 class _AllTrained(Exception):
