@@ -131,6 +131,14 @@ def test_a_disk_that_takes_no_state_costs_exactness_only(
     assert Report.load(tmp_path / "run").status == "finished"
 
 
+def test_without_the_word_resume_one_is_told_that_a_run_is_unfinished(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(folder, tmp_path, 1)
+    begin(folder, tmp_path, 1, YOLO(tmp_path / "run/weights/last.pt"), name="other")
+    assert "is of an unfinished pruning run; this begins a new one from it" in caplog.text
+
+
 def test_a_failed_run_can_be_started_again_from_the_same_object(folder: Path, tmp_path: Path) -> None:
     model = begin(folder, tmp_path, 3)
     assert not metadata.is_pruned(model.model)
@@ -154,7 +162,7 @@ def test_a_run_into_the_folder_of_its_own_model_keeps_it_until_there_is_a_better
     begin(folder, tmp_path, 1, model)
     assert there
     assert all(there)
-    with pytest.raises(RunError, match="The teacher .*best.pt lies where this run writes its checkpoints"):
+    with pytest.raises(RunError, match=r"The teacher .*best\.pt lies where this run writes its checkpoints"):
         YOLO(weights / "best.pt").train(
             **{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)},
             distill_model=str(weights / "best.pt"),

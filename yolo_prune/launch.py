@@ -118,6 +118,11 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
     recipe = load_recipe(arguments.get("recipe"), keys.overrides(arguments))
     for warning in doctor.untested():
         LOGGER.warning(f"{PREFIX}{warning}")
+    if (record := metadata.read(model.model)) and record.active and (model.ckpt or {}).get("optimizer"):
+        LOGGER.warning(
+            f"{PREFIX}{settings.get('model')} is of an unfinished pruning run; this begins a new one from it. To finish "
+            "that one, use 'yolo train resume model=...'."
+        )
     check_run(settings)
     _check_teacher(model, recipe, settings)
     _check_fits(model.model, recipe, settings)
