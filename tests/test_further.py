@@ -114,7 +114,7 @@ def train_tracked(tracker: str, start: Path, data: str, folder: Path, **environm
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-FIGURES = {"prune/round", "prune/flops_kept", "prune/params_kept", "prune/fitness_cut", "prune/fitness_recalibrated"}
+FIGURES = {"prune/round", "prune/flops_kept", "prune/params_kept", "prune/fitness_cut", "prune/fitness_recovered"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Recovery: recalibrated statistics are those of the activations, and nothing else changes."""
+"""Recovery: recovered statistics are those of the activations, and nothing else changes."""
 
 from __future__ import annotations
 

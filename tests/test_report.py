@@ -39,7 +39,7 @@ def make_report(starts: tuple[int, ...] = (0, 5, 10), epochs: int = 30, layers: 
     report = Report(model="runs/dense/weights/best.pt", data="data/coco8.yaml", imgsz=320, epochs=epochs, dense=dense)
     for number, epoch in enumerate(starts, start=1):
         keep = 1 - 0.5 * number / len(starts)
-        fitness = RoundFitness(before=0.6, cut=0.02, recalibrated=0.31, end=0.58) if fit else RoundFitness()
+        fitness = RoundFitness(before=0.6, cut=0.02, recovered=0.31, end=0.58) if fit else RoundFitness()
         row = RoundRow(number=number, epoch=epoch, target={"flops": keep}, flops=keep * 6.6e9, params=1_400_000)
         row.proof, row.fitness, row.plan = Proof(error=1e-15, seconds=0.4), fitness, "5f" * 32
         report.rounds.append(row)
@@ -96,7 +96,7 @@ def test_the_file_has_the_documented_keys_in_order(tmp_path: Path) -> None:
     assert list(data["rounds"][0]) == [
         *("number", "epoch", "target", "flops", "params", "size_mb", "plan", "proof", "fitness", "seconds")
     ]
-    assert list(data["rounds"][0]["fitness"]) == ["before", "cut", "recalibrated", "end"]
+    assert list(data["rounds"][0]["fitness"]) == ["before", "cut", "recovered", "end"]
     assert data["version"] == 1
     assert data["rounds"][0]["seconds"] is None
 
@@ -193,7 +193,7 @@ def test_summary_table() -> None:
 def test_rounds_table_has_a_line_per_round_with_epochs_as_in_results_csv() -> None:
     lines = rounds_table(make_report()).splitlines()
     assert lines[1].split()[:3] == ["round", "epoch", "target"]
-    assert lines[1].split()[-4:] == ["before", "cut", "recal.", "end"]
+    assert lines[1].split()[-4:] == ["before", "cut", "recov.", "end"]
     assert [line.split()[:2] for line in lines[3:]] == [["1", "1"], ["2", "6"], ["3", "11"]]
     assert lines[3].split()[2:] == "83.3 % FLOPs 5.50 83.3 % 1.40 53.4 % 0.600 0.020 0.310 0.580".split()
     assert len({len(line) for line in lines[1:]}) == 1
@@ -246,7 +246,7 @@ def test_the_picture_says_what_the_report_says() -> None:
     assert "coco8.yaml,  imgsz 320,  3 rounds,  30 epochs" in found
     assert {"6.60 → 3.30", "2.62 → 1.31", "5.40 → 2.70", "0.612 → 0.600", "\N{MINUS SIGN}0.012"} <= found.keys()
     assert {"round 1 → 83.3 % FLOPs", "round 2 → 66.7 % FLOPs", "round 3 → 50 % FLOPs"} <= found.keys()
-    assert {"protected, unchanged", "right after the cut", "BatchNorm recalibrated"} <= found.keys()
+    assert {"protected, unchanged", "right after the cut", "BatchNorm recovered"} <= found.keys()
 
 
 def test_rounds_without_room_share_a_label() -> None:

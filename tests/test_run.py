@@ -109,7 +109,7 @@ def test_the_report_holds_every_round_and_every_epoch(pruned: Path) -> None:
     for r in report.rounds:
         assert r.fitness.before is not None
         assert r.fitness.cut is not None
-        assert r.fitness.recalibrated is not None
+        assert r.fitness.recovered is not None
         assert r.fitness.end is not None
         assert r.proof is not None
         assert r.proof.error <= 1e-8

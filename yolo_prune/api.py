@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.engine.model import Model
+from ultralytics.utils import TQDM
 
-from yolo_prune import _startup, metadata, planner, proof, recipe, surgery
+from yolo_prune import _startup, images, metadata, planner, proof, recipe, recover, surgery
+from yolo_prune.calibration import Calibration
 from yolo_prune.compat import DAMAGED
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
 from yolo_prune.files import write_bytes
@@ -30,6 +32,7 @@ def plan(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
     imgsz: int = 640,
+    data: str | Path | None = None,
     **overrides: Any,
 ) -> Plan:
     """Look before you cut: what a recipe would remove from a model. The model is not changed.
@@ -37,7 +40,8 @@ def plan(
     Args:
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
         recipe: a bundled name, a path, a mapping, a `Recipe`; the default recipe where None.
-        imgsz: image size in pixels at which FLOPs are counted.
+        imgsz: image size in pixels at which FLOPs are counted, and training images are looked at.
+        data: the dataset, as for `model.train`, for criteria that look at training images.
         **overrides: recipe fields, dotted: `**{"target.flops": 0.4}`.
 
     Returns:
@@ -46,19 +50,37 @@ def plan(
     Raises:
         PruneError: If the recipe is wrong, the target out of reach, or the model not supported.
     """
-    return planner.make_plan(_module(model), _load(recipe, overrides), imgsz)
+    asked = _load(recipe, overrides)
+    if isinstance(model, str | Path):
+        model = open_model(model)
+    count = planner.images_for(asked)
+    calibration = _calibration(model, data, imgsz, count) if data and count else None
+    bar = _bar("looking at training images", count)
+    return planner.make_plan(_module(model), asked, imgsz, calibration=calibration, progress=bar)
 
 
-def apply(model: Model | nn.Module, plan: Plan, *, prove: bool = True) -> proof.Proof | None:
+def apply(
+    model: Model | nn.Module,
+    plan: Plan,
+    *,
+    prove: bool = True,
+    data: str | Path | None = None,
+    imgsz: int = 640,
+    refit: int = 64,
+) -> proof.Proof | None:
     """Cut a model in place, in one shot, without training.
 
-    The cut is proved on a copy first; if the proof fails the model is unchanged. Expect accuracy to be low until the
-    model is trained again (`model.train(...)` keeps the pruned structure).
+    The cut is proved on a copy first; if the proof fails the model is unchanged. With `data`, the remaining weights are
+    then refitted to what the layers put out before. Without, expect accuracy to be low until the model is trained again
+    (`model.train(...)` keeps the pruned structure).
 
     Args:
         model: a `YOLO` object or its module.
         plan: a plan made for this model.
         prove: compare masked reference and pruned copy first.
+        data: the dataset, as for `model.train`, whose training images (not their labels) the weights are refitted on.
+        imgsz: size of those images in pixels.
+        refit: how many images.
 
     Returns:
         The proof, or None with `prove=False`.
@@ -74,8 +96,12 @@ def apply(model: Model | nn.Module, plan: Plan, *, prove: bool = True) -> proof.
     surgery.check(module, plan)
     record = metadata.read(module)
     proven = proof.prove(module, plan) if prove else None
+    calibration = _calibration(model, data, imgsz, refit) if data and refit else None
     widths = record.widths if record and record.plan else planner.widths(module)
+    whole = proof.bare_copy(module) if calibration else None
     surgery.apply(module, plan)
+    if calibration and whole:
+        recover.refit(whole, module, plan, calibration.images(refit), progress=_bar("refitting layers"))
     composed = record.plan.then(plan) if record and record.plan else plan
     forecast = plan.forecast
     cost = {"flops": forecast.flops_after, "params": forecast.params_after} if forecast else {}
@@ -192,6 +218,17 @@ def describe(model: Model | nn.Module | str | Path) -> str:
         before = record.plan.shapes.get(f"{name}.weight", (width,))[0]
         lines.append(f"{name:44}{before:8}{width:8}" + ("" if before != width else "   ="))
     return "\n".join(lines)
+
+
+def _calibration(model: Model | nn.Module, data: str | Path, imgsz: int, count: int) -> Calibration:
+    if not isinstance(model, Model):
+        raise RunError("data= needs the YOLO object, not its module: it knows how the task reads its dataset.")
+    model.model.float()
+    return images.calibration(model, data, imgsz, count)
+
+
+def _bar(what: str, total: int | None = None) -> Callable[[Any], Any]:
+    return lambda items: TQDM(items, total=total or len(items), desc=what)
 
 
 INSTEAD = {

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
 from yolo_prune import control, journal, metadata, planner, proof, ranks, recover, resume, schedule, surgery
+from yolo_prune.calibration import Calibration
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.files import write_text
@@ -141,7 +144,7 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     model, frozen = control.live(trainer), control.frozen_modules(trainer)
     record = metadata.read(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
-    plan = planner.plan_for(model, graph, recipe)
+    plan = planner.plan_for(model, graph, planner.rehearsal(recipe))
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
     present = plan.predicted.present(recipe.target.metric)
@@ -186,19 +189,28 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     recipe, record = run.recipe, metadata.read(control.live(trainer))
     if record is None:
         raise RunError("The run's pruning record is gone from the model; another callback replaced `model.yaml`.")
-    plan, proven = ranks.agree(lambda: _decide(trainer, run, due))
+    images = max(planner.images_for(recipe), recipe.recover.refit)
+    calibration = control.calibration(trainer, images) if images and ranks.first() else None
+    plan, proven = ranks.agree(lambda: _decide(trainer, run, due, calibration))
     if plan is None:
         LOGGER.info(f"{PREFIX}round {due.number}: the round before already went this far; nothing to remove")
         run.advance(trainer)
         return False
     before = _fitness_before(trainer, run)
     composed = record.plan.then(plan) if record.plan else plan
+    whole = proof.bare_copy(control.average(trainer)) if recipe.recover.refit and ranks.first() else None
     control.cut(trainer, plan)
     _compare_ranks(trainer, composed)
     run.cost = plan.predicted.flops_after, plan.predicted.params_after
     after_cut = control.validate(trainer) if recipe.measure else None
-    _recalibrate(trainer, run, due.number)
-    recalibrated = control.validate(trainer) if recipe.measure and recipe.recover.batchnorm else None
+    if recipe.recover.refit:
+        if whole is not None and calibration:
+            _refit(trainer, run, due.number, whole, plan, calibration)
+        control.start_from_average(trainer)
+    else:
+        _recalibrate(trainer, run, due.number)
+    recovers = recipe.recover.refit or recipe.recover.batchnorm
+    recovered = control.validate(trainer) if recipe.measure and recovers else None
     control.forget_best(trainer, trainer.wdir / f"round{due.number}.pt")
     run.advance(trainer)
     row = RoundRow(
@@ -210,7 +222,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
         size_mb=journal.size_mb(control.average(trainer)),
         plan=plan.hash,
         proof=Proof(**vars(proven)) if proven else None,
-        fitness=RoundFitness(before=before, cut=after_cut, recalibrated=recalibrated),
+        fitness=RoundFitness(before=before, cut=after_cut, recovered=recovered),
         seconds=time.perf_counter() - began,
     )
     facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
@@ -221,11 +233,15 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     return True
 
 
-def _decide(trainer: BaseTrainer, run: Run, due: schedule.Round) -> tuple[Plan | None, proof.Proof | None]:
+def _decide(
+    trainer: BaseTrainer, run: Run, due: schedule.Round, calibration: Calibration | None
+) -> tuple[Plan | None, proof.Proof | None]:
     """The proved plan of a round; none where the rounds before went this far already."""
     ema = control.average(trainer)
     try:
-        plan = planner.make_plan(ema, run.recipe, journal.imgsz(trainer, run.report), due.keep, run.frozen)
+        size = journal.imgsz(trainer, run.report)
+        bar = _bar(f"round {due.number}: looking at training images", planner.images_for(run.recipe))
+        plan = planner.make_plan(ema, run.recipe, size, due.keep, run.frozen, calibration, bar)
     except NothingToRemoveError:
         return None, None
     return plan, proof.prove(ema, plan) if run.recipe.proof else None
@@ -283,6 +299,16 @@ def _fitness_before(trainer: BaseTrainer, run: Run) -> float | None:
     known = trainer.fitness if trainer.epoch > trainer.start_epoch else None
     known = ranks.agree(lambda: None if known is None else float(known))  # later ranks do not know it
     return control.validate(trainer) if known is None and run.recipe.measure else known
+
+
+def _refit(trainer: BaseTrainer, run: Run, number: int, whole: nn.Module, plan: Plan, calibration: Calibration) -> None:
+    """Fit the averaged model, layer after layer, to what it put out before the cut."""
+    images = calibration.images(run.recipe.recover.refit)
+    recover.refit(whole, control.average(trainer), plan, images, run.frozen, _bar(f"round {number}: refitting layers"))
+
+
+def _bar(what: str, total: int | None = None) -> Callable[[Any], Any]:
+    return lambda items: TQDM(items, total=total or len(items), desc=f"{PREFIX}{what}")
 
 
 def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:

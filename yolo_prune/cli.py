@@ -16,8 +16,9 @@ from yolo_prune.errors import PruneError
 HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of an Ultralytics YOLO run
 
   yolo-prune train model=best.pt data=data.yaml epochs=60 [recipe=half-flops]   prune while training
-  yolo-prune plan  model=best.pt [recipe=half-flops] [imgsz=640] [save=plan.json]   look before you cut
-  yolo-prune apply model=best.pt [recipe=half-flops | plan=plan.json] [save=pruned.pt]   one shot, no training
+  yolo-prune plan  model=best.pt [data=data.yaml] [recipe=half-flops] [imgsz=640] [save=plan.json]   look before you cut
+  yolo-prune apply model=best.pt data=data.yaml [recipe=half-flops | plan=plan.json] [imgsz=640] [save=pruned.pt]
+                                                                one shot: cut and refit, no training
   yolo-prune show  model=pruned.pt | recipe=half-flops   what was done to a checkpoint; what a recipe says
   yolo-prune demo  [folder=yolo-prune-demo]   everything on a small made-up dataset, in a few minutes
   yolo-prune doctor   is the start-up hook active, which versions are here
@@ -72,10 +73,10 @@ def _train(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    values, overrides = _parse("plan", arguments, ("model", "recipe", "imgsz", "save"))
+    values, overrides = _parse("plan", arguments, ("model", "recipe", "imgsz", "data", "save"))
     from yolo_prune import api
 
-    plan = api.plan(_model(values), values.get("recipe"), imgsz=_imgsz(values), **overrides)
+    plan = api.plan(_model(values), values.get("recipe"), imgsz=_imgsz(values), data=values.get("data"), **overrides)
     print(plan.describe())
     if save := values.get("save"):
         print(f"saved {plan.save(_target(save, '.json'))}")
@@ -83,7 +84,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _apply(arguments: list[str]) -> int:
-    values, overrides = _parse("apply", arguments, ("model", "recipe", "plan", "imgsz", "save"))
+    values, overrides = _parse("apply", arguments, ("model", "recipe", "plan", "imgsz", "data", "save"))
     if "plan" in values and ("recipe" in values or overrides):
         raise PruneError("plan= and recipe= exclude one another: a plan already says what goes.")
     source = Path(_model(values))
@@ -97,13 +98,14 @@ def _apply(arguments: list[str]) -> int:
     if "plan" in values:
         plan = Plan.load(values["plan"])
     else:
-        plan = api.plan(model, values.get("recipe"), imgsz=_imgsz(values), **overrides)
-    proven = api.apply(model, plan)
+        plan = api.plan(model, values.get("recipe"), imgsz=_imgsz(values), data=values.get("data"), **overrides)
+    proven = api.apply(model, plan, data=values.get("data"), imgsz=_imgsz(values))
     api.save(model, target)
     print(plan.describe())
     if proven:
         print(f"exact: the pruned model computes what silencing computes, to {proven.error:.0e} in float64")
-    print(f"saved {target}; its accuracy returns with training: yolo train model={target} data=... epochs=...")
+    fitted = "" if "data" in values else "; the weights were not refitted, as data= was not given"
+    print(f"saved {target}{fitted}. Train it further with: yolo train model={target} data=... epochs=...")
     return 0
 
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ultralytics.engine.trainer import BaseTrainer
 
 from yolo_prune import metadata, ranks, surgery
+from yolo_prune.calibration import Batch, Calibration, draw
 from yolo_prune.compat import unwrap_model
 from yolo_prune.plans import Keep, Plan, Shapes
 from yolo_prune.resume import refill_mosaic
@@ -174,6 +175,40 @@ def training_images(trainer: BaseTrainer, batches: int, seed: int) -> Iterator[T
     loader = DataLoader(stock.dataset, batch_sampler=chosen, num_workers=stock.num_workers, collate_fn=stock.collate_fn)
     for batch in loader:
         yield trainer.preprocess_batch(batch)["img"]
+
+
+def calibration(trainer: BaseTrainer, count: int) -> Calibration:
+    """Training images as validation would show them; where the trainer cannot build that, as training does.
+
+    Args:
+        trainer: after its set-up.
+        count: at most this many images.
+    """
+    args, stock = trainer.args, trainer.train_loader
+    dataset = stock.dataset
+    if hasattr(trainer, "build_dataset"):
+        cache, args.cache = args.cache, False  # or the images would be in memory twice
+        try:
+            dataset = trainer.build_dataset(getattr(trainer, "trainset", None) or trainer.data["train"], "val", 1)
+        finally:
+            args.cache = cache
+
+    def prepare(batch: Batch) -> Batch:
+        scale, args.multi_scale = args.multi_scale, 0.0
+        try:
+            return trainer.preprocess_batch(batch)  # type: ignore[no-any-return]
+        finally:
+            args.multi_scale = scale
+
+    with own_randomness(args.seed):
+        return Calibration(draw(dataset, stock.collate_fn, count, args.seed), prepare, args)
+
+
+def start_from_average(trainer: BaseTrainer) -> None:
+    """Make the live model what its average is, on every rank what it is on the first."""
+    averaged = average(trainer).state_dict()
+    ranks.share(averaged.values())
+    live(trainer).load_state_dict(averaged)
 
 
 @contextmanager

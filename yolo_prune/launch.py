@@ -120,8 +120,8 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
         LOGGER.warning(f"{PREFIX}{warning}")
     if (record := metadata.read(model.model)) and record.active and (model.ckpt or {}).get("optimizer"):
         LOGGER.warning(
-            f"{PREFIX}{settings.get('model')} is of an unfinished pruning run; this begins a new one from it. To finish "
-            "that one, use 'yolo train resume model=...'."
+            f"{PREFIX}{settings.get('model')} is of an unfinished pruning run; this begins a new one from it. To "
+            "finish that one, use 'yolo train resume model=...'."
         )
     check_run(settings)
     _check_teacher(model, recipe, settings)
@@ -254,7 +254,7 @@ def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) 
     frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
     names = [f"model.{layer}" for layer in frozen]
     try:
-        plan = planner.make_plan(module, recipe, max(1, -(-size // step)) * step, frozen=names)
+        plan = planner.make_plan(module, planner.rehearsal(recipe), max(1, -(-size // step)) * step, frozen=names)
     except NothingToRemoveError as e:
         raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
     present = plan.predicted.present(recipe.target.metric)

@@ -11,18 +11,26 @@ from torch import nn
 
 from yolo_prune import criteria
 from yolo_prune.cost import Cost, measure
-from yolo_prune.errors import NothingToRemoveError
+from yolo_prune.criteria.base import Observer, Progress
+from yolo_prune.errors import NothingToRemoveError, RecipeError
 from yolo_prune.graph import Graph, Rows, has_heads, trace
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
+from yolo_prune.recipe import CriterionSpec, Recipe
 from yolo_prune.select import Constraints, Goal, least, select
 
 if TYPE_CHECKING:
-    from yolo_prune.recipe import Recipe
+    from yolo_prune.calibration import Calibration
 
 
 def make_plan(
-    model: nn.Module, recipe: Recipe, imgsz: int = 640, keep: float | None = None, frozen: Sequence[str] = ()
+    model: nn.Module,
+    recipe: Recipe,
+    imgsz: int = 640,
+    keep: float | None = None,
+    frozen: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    progress: Progress = iter,
 ) -> Plan:
     """Plan one cut.
 
@@ -32,6 +40,8 @@ def make_plan(
         imgsz: image size in pixels that FLOPs are counted at.
         keep: fraction of the *dense* model to keep after this cut; the recipe's target where None.
         frozen: names of modules that are not trained, and so are not cut.
+        calibration: training images, for criteria that look at data.
+        progress: wraps what such a criterion goes through, to show how far it is.
 
     Raises:
         TargetError: If the target is out of reach.
@@ -40,7 +50,23 @@ def make_plan(
         RecipeError: If a protect pattern matches nothing or the criterion is unknown.
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
-    return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep)
+    return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep, calibration, progress)
+
+
+def rehearsal(recipe: Recipe) -> Recipe:
+    """The recipe with a criterion that needs no data: what it plans is as large, but other channels go.
+
+    Raises:
+        RecipeError: If the recipe's own criterion is unknown or its options are wrong.
+    """
+    criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    return recipe.model_copy(update={"criterion": CriterionSpec()}) if isinstance(criterion, Observer) else recipe
+
+
+def images_for(recipe: Recipe) -> int:
+    """How many training images a recipe's criterion looks at; 0 if it looks at weights alone."""
+    criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    return criterion.images if isinstance(criterion, Observer) else 0
 
 
 def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:
@@ -48,7 +74,14 @@ def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] =
     return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
 
 
-def plan_for(model: nn.Module, graph: Graph, recipe: Recipe, keep: float | None = None) -> Plan:
+def plan_for(
+    model: nn.Module,
+    graph: Graph,
+    recipe: Recipe,
+    keep: float | None = None,
+    calibration: Calibration | None = None,
+    progress: Progress = iter,
+) -> Plan:
     """`make_plan` for a model that was traced before."""
     cost = measure(model, graph)
     dense, widths = _dense(model, graph)
@@ -60,10 +93,18 @@ def plan_for(model: nn.Module, graph: Graph, recipe: Recipe, keep: float | None 
             f"a target of {wanted:g} leaves nothing to remove. Ask for less."
         )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    if isinstance(criterion, Observer):
+        if calibration is None:
+            raise RecipeError(
+                f"criterion {recipe.criterion.name} looks at training images: say which, as in data=coco8.yaml; or "
+                "take one that looks at weights alone, as in recipe.criterion=magnitude."
+            )
+        criterion.observe(model, calibration, progress)
     tensors = model.state_dict()
     scores = {s.name: criteria.score(criterion, tensors, s) for g in graph.groups if not g.protected for s in g.sets}
     goal = Goal(metric, wanted * whole, whole)
-    kept = select(graph.groups, cost, scores, goal, _constraints(recipe), widths)
+    comparable = bool(getattr(criterion, "comparable", False))
+    kept = select(graph.groups, cost, scores, goal, _constraints(recipe), widths, comparable)
     return build_plan(graph, cost, kept, dense)
 
 

@@ -88,13 +88,18 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
 
 
 def lean_copy(model: nn.Module) -> nn.Module:
-    """A copy on the CPU without training-only state, and without hooks: they are not the model's own."""
+    """A `bare_copy` on the CPU."""
+    return bare_copy(model).cpu()
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A copy without training-only state, and without hooks: they are not the model's own."""
     memo: dict[int, Any] = {}
     if getattr(model, "criterion", None) is not None:
         memo[id(model.criterion)] = None
     for module in model.modules():
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-    return deepcopy(model, memo).cpu()
+    return deepcopy(model, memo)
 
 
 def _float64_copy(model: nn.Module) -> nn.Module:

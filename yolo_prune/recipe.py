@@ -72,7 +72,10 @@ class CriterionSpec(_Part):
     """Which criterion scores the channels, with its options beside the name."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    name: str = Field("magnitude", description="magnitude or random, or one that was registered")
+    name: str = Field(
+        "magnitude",
+        description="obs, taylor, fisher, magnitude, lamp, bn_scale, fpgm, random, or a registered one",
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,10 +99,16 @@ class Channels(_Part):
 class Recover(_Part):
     """What is done right after each cut, before training goes on."""
 
+    refit: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="training images to refit the remaining weights on, layer after layer; 0 leaves them as they are",
+    )
     batchnorm: int = Field(
         32,
         ge=0,
-        description="training batches to re-estimate batch norm statistics with; 0 leaves them as they are",
+        description="without refit: training batches to re-estimate batch norm statistics with; 0 leaves them",
     )
     distill: bool = Field(
         False, description="train with the checkpoint that the run starts from as teacher, as with distill_model="

@@ -17,7 +17,7 @@ from yolo_prune.cost import Cost
 from yolo_prune.errors import TargetError
 from yolo_prune.graph.structure import Group
 
-COST_WEIGHT = 0.25  # exponent of the cost in "score per cost"
+COST_WEIGHT = 0.25  # exponent of the cost in "share of the scores per cost"
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,15 @@ def select(
     goal: Goal,
     constraints: Constraints,
     dense_widths: Mapping[str, int],
+    comparable: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Choose the channels to keep: global, greedy by score lost per cost saved.
 
-    A step takes the lowest scored channels of one group down to its next allowed width. What it loses is the share of
-    the scores still there (so a group that is already thin resists, as in LAMP, Lee et al., ICLR 2021,
-    arXiv:2010.07611); what it saves is the true change of the whole model's cost at that moment, as a thinner producer
-    also thins its consumers. When the goal is passed, steps that still fit are taken back, dearest first.
+    A step takes the lowest scored channels of one group down to its next allowed width. What it loses is their scores,
+    if those are amounts of the loss; else the share of the scores still there (so a group that is already thin resists,
+    as in LAMP, Lee et al., ICLR 2021, arXiv:2010.07611), weighed against a small power of the cost only. What it saves
+    is the true change of the whole model's cost at that moment, as a thinner producer also thins its consumers. When
+    the goal is passed, steps that still fit are taken back, dearest first.
 
     Args:
         groups: all groups; protected ones are left alone.
@@ -66,6 +68,7 @@ def select(
         goal: what to reach.
         constraints: on the widths.
         dense_widths: `{set name: channels in the dense model}`.
+        comparable: scores are amounts of the loss, and can be compared between sets.
 
     Returns:
         `{set name: kept channels, ascending}` for the sets that get narrower.
@@ -75,7 +78,7 @@ def select(
     """
     ledger = _Ledger(cost, goal.metric)
     levels = [(g, _levels(g, constraints, dense_widths)) for g in groups if not g.protected]
-    moves = [_Move(g, ledger, scores, ls) for g, ls in levels if len(ls) > 1]
+    moves = [_Move(g, ledger, scores, ls, comparable) for g, ls in levels if len(ls) > 1]
     _cut(moves, ledger, goal)
     _give_back(moves, ledger, goal)
     return {name: kept for m in moves if m.at for name, kept in m.kept().items()}
@@ -124,8 +127,11 @@ class _Move:
         ledger: _Ledger,
         scores: Mapping[str, Tensor] | None,
         levels: list[int],
+        comparable: bool = False,
     ) -> None:
         self.group = group
+        self.comparable = comparable
+        self.power = 1.0 if comparable else COST_WEIGHT
         self.ledger = ledger
         self.at = 0
         self.levels = levels
@@ -147,9 +153,9 @@ class _Move:
             below = np.concatenate(([0.0], np.cumsum(ascending)))
             gone = [s.size - s.size // self.group.grain * level for level in self.levels]
             for i, (now, then) in enumerate(pairwise(gone)):
-                left = below[-1] - below[now]
+                left = 1.0 if self.comparable else below[-1] - below[now]
                 losses[i] += (below[then] - below[now]) / left if left > 0 else 0.0
-        return [float(x) for x in losses / len(self.group.sets)]
+        return [float(x) for x in losses / (1 if self.comparable else len(self.group.sets))]
 
     def saving(self, start: int) -> float:
         """Cost saved (or spent again) between level `start` and the next."""
@@ -159,7 +165,7 @@ class _Move:
     def price(self) -> float:
         """Score lost per cost saved by the next step."""
         saved = self.saving(self.at)
-        return self.losses[self.at] / saved**COST_WEIGHT if saved > 0 else math.inf
+        return self.losses[self.at] / saved**self.power if saved > 0 else math.inf
 
     def step(self, by: int) -> None:
         """Go one level down (1) or back up (-1)."""
@@ -240,7 +246,7 @@ def _give_back(moves: list[_Move], ledger: _Ledger, goal: Goal) -> None:
             if not m.at:
                 continue
             refund = m.refund()
-            worth = m.losses[m.at - 1] / refund**COST_WEIGHT if refund > 0 else 0.0
+            worth = m.losses[m.at - 1] / refund**m.power if refund > 0 else 0.0
             if refund <= room and worth > best_worth:
                 best, best_worth = m, worth
         if best is None:

@@ -61,11 +61,11 @@ class Figures(_Row):
 
 
 class RoundFitness(_Row):
-    """Fitness around a cut: before it, right after it, with BatchNorm recalibrated, before the next cut."""
+    """Fitness around a cut: before it, right after it, with BatchNorm recovered, before the next cut."""
 
     before: _Float = None
     cut: _Float = None
-    recalibrated: _Float = None
+    recovered: _Float = None
     end: _Float = None
 
 

@@ -262,7 +262,7 @@ def _fitness(axes: Axes, report: Report) -> list[Artist]:
         values += [y for y in ys if not math.isnan(y)]
     for key, label, marker, fill in (
         ("cut", "right after the cut", "v", "white"),
-        ("recalibrated", "BatchNorm recalibrated", "D", DENSE),
+        ("recovered", "BatchNorm recovered", "D", DENSE),
     ):
         shown = [(row.epoch, y) for row in report.rounds if (y := getattr(row.fitness, key)) is not None]
         if shown:
@@ -284,7 +284,7 @@ def _stretches(report: Report) -> list[tuple[list[float], list[float]]]:
     """The fitness line from cut to cut, as x (epochs finished) and y (NaN where not measured)."""
     log = {row.epoch: row.fitness for row in report.epochs_log}
     edges = [(0, report.dense.fitness)]
-    edges += [(row.epoch, _first(row.fitness.recalibrated, row.fitness.cut)) for row in report.rounds]
+    edges += [(row.epoch, _first(row.fitness.recovered, row.fitness.cut)) for row in report.rounds]
     if len(edges) > 1 and edges[1][0] == 0:
         edges = edges[1:]  # the first cut was made before the first epoch
     stretches = []

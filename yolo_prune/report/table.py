@@ -57,7 +57,7 @@ def rounds_table(report: Report) -> str:
     """
     rows = [
         ["", "", "", "", "", "", "", "fitness", "", "", ""],
-        ["round", "epoch", "target", "GFLOPs", "kept", "M params", "kept", "before", "cut", "recal.", "end"],
+        ["round", "epoch", "target", "GFLOPs", "kept", "M params", "kept", "before", "cut", "recov.", "end"],
     ]
     dense = report.dense
     rows.append(["dense", MISSING, MISSING, number(dense.flops, 1e9), percent(dense.flops, dense.flops)])
@@ -75,7 +75,7 @@ def target_text(row: RoundRow, unit: bool = True) -> str:
 
 
 def _round_line(row: RoundRow, report: Report) -> list[str]:
-    around = (row.fitness.before, row.fitness.cut, row.fitness.recalibrated, row.fitness.end)
+    around = (row.fitness.before, row.fitness.cut, row.fitness.recovered, row.fitness.end)
     return [
         str(row.number),
         str(row.epoch + 1),

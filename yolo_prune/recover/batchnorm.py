@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What can be recovered right after a cut, before training goes on."""
+"""Batch norm statistics, estimated anew."""
 
 from __future__ import annotations
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A few labelled training images, and the model's own loss on them: what criteria and recovery learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune.errors import RunError
+from yolo_prune.proof import bare_copy
+
+Batch = dict[str, Any]
+PIXELS = 64 * 640 * 640
+"""Most pixels that one forward pass takes; larger images are fewer."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Training images as validation would show them to the model: whole, not augmented.
+
+    Attributes:
+        items: batches of one image each, with labels, as the task's loss takes them, before they are moved to a device.
+        prepare: moves a batch to the model's device and makes its image floating point, 0 to 1.
+        settings: the run's arguments, which the loss reads its gains from.
+    """
+
+    items: Sequence[Batch]
+    prepare: Callable[[Batch], Batch]
+    settings: Any
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.items)
+
+    def batches(self) -> Iterator[Batch]:
+        """One image at a time, ready for the loss."""
+        for item in self.items:
+            yield self.prepare(dict(item))
+
+    def images(self, count: int) -> Tensor:
+        """Images `(n, channels, height, width)` of one size, as many of `count` as fit into memory."""
+        sizes = [tuple(item["img"].shape[-2:]) for item in self.items]
+        common = max(set(sizes), key=sizes.count)
+        count = min(count, max(1, PIXELS // (common[0] * common[1])))
+        alike = [item for item, size in zip(self.items, sizes, strict=True) if size == common][:count]
+        return torch.cat([self.prepare(dict(item))["img"] for item in alike])
+
+    @contextmanager
+    def differentiable(self, model: nn.Module) -> Iterator[Any]:
+        """A copy of `model` in evaluation mode, of which `loss` can be differentiated."""
+        copy: Any = bare_copy(model).eval()
+        copy.requires_grad_(True)
+        copy.args, copy.criterion = self.settings, None
+        with torch.enable_grad():
+            yield copy
+
+
+def draw(dataset: Any, collate: Callable[[list[Any]], Batch], count: int, seed: int) -> list[Batch]:
+    """Up to `count` images of a dataset, each a batch of its own; same seed, same images.
+
+    Raises:
+        RunError: If the dataset is empty.
+    """
+    if not len(dataset):
+        raise RunError("The training set is empty: there is nothing to calibrate with.")
+    if getattr(dataset, "rect", False):
+        dataset.rect = False  # images of one size, for one forward pass
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
+    return [collate([dataset[i]]) for i in order.tolist()]
+
+
+def loss_of(model: Any, batch: Batch) -> Tensor:
+    """The task's own loss, as a number."""
+    loss = model.loss(batch)[0]
+    return torch.stack([*loss.values()]).sum() if isinstance(loss, dict) else loss.sum()

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""How criteria are written, registered, made from a recipe, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune.calibration import Calibration
+from yolo_prune.errors import PruneError, RecipeError
+from yolo_prune.graph.structure import ChannelSet
+
+Tensors = Mapping[str, Tensor]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+C = TypeVar("C", bound=Callable[..., "Criterion"])
+
+
+class Criterion(Protocol):
+    """Scores channels; higher matters more.
+
+    Scores are compared within one set only, unless the criterion has an attribute `comparable` that is true: then they
+    are amounts of the loss, and are added up and compared over all sets.
+    """
+
+    def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
+        """Score every channel.
+
+        Args:
+            tensors: the model's state, `{name: tensor}`.
+            channels: the set to score.
+
+        Returns:
+            float64 `(channels.size,)`, not negative, on the CPU.
+        """
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A criterion that has to look at training images before it can score."""
+
+    images: int
+
+    def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
+        """Look at the images.
+
+        Args:
+            model: only read.
+            calibration: images, at most `images` of them, with the loss.
+            progress: wraps an iterable of images, to show how far it is.
+        """
+
+
+CRITERIA: dict[str, Callable[..., Criterion]] = {}
+
+
+def register_criterion(name: str) -> Callable[[C], C]:
+    """Register a factory `(**options) -> Criterion` under the name that recipes use.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+
+    def decorate(factory: C) -> C:
+        if name in CRITERIA:
+            raise ValueError(f"A criterion named '{name}' is already registered.")
+        CRITERIA[name] = factory
+        return factory
+
+    return decorate
+
+
+def create(name: str, options: Mapping[str, Any]) -> Criterion:
+    """Make the criterion that a recipe asks for.
+
+    Raises:
+        RecipeError: If there is no such criterion, or an option is unknown or out of range.
+    """
+    if name not in CRITERIA:
+        raise RecipeError(f"criterion.name: there is no criterion '{name}'; choose one of {', '.join(CRITERIA)}.")
+    factory = CRITERIA[name]
+    known = list(signature(factory).parameters)
+    for option in options:
+        if option not in known:
+            knows = f"it knows {', '.join(known)}" if known else "it has none"
+            raise RecipeError(f"criterion.{option}: '{name}' has no such option; {knows}.")
+    return factory(**options)
+
+
+def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tensor:
+    """What `criterion` gives, checked: nothing can be chosen by scores that are not numbers.
+
+    Raises:
+        PruneError: If a score is missing, negative, NaN or infinite.
+    """
+    scores = criterion(tensors, channels)
+    if scores.shape != (channels.size,):
+        raise PruneError(f"The criterion gave {tuple(scores.shape)} scores for '{channels.name}', not {channels.size}.")
+    if not (torch.isfinite(scores) & (scores >= 0)).all():
+        raise PruneError(
+            f"The criterion gave a score for '{channels.name}' that is negative, NaN or infinite. The weights there "
+            "are damaged; take a checkpoint from before the training diverged."
+        )
+    return scores
+
+
+def whole_number(option: str, value: Any, least: int = 1, most: int = 100_000) -> int:
+    """An option that is a whole number.
+
+    Raises:
+        RecipeError: If it is not, or is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise RecipeError(f"criterion.{option}: must be a whole number from {least} to {most}, got {value!r}.")
+    return value
+
+
+def fraction(option: str, value: Any) -> float:
+    """An option that is a number above 0 and at most 1.
+
+    Raises:
+        RecipeError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise RecipeError(f"criterion.{option}: must be a number above 0 and at most 1, got {value!r}.")
+    return float(value)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Criteria that look at data: what does the loss say about a channel?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune.calibration import Calibration, loss_of
+from yolo_prune.criteria.base import Progress, Tensors, fraction, register_criterion, whole_number
+from yolo_prune.criteria.curvature import Curvature
+from yolo_prune.criteria.surgeon import Reader, order
+from yolo_prune.graph.structure import ChannelSet, Slot
+
+IMAGES = 64
+
+
+class Gates:
+    """Scores from the derivatives of the loss by a factor on each channel, one per image.
+
+    The factor multiplies all weights that read a channel, or where no weight does, those that put it out; the
+    derivative by it is the sum of weight times gradient over them.
+    """
+
+    comparable = True  # between sets: they estimate the loss
+
+    def __init__(self, images: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Remember how many images to look at, and how `(images, channels)` become `(channels,)`."""
+        self.images = whole_number("images", images)
+        self._reduce = reduce
+        self._products: dict[tuple[str, int], list[Tensor]] = {}
+
+    def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
+        """Run the loss backwards on every image. The model is only read."""
+        self.begin()
+        with calibration.differentiable(model) as copy:
+            for batch in progress(calibration.batches()):
+                copy.zero_grad(set_to_none=True)
+                loss_of(copy, batch).backward()  # type: ignore[no-untyped-call]
+                self.take(copy)
+
+    def begin(self) -> None:
+        """Forget what was observed."""
+        self._products = {}
+
+    def take(self, model: nn.Module) -> None:
+        """Take down the gradients of one image."""
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            product = (parameter.grad * parameter.detach()).double()
+            for dim in range(min(product.ndim, 2)):
+                others = [d for d in range(product.ndim) if d != dim]
+                sums = self._products.setdefault((name, dim), [])
+                sums.append((product.sum(others) if others else product).cpu())
+
+    def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
+        """Score every channel; see `Criterion`."""
+        known = [s for s in channels.slots if (s.tensor, s.dim) in self._products]
+        readers = [s for s in known if s.dim == 1]
+        found = [torch.stack(self._products[s.tensor, s.dim])[:, list(s.index)] for s in readers or known]
+        if not found:  # nothing that the loss depends on
+            return torch.zeros(channels.size, dtype=torch.float64)
+        return self._reduce(torch.stack(found).sum(0))
+
+
+@register_criterion("taylor")
+def taylor(images: int = IMAGES) -> Gates:
+    """First order: how much the loss changes, at the present slope, without a channel; mean of the amounts over images.
+
+    "Importance Estimation for Neural Network Pruning" (Molchanov et al., CVPR 2019, arXiv:1906.10771), with a gate
+    behind each channel.
+
+    Args:
+        images: training images to look at.
+    """
+    return Gates(images, lambda gates: gates.abs().mean(0))
+
+
+@register_criterion("fisher")
+def fisher(images: int = IMAGES) -> Gates:
+    """Second order, with the empirical Fisher information as Hessian: half the mean square of the slopes over images.
+
+    "Faster gaze prediction with dense networks and Fisher pruning" (Theis et al. 2018, arXiv:1801.05787).
+
+    Args:
+        images: training images to look at.
+    """
+    return Gates(images, lambda gates: gates.square().mean(0) / 2)
+
+
+@register_criterion("obs")
+class Surgeon:
+    """Second order, after adaptation: what the loss rises by without a channel, once its readers are refitted.
+
+    Structured Optimal Brain Surgeon; see `surgeon.order` for the method and its sources. Channels that no weight reads
+    (queries and keys of attentions) are scored as by `fisher`.
+    """
+
+    comparable = True
+
+    def __init__(self, images: int = IMAGES, damping: float = 0.01) -> None:
+        """Remember the options.
+
+        Args:
+            images: training images to look at.
+            damping: added to the diagonal of each layer's input covariance, as a fraction of its mean.
+        """
+        self.images = whole_number("images", images)
+        self.damping = fraction("damping", damping)
+        self._gates = fisher(images)
+        self._curvature: Curvature | None = None
+
+    def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
+        """Run the loss backwards on every image. The model is only read."""
+        self._gates.begin()
+        self._curvature = Curvature(model, calibration, progress, self._gates.take)
+
+    def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
+        """Score every channel; see `Criterion`."""
+        readers = [self._reader(tensors[slot.tensor], slot) for slot in channels.slots if self._reads(slot)]
+        return order(readers, channels.size) if readers else self._gates(tensors, channels)
+
+    def _reads(self, slot: Slot) -> bool:
+        layer, _, key = slot.tensor.rpartition(".")
+        return key == "weight" and slot.dim == 1 and self._curvature is not None and layer in self._curvature
+
+    def _reader(self, weight: Tensor, slot: Slot) -> Reader:
+        assert self._curvature
+        layer = slot.tensor.removesuffix(".weight")
+        covariance, curvature = self._curvature.inputs(layer), self._curvature.outputs(layer)
+        covariance.diagonal().add_(self.damping * covariance.diagonal().mean() + 1e-12)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        values, vectors = torch.linalg.eigh(curvature)
+        root = vectors * values.clamp(min=0).sqrt()
+        taps = weight[0, 0].numel()
+        index = torch.tensor(slot.index, device=weight.device)
+        columns = index[:, None] * taps + torch.arange(taps, device=weight.device)
+        return Reader(inverse, root.T @ weight.detach().double().flatten(1), columns)

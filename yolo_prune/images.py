@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Calibration images of a dataset, for a model that is not being trained."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import default_collate
+from ultralytics.cfg import get_cfg
+from ultralytics.data.utils import check_cls_dataset, check_det_dataset
+from ultralytics.engine.model import Model
+
+from yolo_prune.calibration import Calibration, draw
+from yolo_prune.errors import RunError
+from yolo_prune.graph.probes import stride
+
+
+def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: int = 0) -> Calibration:
+    """Training images of a dataset as validation would show them, and what the task's loss needs.
+
+    Args:
+        model: a `YOLO` object.
+        data: the dataset, as for `model.train`.
+        imgsz: image size in pixels.
+        count: at most this many images.
+        seed: same seed, same images.
+
+    Raises:
+        RunError: If the dataset cannot be read, or does not have the model's classes.
+    """
+    module: Any = model.model
+    device = next(module.parameters()).device
+    overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": imgsz, "batch": 1, "workers": 0}
+    settings = get_cfg(overrides={**overrides, "device": device.type, "rect": False})
+    check = check_cls_dataset if model.task == "classify" else check_det_dataset
+    try:
+        found = check(str(data))
+    except Exception as e:  # whatever is wrong with it, the reason is in the message
+        raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
+    names = getattr(module, "names", None)
+    if names and len(names) != found["nc"]:
+        raise RunError(f"data={data} has {found['nc']} classes, the model {len(names)}. Pass what it was trained on.")
+    with tempfile.TemporaryDirectory() as folder:
+        validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=settings)
+    validator.data, validator.stride, validator.device = found, stride(module), device
+    path = found["train"]
+    dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
+    items = draw(dataset, getattr(dataset, "collate_fn", default_collate), count, seed)
+    return Calibration(items, validator.preprocess, settings)

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What can be recovered right after a cut, before training goes on."""
+
+from yolo_prune.recover.batchnorm import recalibrate
+from yolo_prune.recover.refit import refit
+
+__all__ = ["recalibrate", "refit"]

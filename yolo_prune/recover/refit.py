@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Least-squares reconstruction: layers that read a thinned input put out again what they did before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune import patches
+from yolo_prune.patches import Layer
+from yolo_prune.plans import Plan
+from yolo_prune.proof import bare_copy
+
+POSITIONS = 8000  # of all images together that a layer is fitted to
+PER_COLUMN = 3  # but at least so many for each unknown weight of an output
+RIDGE = 0.01
+NORMS = (nn.BatchNorm2d,)
+
+
+@torch.no_grad()
+def refit(
+    before: nn.Module,
+    after: nn.Module,
+    plan: Plan,
+    images: Tensor,
+    frozen: Sequence[str] = (),
+    progress: Callable[[Any], Any] = iter,
+) -> int:
+    """Fit every convolution and linear layer of a cut model to the outputs of the model before the cut.
+
+    Layer after layer in the order of the forward pass, each on what the layers refitted before it put out, so that
+    errors do not add up; closed form, with a penalty on the distance to the old weights; grouped and depthwise
+    convolutions group by group. Each batch norm gets the statistics of what it now reads, so that training starts from
+    what evaluation sees. The idea is that of "Channel Pruning for Accelerating Very Deep Neural Networks" (He et al.,
+    ICCV 2017, arXiv:1707.06168) and "ThiNet" (Luo et al., ICCV 2017, arXiv:1707.06342), applied to all layers.
+
+    Args:
+        before: the model before the cut; only read.
+        after: the same model after the cut; its weights change in place.
+        plan: the cut.
+        images: `(n, channels, height, width)` on the model's device, as validation shows them; labels are not needed.
+        frozen: names of modules that stay as they are, with everything inside them.
+        progress: wraps the layers that are fitted, to show how far it is.
+
+    Returns:
+        Number of layers that were fitted.
+    """
+    targets = _Targets(bare_copy(before).eval(), plan, images, frozen)
+    modes = {module: module.training for module in after.modules()}
+    bar = iter(progress(range(len(targets.wanted))))
+    hooks = []
+    for name, layer in after.named_modules():
+        if name in targets.wanted:
+            hooks.append(layer.register_forward_pre_hook(partial(_fit, targets.wanted, name, bar)))
+        elif isinstance(layer, NORMS) and layer.track_running_stats and not _inside(name, frozen):
+            hooks.append(layer.register_forward_pre_hook(_restate))
+    fitted = len(targets.wanted)
+    try:
+        after.eval()
+        after(images)
+        next(bar, None)  # lets it close
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return fitted
+
+
+class _Targets:
+    """What every layer has to put out, at a sample of positions."""
+
+    def __init__(self, model: nn.Module, plan: Plan, images: Tensor, frozen: Sequence[str]) -> None:
+        self.wanted: dict[str, tuple[Tensor, Tensor]] = {}
+        self.plan = plan
+        self._calls: Counter[str] = Counter()
+        for name, layer in model.named_modules():
+            if patches.readable(layer) and not _inside(name, frozen) and ".dfl" not in name:
+                layer.register_forward_hook(partial(self._note, name))
+        model(images)
+        for name, calls in self._calls.items():
+            if calls > 1:  # shared by several inputs: no single one to fit to
+                self.wanted.pop(name)
+
+    def _note(self, name: str, layer: Layer, given: tuple[Tensor, ...], output: Tensor) -> None:
+        self._calls[name] += 1
+        columns = layer.weight[0].numel()
+        count = max(POSITIONS, PER_COLUMN * columns)
+        where = patches.positions(name, output, layer, max(1, count // len(output)))
+        wanted = patches.written(layer, output, where).flatten(0, 1)
+        if factors := self.plan.scale.get(f"{name}.weight"):
+            factor = [factors.get(i, 1.0) for i in range(len(wanted))]
+            wanted = wanted * wanted.new_tensor(factor)[:, None]
+        if kept := self.plan.keep.get(f"{name}.weight", {}).get(0):
+            wanted = wanted[list(kept)]
+        self.wanted[name] = where, wanted
+
+
+def _inside(name: str, frozen: Sequence[str]) -> bool:
+    return any(name == f or name.startswith(f"{f}.") for f in frozen)
+
+
+def _fit(
+    targets: dict[str, tuple[Tensor, Tensor]], name: str, bar: Any, layer: Layer, given: tuple[Tensor, ...]
+) -> None:
+    where, wanted = targets.pop(name)
+    value = given[0]
+    weight, offset = solve(patches.read(layer, value, where, patches.width(layer, value)), wanted, layer.weight)
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.copy_(offset)
+    next(bar, None)
+
+
+def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """The weights nearest to a layer's outputs, with a penalty on the distance to the old ones.
+
+    Args:
+        read: `(groups, columns, samples)`.
+        wanted: `(outputs, samples)`.
+        old: weight, `(outputs, ...)`.
+        ridge: the penalty, as a fraction of the mean variance of the columns.
+
+    Returns:
+        The weight, in the shape of `old`, and the offset `(outputs,)` that goes with it.
+    """
+    device = old.device if old.device.type != "mps" else torch.device("cpu")  # which has no double precision
+    groups, columns, samples = read.shape
+    wanted = wanted.reshape(groups, -1, samples)
+    weight = old.to(device, torch.float64).reshape(groups, -1, columns)
+    centre, middle = read.double().mean(2, keepdim=True), wanted.double().mean(2, keepdim=True)
+    read, missing = read - centre.float(), wanted - middle.float()
+    missing = missing - old.float().reshape(groups, -1, columns) @ read
+    moment = (read @ read.transpose(1, 2)).to(device, torch.float64) / samples
+    cross = (missing @ read.transpose(1, 2)).to(device, torch.float64) / samples
+    penalty = ridge * moment.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+    moment.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
+    weight = weight + torch.cholesky_solve(cross.transpose(1, 2), torch.linalg.cholesky(moment)).transpose(1, 2)
+    offset = middle.to(device) - weight @ centre.to(device)
+    return weight.reshape(old.shape).to(old), offset.flatten().to(old)
+
+
+def _restate(norm: nn.BatchNorm2d, given: tuple[Tensor, ...]) -> None:
+    value = given[0].float()
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    norm.running_var.copy_(value.var((0, 2, 3)))
+    norm.running_mean.copy_(value.mean((0, 2, 3)))
