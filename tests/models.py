@@ -38,7 +38,10 @@ torch.set_num_threads(1)  # faster than two for models this small, and far faste
 
 def recipe(**fields: Any) -> Recipe:
     """The default recipe with fields changed: `recipe(target_flops=0.4, channels_min=16)`."""
-    return load_recipe("half-flops", {key.replace("_", ".", 1): value for key, value in fields.items()})
+    return load_recipe(
+        "half-flops",
+        {"criterion": "magnitude", **{key.replace("_", ".", 1): value for key, value in fields.items()}},
+    )
 
 
 def build(name: str, seed: int = 0) -> DetectionModel:

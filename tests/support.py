@@ -72,7 +72,10 @@ class Row:
 
 def recipe(keep: float, **fields: Any) -> Recipe:
     """The default recipe with a target."""
-    return load_recipe("half-flops", {"target.flops": keep, **{k.replace("_", ".", 1): v for k, v in fields.items()}})
+    return load_recipe(
+        "half-flops",
+        {"target.flops": keep, "criterion": "magnitude", **{k.replace("_", ".", 1): v for k, v in fields.items()}},
+    )
 
 
 def measure(name: str, folder: Path, width: float | None = None, columns: tuple[str, ...] = COLUMNS) -> Row:

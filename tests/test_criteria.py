@@ -89,7 +89,11 @@ def test_scores_of_a_model_are_finite_one_per_channel_and_not_negative(name: str
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("magnitud", {}, r"criterion\.name: there is no criterion 'magnitud'; choose one of magnitude, random"),
+        (
+            "magnitud",
+            {},
+            r"criterion\.name: there is no criterion 'magnitud'; choose one of taylor, fisher, obs, magnitude",
+        ),
         ("magnitude", {"nrom": 1}, r"criterion\.nrom: 'magnitude' has no such option; it knows norm\."),
         ("random", {"norm": 1}, r"criterion\.norm: 'random' has no such option; it knows seed\."),
         ("magnitude", {"norm": 3}, r"criterion\.norm: must be 1 or 2, got 3"),

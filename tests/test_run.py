@@ -326,7 +326,11 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
         ({"recipe.target.flops": 0.01}, TargetError, r"0\.01 of the dense model cannot be reached.*Ask for at least"),
         ({"recipe.protect": "backbone"}, RecipeError, "protect: 'backbone' matches no module"),
         ({"epochs": 2}, RecipeError, "3 rounds from epoch 0 need at least 3 epochs, the run has 2"),
-        ({"recipe.criterion": "taylr"}, RecipeError, "no criterion 'taylr'.*choose one of magnitude, random"),
+        (
+            {"recipe.criterion": "taylr"},
+            RecipeError,
+            "no criterion 'taylr'.*choose one of taylor, fisher, obs",
+        ),
         ({"compile": True}, RunError, "compile=True does not work with callbacks=prune"),
         ({"quantize": 8}, RunError, "prune first, then train the pruned checkpoint with quantize=8"),
         ({"time": 1.0}, RunError, "time=1.0 does not work with callbacks=prune"),

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 
 import yolo_prune
-from yolo_prune import patches, surgery
+from yolo_prune import load_recipe, patches, planner, surgery
 from yolo_prune.calibration import Calibration
 from yolo_prune.criteria import create
 from yolo_prune.criteria.surgeon import Reader, order
-from yolo_prune.errors import RecipeError
+from yolo_prune.errors import GradientError, RecipeError
 from yolo_prune.graph import ChannelSet, Slot
 from yolo_prune.plans import Plan
 from yolo_prune.recover import refit
@@ -268,6 +268,20 @@ def test_in_one_shot_the_surgeon_and_the_refit_lose_least(trained: tuple[Path, s
     assert found["obs", 32] - dense < 0.5 * (found["random", 32] - dense)
 
 
-def test_criteria_that_need_images_say_so(tmp_path: Path) -> None:
+def test_without_images_magnitude_stands_in_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = YOLO("yolo11n.yaml")
+    found = yolo_prune.plan(model, {"target": {"flops": 0.5}, "criterion": "obs"}, imgsz=64)
+    assert "criterion obs looks at training images, and data= was not given" in caplog.text
+    assert found.hash == yolo_prune.plan(model, {"target": {"flops": 0.5}, "criterion": "magnitude"}, imgsz=64).hash
     with pytest.raises(RecipeError, match=r"criterion obs looks at training images: say which, as in data=coco8\.yaml"):
-        yolo_prune.plan("yolo11n.yaml", {"target": {"flops": 0.5}, "criterion": "obs"}, imgsz=64)
+        planner.make_plan(model.model, load_recipe({"target": {"flops": 0.5}, "criterion": "obs"}), 64)
+
+
+@pytest.mark.parametrize("name", ["taylor", "fisher"])
+def test_gradients_that_are_not_finite_are_an_error_with_a_remedy(name: str) -> None:
+    model = Toy()
+    model.b.weight.data *= 1e38
+    criterion: Any = create(name, {"images": 1})
+    criterion.observe(model, pixels(1e10), iter)
+    with pytest.raises(GradientError, match="are not finite, so that no channel can be judged by them"):
+        criterion(model.state_dict(), SET)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.engine.model import Model
-from ultralytics.utils import TQDM
+from ultralytics.utils import LOGGER, TQDM
 
 from yolo_prune import _startup, images, metadata, planner, proof, recipe, recover, surgery
 from yolo_prune.calibration import Calibration
@@ -41,7 +41,8 @@ def plan(
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
         recipe: a bundled name, a path, a mapping, a `Recipe`; the default recipe where None.
         imgsz: image size in pixels at which FLOPs are counted, and training images are looked at.
-        data: the dataset, as for `model.train`, for criteria that look at training images.
+        data: the dataset, as for `model.train`, for criteria that look at training images; without it, magnitude
+            stands in for them.
         **overrides: recipe fields, dotted: `**{"target.flops": 0.4}`.
 
     Returns:
@@ -54,6 +55,12 @@ def plan(
     if isinstance(model, str | Path):
         model = open_model(model)
     count = planner.images_for(asked)
+    if count and not data:
+        LOGGER.warning(
+            f"criterion {asked.criterion.name} looks at training images, and data= was not given: this plan is as "
+            "large, but made with the criterion magnitude."
+        )
+        asked = planner.rehearsal(asked)
     calibration = _calibration(model, data, imgsz, count) if data and count else None
     bar = _bar("looking at training images", count)
     return planner.make_plan(_module(model), asked, imgsz, calibration=calibration, progress=bar)

@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER, TQDM, colorstr
 from yolo_prune import control, journal, metadata, planner, proof, ranks, recover, resume, schedule, surgery
 from yolo_prune.calibration import Calibration
 from yolo_prune.compat import load_checkpoint
-from yolo_prune.errors import NothingToRemoveError, RunError
+from yolo_prune.errors import GradientError, NothingToRemoveError, RunError
 from yolo_prune.files import write_text
 from yolo_prune.journal import PREFIX, Run
 from yolo_prune.metadata import Record
@@ -83,6 +83,8 @@ class PruneCallback:
                 break
         if due and run.exact:
             resume.seed_epoch(trainer)
+        if run.done and run.recipe.recover.refit and run.recipe.recover.average:  # there is something to remember
+            control.average_over(trainer, run.recipe.recover.average)  # each time: NaN recovery makes a new average
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
         """A resumed run takes up the cadence of the optimizer's steps."""
@@ -241,7 +243,11 @@ def _decide(
     try:
         size = journal.imgsz(trainer, run.report)
         bar = _bar(f"round {due.number}: looking at training images", planner.images_for(run.recipe))
-        plan = planner.make_plan(ema, run.recipe, size, due.keep, run.frozen, calibration, bar)
+        try:
+            plan = planner.make_plan(ema, run.recipe, size, due.keep, run.frozen, calibration, bar)
+        except GradientError as e:  # such a model has little to lose, and its run must not end here
+            LOGGER.warning(f"{PREFIX}{e} This round goes by magnitude.")
+            plan = planner.make_plan(ema, planner.rehearsal(run.recipe), size, due.keep, run.frozen)
     except NothingToRemoveError:
         return None, None
     return plan, proof.prove(ema, plan) if run.recipe.proof else None

@@ -38,3 +38,7 @@ class ProofError(PruneError):
 
 class RunError(PruneError):
     """A training run that cannot be pruned, or that did not end pruned."""
+
+
+class GradientError(PruneError):
+    """The loss of the model has no finite gradients, by which channels could be judged."""

@@ -54,10 +54,11 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
                 return stock_train(model, trainer=trainer, **stock)
         elif callback.recipe.recover.distill:
             stock["distill_model"] = str(_origin(model))
-        if callback and "warmup_epochs" not in explicit and model.ckpt and settings.get("pretrained") is not False:
-            # Ultralytics' warm-up (bias learning rate 0.1) undoes much of what a cut left of a trained model.
-            LOGGER.info(f"{PREFIX}no warm-up, as the model is trained already; pass warmup_epochs= to have one")
-            stock["warmup_epochs"] = 0.0
+        if callback and model.ckpt and settings.get("pretrained") is not False:
+            gentle = _gentle(callback.recipe, explicit)
+            said = " ".join(f"{key}={value}" for key, value in gentle.items())
+            LOGGER.info(f"{PREFIX}as the model is trained already: {said}, where nothing else was asked for")
+            stock |= gentle
         if metadata.is_pruned(model.model) and not model.ckpt:
             model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
     _check_devices(settings)
@@ -82,6 +83,19 @@ def _trainer_class(given: Any, model: Any) -> Any:
     if given is not None and not isinstance(given, type):
         raise RunError(f"trainer={given!r} is not a class. Pass a subclass of a trainer of Ultralytics.")
     return given or model._smart_load("trainer")
+
+
+def _gentle(recipe: Recipe, explicit: set[str]) -> dict[str, Any]:
+    """Settings, of those nobody chose, that keep what a cut left of a trained model.
+
+    Ultralytics' warm-up (bias learning rate 0.1) and its learning rates, which are for training from scratch, undo it.
+    """
+    gentle: dict[str, Any] = {"warmup_epochs": 0.0}
+    if recipe.recover.refit:
+        gentle["cos_lr"] = True
+        if not explicit & {"optimizer", "lr0"}:
+            gentle |= {"optimizer": "AdamW", "lr0": 0.0005}
+    return {key: value for key, value in gentle.items() if key not in explicit}
 
 
 def _check_devices(settings: Mapping[str, Any]) -> None:

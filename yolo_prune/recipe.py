@@ -110,6 +110,12 @@ class Recover(_Part):
         ge=0,
         description="without refit: training batches to re-estimate batch norm statistics with; 0 leaves them",
     )
+    average: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="after a refit: share of the run that the delivered average reaches over; 0: Ultralytics' own",
+    )
     distill: bool = Field(
         False, description="train with the checkpoint that the run starts from as teacher, as with distill_model="
     )

@@ -43,6 +43,7 @@ class Curvature:
         self._moments: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
+        self._shifts: dict[str, Tensor] = {}  # of the order of the mean, so that variances do not drown in squares
         self._images = len(calibration)
         with calibration.differentiable(model) as copy:
             hooks = [
@@ -76,6 +77,7 @@ class Curvature:
             return
         where = patches.positions(name, output, layer, POSITIONS)
         columns = patches.read(layer, given[0].detach(), where, output.shape[-1])[0]
+        columns = columns - self._shifts.setdefault(name, columns.mean(1, keepdim=True))
         columns = torch.cat([columns, columns.new_ones(1, columns.shape[1])])
         self._add(self._moments, name, columns)
         self._counts[name] += columns.shape[1]

@@ -12,6 +12,7 @@ from yolo_prune.calibration import Calibration, loss_of
 from yolo_prune.criteria.base import Progress, Tensors, fraction, register_criterion, whole_number
 from yolo_prune.criteria.curvature import Curvature
 from yolo_prune.criteria.surgeon import Reader, order
+from yolo_prune.errors import GradientError
 from yolo_prune.graph.structure import ChannelSet, Slot
 
 IMAGES = 64
@@ -63,7 +64,9 @@ class Gates:
         found = [torch.stack(self._products[s.tensor, s.dim])[:, list(s.index)] for s in readers or known]
         if not found:  # nothing that the loss depends on
             return torch.zeros(channels.size, dtype=torch.float64)
-        return self._reduce(torch.stack(found).sum(0))
+        slopes = torch.stack(found).sum(0)
+        _check_finite(slopes, channels.name)
+        return self._reduce(slopes)
 
 
 @register_criterion("taylor")
@@ -133,9 +136,28 @@ class Surgeon:
         covariance, curvature = self._curvature.inputs(layer), self._curvature.outputs(layer)
         covariance.diagonal().add_(self.damping * covariance.diagonal().mean() + 1e-12)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-        values, vectors = torch.linalg.eigh(curvature)
-        root = vectors * values.clamp(min=0).sqrt()
         taps = weight[0, 0].numel()
         index = torch.tensor(slot.index, device=weight.device)
         columns = index[:, None] * taps + torch.arange(taps, device=weight.device)
-        return Reader(inverse, root.T @ weight.detach().double().flatten(1), columns)
+        return Reader(inverse, _root(curvature, layer) @ weight.detach().double().flatten(1), columns)
+
+
+def _check_finite(gradients: Tensor, layer: str) -> None:
+    if not gradients.isfinite().all():
+        raise GradientError(
+            f"The gradients of the loss at '{layer}' are not finite, so that no channel can be judged by them. Take a "
+            "checkpoint from before the training diverged, or a criterion that looks at weights alone."
+        )
+
+
+def _root(curvature: Tensor, layer: str) -> Tensor:
+    """A matrix whose square, `root^T root`, is the curvature of a layer's outputs."""
+    _check_finite(curvature, layer)
+    largest = curvature.diagonal().max().clamp(min=1e-30)
+    identity = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
+    for exponent in range(-9, 1):  # sums of single-precision products are not quite positive definite
+        root, failed = torch.linalg.cholesky_ex(curvature / largest + 10.0**exponent * identity)
+        if not failed:
+            break
+    result: Tensor = root.T * largest.sqrt()
+    return result
