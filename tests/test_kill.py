@@ -217,3 +217,20 @@ def test_a_round_with_nothing_to_remove_is_resumed_like_any_other(zygote: Zygote
     assert zygote.train("skipped", None, **settings) == 0, zygote.log("skipped")
     assert "going on from last.pt alone" not in zygote.log("skipped")
     assert_same_run(zygote.folder / "skipped", zygote.folder / "skipping", rounds=performed)
+
+
+@pytest.mark.slow
+def test_rounds_that_look_at_data_and_refit_are_resumed_to_the_bit(zygote: Zygote) -> None:
+    recipe = {
+        **RUN["recipe"],
+        "criterion": {"name": "fisher", "images": 4},
+        "schedule": {"rounds": 2, "start": 1, "interval": 2},
+        "recover": {"refit": 4},
+    }
+    settings: dict[str, Any] = {"epochs": 5, "recipe": recipe}
+    assert zygote.train("fitted", None, **settings) == 0, zygote.log("fitted")
+    for kill in (("in a batch", 8), ("after a cut", 1), ("after a round", 1), ("in a batch", 3)):
+        status = zygote.train("refitted", kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('refitted')}"
+    assert zygote.train("refitted", None, **settings) == 0, zygote.log("refitted")
+    assert_same_run(zygote.folder / "refitted", zygote.folder / "fitted", rounds=2)

@@ -218,6 +218,18 @@ def test_what_was_redundant_is_brought_back() -> None:
     assert not any(m._forward_pre_hooks for m in after.modules())
 
 
+def test_one_tiny_image_does_not_blow_the_model_up() -> None:
+    before = Redundant().eval()
+    after = deepcopy(before)
+    plan = Plan(
+        {"a.weight": {0: (0, 1)}, "b.weight": {1: (0, 1)}}, {}, {"a.weight": (4, 3, 1, 1), "b.weight": (5, 4, 3, 3)}
+    )
+    surgery.apply(after, plan)
+    refit(before, after, plan, torch.rand(1, 3, 1, 1))
+    assert all(t.isfinite().all() for t in after.state_dict().values())
+    assert (after.bn.running_var >= 0.05 * before.bn.running_var).all()
+
+
 def test_frozen_layers_are_not_refitted() -> None:
     before = Redundant().eval()
     after = deepcopy(before)

@@ -13,6 +13,7 @@ TYPE_CHECKING = False  # typing's constant; importing typing would slow down eve
 if TYPE_CHECKING:
     from yolo_prune._version import __version__
     from yolo_prune.api import apply, is_pruned, plan, prune
+    from yolo_prune.criteria import register_criterion
     from yolo_prune.errors import PruneError
     from yolo_prune.graph import read_as_is, register_block
     from yolo_prune.plans import Plan
@@ -30,6 +31,7 @@ __all__ = [
     "prune",
     "read_as_is",
     "register_block",
+    "register_criterion",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "prune": "yolo_prune.api",
     "read_as_is": "yolo_prune.graph",
     "register_block": "yolo_prune.graph",
+    "register_criterion": "yolo_prune.criteria",
 }
 
 

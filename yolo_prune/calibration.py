@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,11 @@ class Calibration:
     @contextmanager
     def differentiable(self, model: nn.Module) -> Iterator[Any]:
         """A copy of `model` in evaluation mode, of which `loss` can be differentiated."""
-        copy: Any = bare_copy(model).eval()
-        copy.requires_grad_(True)
-        copy.args, copy.criterion = self.settings, None
+        twin: Any = bare_copy(model).eval()
+        twin.requires_grad_(True)
+        twin.args, twin.criterion = self.settings, None
         with torch.enable_grad():
-            yield copy
+            yield twin
 
 
 def draw(dataset: Any, collate: Callable[[list[Any]], Batch], count: int, seed: int) -> list[Batch]:
@@ -69,6 +70,7 @@ def draw(dataset: Any, collate: Callable[[list[Any]], Batch], count: int, seed: 
     if not len(dataset):
         raise RunError("The training set is empty: there is nothing to calibrate with.")
     if getattr(dataset, "rect", False):
+        dataset = copy(dataset)
         dataset.rect = False  # images of one size, for one forward pass
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
     return [collate([dataset[i]]) for i in order.tolist()]

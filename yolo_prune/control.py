@@ -201,7 +201,12 @@ def calibration(trainer: BaseTrainer, count: int) -> Calibration:
             args.multi_scale = scale
 
     with own_randomness(args.seed):
-        return Calibration(draw(dataset, stock.collate_fn, count, args.seed), prepare, args)
+        items = draw(dataset, stock.collate_fn, count, args.seed)
+        try:
+            prepare(dict(items[0]))
+        except (KeyError, TypeError):  # of models that read texts: only their training set has them
+            items = draw(stock.dataset, stock.collate_fn, count, args.seed)
+    return Calibration(items, prepare, args)
 
 
 def average_over(trainer: BaseTrainer, share: float) -> None:

@@ -19,6 +19,7 @@ from yolo_prune.proof import bare_copy
 POSITIONS = 8000  # of all images together that a layer is fitted to
 PER_COLUMN = 3  # but at least so many for each unknown weight of an output
 RIDGE = 0.01
+LEAST = 0.05  # of a batch norm's variance that always stays
 NORMS = (nn.BatchNorm2d,)
 
 
@@ -146,8 +147,9 @@ def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tu
 
 
 def _restate(norm: nn.BatchNorm2d, given: tuple[Tensor, ...]) -> None:
-    value = given[0].float()
     if norm.running_mean is None or norm.running_var is None:
         return
-    norm.running_var.copy_(value.var((0, 2, 3)))
+    value = given[0].float()
+    floor = LEAST * norm.running_var  # what hardly varies on a few images would be blown up
+    norm.running_var.copy_(value.var((0, 2, 3), unbiased=False).maximum(floor))
     norm.running_mean.copy_(value.mean((0, 2, 3)))
