@@ -55,7 +55,7 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
         elif callback.recipe.recover.distill:
             stock["distill_model"] = str(_origin(model))
         if callback and model.ckpt and settings.get("pretrained") is not False:
-            gentle = _gentle(callback.recipe, explicit)
+            gentle = _gentle(callback.recipe, explicit, int(settings["epochs"]))
             said = " ".join(f"{key}={value}" for key, value in gentle.items())
             LOGGER.info(f"{PREFIX}as the model is trained already: {said}, where nothing else was asked for")
             stock |= gentle
@@ -85,14 +85,15 @@ def _trainer_class(given: Any, model: Any) -> Any:
     return given or model._smart_load("trainer")
 
 
-def _gentle(recipe: Recipe, explicit: set[str]) -> dict[str, Any]:
+def _gentle(recipe: Recipe, explicit: set[str], epochs: int) -> dict[str, Any]:
     """Settings, of those nobody chose, that keep what a cut left of a trained model.
 
-    Ultralytics' warm-up (bias learning rate 0.1) and its learning rates, which are for training from scratch, undo it.
+    Ultralytics' warm-up (bias learning rate 0.1) and its learning rates, which are for training from scratch, undo it;
+    mosaics are not what the weights were refitted on.
     """
     gentle: dict[str, Any] = {"warmup_epochs": 0.0}
     if recipe.recover.refit:
-        gentle["cos_lr"] = True
+        gentle |= {"cos_lr": True, "close_mosaic": epochs}
         if not explicit & {"optimizer", "lr0"}:
             gentle |= {"optimizer": "AdamW", "lr0": 0.0005}
     return {key: value for key, value in gentle.items() if key not in explicit}

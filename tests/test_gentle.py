@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Settings that nobody chose are gentle to a trained model; those that somebody chose stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ultralytics import YOLO
+
+from yolo_prune.scenes import make_dataset
+
+RUN: dict[str, Any] = {
+    "imgsz": 32,
+    "epochs": 2,
+    "batch": 4,
+    "workers": 0,
+    "amp": False,
+    "plots": False,
+    "device": "cpu",
+}
+PRUNE: dict[str, Any] = {"callbacks": "prune", "recipe.schedule.rounds": 1, "recipe.criterion": "magnitude"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gentle")
+    make_dataset(folder / "scenes", train=8, val=4, imgsz=64)
+    torch.manual_seed(0)
+    YOLO("yolo11n.yaml").save(folder / "dense.pt")
+    return folder
+
+
+def chosen(folder: Path, tmp_path: Path, model: str, **settings: Any) -> dict[str, Any]:
+    """What a run went by, and how far its average reached."""
+    yolo, found = YOLO(model), {}
+
+    def look(trainer: Any) -> None:
+        found.update(vars(trainer.args), memory=1 / (1 - trainer.ema.decay(1)))
+
+    yolo.add_callback("on_train_epoch_end", look)
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
+    yolo.train(**RUN, **places, **PRUNE, **settings)
+    return found
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_treated_gently(folder: Path, tmp_path: Path) -> None:
+    found = chosen(folder, tmp_path, str(folder / "dense.pt"), nbs=4)
+    names = ("warmup_epochs", "optimizer", "lr0", "cos_lr", "close_mosaic")
+    assert [found[name] for name in names] == [0.0, "AdamW", 0.0005, True, 2]
+    assert found["memory"] == pytest.approx(1.0)  # a quarter of two epochs of two batches
+
+
+@pytest.mark.slow
+def test_what_somebody_chose_stays(folder: Path, tmp_path: Path) -> None:
+    mine = {"warmup_epochs": 1.0, "optimizer": "SGD", "lr0": 0.002, "cos_lr": False, "close_mosaic": 1}
+    average: dict[str, Any] = {"recipe.recover.average": 1.0}
+    found = chosen(folder, tmp_path, str(folder / "dense.pt"), nbs=4, **mine, **average)
+    assert {name: found[name] for name in mine} == mine
+    assert found["memory"] == pytest.approx(4.0)
+
+
+@pytest.mark.slow
+def test_without_a_refit_the_average_is_that_of_ultralytics(folder: Path, tmp_path: Path) -> None:
+    refit: dict[str, Any] = {"recipe.recover.refit": 0}
+    found = chosen(folder, tmp_path, str(folder / "dense.pt"), **refit)
+    assert found["memory"] < 1.01
+    assert found["lr0"] != 0.0005
+    assert (found["cos_lr"], found["close_mosaic"], found["warmup_epochs"]) == (False, 10, 0.0)
