@@ -5,7 +5,7 @@
     python benchmarks/scales.py yolo11n rtdetr-x         # some
     python benchmarks/scales.py --torch-pruning          # stock torch-pruning beside it, where that reads a model
 
-One CPU core, the `half-flops` recipe at imgsz 640. Prints Markdown: GFLOPs and parameters kept, the proof's error in
+One CPU core, the `half-flops` recipe with the criterion `magnitude` at imgsz 640. Prints Markdown: GFLOPs and parameters kept, the proof's error in
 float64, seconds (the model being built already) and peak memory of the process above what it held before, as a multiple
 of the model's own size in float32. With `--torch-pruning`: seconds that its graph and a uniform cut of half of the
 channels take, against this package's plan and cut, both without a proof; traced at imgsz 640, where this package counts
@@ -46,7 +46,7 @@ def measure(name: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    recipe = yolo_prune.load_recipe("half-flops")
+    recipe = yolo_prune.load_recipe("half-flops", {"criterion": "magnitude"})
     module = build(name)
     planner.make_plan(build("yolov8n"), recipe)  # imports and warms up what every model shares
     before, peak = resident(), Peak()
@@ -80,7 +80,7 @@ def compare(name: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    recipe = yolo_prune.load_recipe("half-flops")
+    recipe = yolo_prune.load_recipe("half-flops", {"criterion": "magnitude"})
     planner.make_plan(build("yolov8n"), recipe)
     ours, theirs = build(name), build(name)
     start = time.perf_counter()
