@@ -7,9 +7,9 @@
 
 One CPU core, the `half-flops` recipe with the criterion `magnitude` at imgsz 640. Prints Markdown: GFLOPs and
 parameters kept, the proof's error in float64, seconds (the model being built already) and peak memory of the process
-above what it held before, as a multiple of the model's own size in float32. With `--torch-pruning`: seconds that its graph and a uniform cut of half of the
-channels take, against this package's plan and cut, both without a proof; traced at imgsz 640, where this package counts
-FLOPs, and at 64, the smallest image it takes.
+above what it held before, as a multiple of the model's own size in float32. With `--torch-pruning`: seconds that its
+graph and a uniform cut of half of the channels take, against this package's plan and cut, both without a proof; traced
+at imgsz 640, where this package counts FLOPs, and at 64, the smallest image it takes.
 """
 
 from __future__ import annotations
