@@ -8,12 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
+from models import scaled
 from PIL import Image
+from ultralytics import YOLO
 
 from yolo_prune.scenes import make_dataset
 
 IMGSZ = 64
+
+
+def tiny(folder: Path, train: int) -> Path:
+    """A folder with a small detection dataset, `scenes`, and a thin untrained model for it, `dense.pt`."""
+    make_dataset(folder / "scenes", train=train, val=4, imgsz=IMGSZ)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo11", "n", 0.33, 0.125), "nc": 5}))
+    torch.manual_seed(0)
+    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
+    return folder
 
 
 def make(task: str, folder: Path, train: int = 8, val: int = 4) -> Path:

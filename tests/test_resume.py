@@ -8,10 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
-import torch
-import yaml
-from models import scaled
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -20,7 +18,6 @@ from ultralytics.utils import callbacks as integrations
 from yolo_prune import launch, metadata, resume
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
-from yolo_prune.scenes import make_dataset
 
 RUN: dict[str, Any] = {
     "epochs": 4,
@@ -49,12 +46,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    make_dataset(folder / "scenes", train=8, val=4, imgsz=64)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo11", "n", 0.33, 0.125), "nc": 5}))
-    torch.manual_seed(0)
-    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
-    return folder
+    return datasets.tiny(tmp_path_factory.mktemp("resume"), train=8)
 
 
 class Interrupted(Exception):

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-import yaml
-from models import scaled
 from ultralytics import YOLO
 from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.nn.tasks import load_checkpoint
@@ -20,7 +19,6 @@ from ultralytics.utils.metrics import DetMetrics
 from yolo_prune import metadata
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
-from yolo_prune.scenes import make_dataset
 
 RUN: dict[str, Any] = {
     "epochs": 3,
@@ -44,12 +42,7 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("settings")
-    make_dataset(folder / "scenes", train=12, val=4, imgsz=64)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo11", "n", 0.33, 0.125), "nc": 5}))
-    torch.manual_seed(0)
-    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
-    return folder
+    return datasets.tiny(tmp_path_factory.mktemp("settings"), train=12)
 
 
 def mosaic_of(transforms: Any) -> float:

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.engine.model import Model
-from ultralytics.utils import LOGGER, TQDM
+from ultralytics.utils import LOGGER
 
-from yolo_prune import _startup, images, metadata, planner, proof, recipe, recover, surgery
+from yolo_prune import _startup, images, journal, metadata, planner, proof, recipe, recover, surgery
 from yolo_prune.calibration import Calibration
 from yolo_prune.compat import DAMAGED
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
@@ -62,7 +62,7 @@ def plan(
         )
         asked = planner.rehearsal(asked)
     calibration = _calibration(model, data, imgsz, count) if data and count else None
-    bar = _bar("looking at training images", count)
+    bar = journal.bar("looking at training images", count)
     return planner.make_plan(_module(model), asked, imgsz, calibration=calibration, progress=bar)
 
 
@@ -108,7 +108,7 @@ def apply(
     whole = proof.bare_copy(module) if calibration else None
     surgery.apply(module, plan)
     if calibration and whole:
-        recover.refit(whole, module, plan, calibration.images(refit), progress=_bar("refitting layers"))
+        recover.refit(whole, module, plan, calibration.images(refit), progress=journal.bar("refitting layers"))
     composed = record.plan.then(plan) if record and record.plan else plan
     forecast = plan.forecast
     cost = {"flops": forecast.flops_after, "params": forecast.params_after} if forecast else {}
@@ -232,10 +232,6 @@ def _calibration(model: Model | nn.Module, data: str | Path, imgsz: int, count: 
         raise RunError("data= needs the YOLO object, not its module: it knows how the task reads its dataset.")
     model.model.float()
     return images.calibration(model, data, imgsz, count)
-
-
-def _bar(what: str, total: int | None = None) -> Callable[[Any], Any]:
-    return lambda items: TQDM(items, total=total or len(items), desc=what)
 
 
 INSTEAD = {

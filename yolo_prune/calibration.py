@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from yolo_prune.errors import RunError
 from yolo_prune.proof import bare_copy
 
 Batch = dict[str, Any]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+"""Wraps what is gone through, to show how far it is."""
 PIXELS = 64 * 640 * 640
 """Most pixels that one forward pass takes; larger images are fewer."""
 
@@ -59,6 +61,13 @@ class Calibration:
         twin.args, twin.criterion = self.settings, None
         with torch.enable_grad():
             yield twin
+
+    def backward(self, twin: Any, progress: Progress) -> Iterator[None]:
+        """Run the loss of `differentiable`'s copy backwards, image after image; its gradients are of that one alone."""
+        for batch in progress(self.batches()):
+            twin.zero_grad(set_to_none=True)
+            loss_of(twin, batch).backward()  # type: ignore[no-untyped-call]
+            yield
 
 
 def draw(dataset: Any, collate: Callable[[list[Any]], Batch], count: int, seed: int) -> list[Batch]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils import LOGGER, TQDM, colorstr
+from ultralytics.utils import LOGGER, colorstr
 
 from yolo_prune import control, journal, metadata, planner, proof, ranks, recover, resume, schedule, surgery
 from yolo_prune.calibration import Calibration
@@ -242,7 +241,7 @@ def _decide(
     ema = control.average(trainer)
     try:
         size = journal.imgsz(trainer, run.report)
-        bar = _bar(f"round {due.number}: looking at training images", planner.images_for(run.recipe))
+        bar = journal.bar(f"{PREFIX}round {due.number}: looking at training images", planner.images_for(run.recipe))
         try:
             plan = planner.make_plan(ema, run.recipe, size, due.keep, run.frozen, calibration, bar)
         except GradientError as e:  # such a model has little to lose, and its run must not end here
@@ -310,11 +309,8 @@ def _fitness_before(trainer: BaseTrainer, run: Run) -> float | None:
 def _refit(trainer: BaseTrainer, run: Run, number: int, whole: nn.Module, plan: Plan, calibration: Calibration) -> None:
     """Fit the averaged model, layer after layer, to what it put out before the cut."""
     images = calibration.images(run.recipe.recover.refit)
-    recover.refit(whole, control.average(trainer), plan, images, run.frozen, _bar(f"round {number}: refitting layers"))
-
-
-def _bar(what: str, total: int | None = None) -> Callable[[Any], Any]:
-    return lambda items: TQDM(items, total=total or len(items), desc=f"{PREFIX}{what}")
+    bar = journal.bar(f"{PREFIX}round {number}: refitting layers")
+    recover.refit(whole, control.average(trainer), plan, images, run.frozen, bar)
 
 
 def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:
@@ -325,6 +321,6 @@ def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:
         if ranks.first():
             with control.own_randomness(seed):
                 images = control.training_images(trainer, batches, seed)
-                bar = TQDM(images, total=batches, desc=f"{PREFIX}round {number}: recalibrating batch norm")
-                recover.recalibrate(model, bar, run.frozen)
+                bar = journal.bar(f"{PREFIX}round {number}: recalibrating batch norm", batches)
+                recover.recalibrate(model, bar(images), run.frozen)
         ranks.share(model.buffers())

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils import LOGGER, colorstr
+from ultralytics.utils import LOGGER, TQDM, colorstr
 
 from yolo_prune import control, planner, proof, ranks, schedule
 from yolo_prune.errors import PruneError
@@ -61,6 +62,11 @@ class Run:
         self.done += 1
         if self.done == len(self.rounds):
             trainer.stopper.patience = self.patience
+
+
+def bar(what: str, total: int | None = None) -> Callable[[Any], Any]:
+    """Wraps what is gone through in a progress bar; `total` where it has no length."""
+    return lambda items: TQDM(items, total=total or len(items), desc=what)
 
 
 def save(trainer: BaseTrainer, report: Report) -> None:

@@ -83,11 +83,12 @@ def read(layer: Layer, value: Tensor, where: Tensor, width: int) -> Tensor:
     return found.permute(1, 2, 0, 3).reshape(layer.groups, -1, where.numel())
 
 
-def written(layer: Layer, value: Tensor, where: Tensor) -> Tensor:
-    """A layer's output at some positions: `(groups, outputs, images * positions)`."""
-    flat = _flat(value, layer)
-    found = flat.gather(2, where[:, None].expand(-1, flat.shape[1], -1))
-    return found.permute(1, 0, 2).reshape(groups(layer), -1, where.numel())
+def written(layer: Layer, value: Tensor, where: Tensor | None = None) -> Tensor:
+    """A layer's output at some positions, or at all of them: `(groups, outputs, images * positions)`."""
+    found = _flat(value, layer)
+    if where is not None:
+        found = found.gather(2, where[:, None].expand(-1, found.shape[1], -1))
+    return found.permute(1, 0, 2).reshape(groups(layer), -1, len(found) * found.shape[2])
 
 
 def _flat(value: Tensor, layer: Layer) -> Tensor:

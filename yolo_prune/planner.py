@@ -5,22 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from yolo_prune import criteria
+from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, measure
-from yolo_prune.criteria.base import Observer, Progress
+from yolo_prune.criteria.base import Observer
 from yolo_prune.errors import NothingToRemoveError, RecipeError
 from yolo_prune.graph import Graph, Rows, has_heads, trace
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.recipe import CriterionSpec, Recipe
 from yolo_prune.select import Constraints, Goal, least, select
-
-if TYPE_CHECKING:
-    from yolo_prune.calibration import Calibration
 
 
 def make_plan(

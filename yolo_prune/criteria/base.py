@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from yolo_prune.calibration import Calibration
+from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.errors import PruneError, RecipeError
 from yolo_prune.graph.structure import ChannelSet
 
 Tensors = Mapping[str, Tensor]
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
 C = TypeVar("C", bound=Callable[..., "Criterion"])
 
 

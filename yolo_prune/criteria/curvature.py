@@ -6,13 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from yolo_prune import patches
-from yolo_prune.calibration import Calibration, loss_of
+from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.patches import Layer
 
 POSITIONS = 250  # of an image that are looked at, per layer
@@ -29,7 +28,7 @@ class Curvature:
         self,
         model: nn.Module,
         calibration: Calibration,
-        progress: Callable[[Any], Any],
+        progress: Progress,
         each: Callable[[nn.Module], None],
     ) -> None:
         """Run the loss backwards on every image.
@@ -46,17 +45,11 @@ class Curvature:
         self._shifts: dict[str, Tensor] = {}  # of the order of the mean, so that variances do not drown in squares
         self._images = len(calibration)
         with calibration.differentiable(model) as copy:
-            hooks = [
-                layer.register_forward_hook(partial(self._forward, name))
-                for name, layer in copy.named_modules()
-                if patches.readable(layer) and patches.groups(layer) == 1
-            ]
-            for batch in progress(calibration.batches()):
-                copy.zero_grad(set_to_none=True)
-                loss_of(copy, batch).backward()  # type: ignore[no-untyped-call]
+            for name, layer in copy.named_modules():
+                if patches.readable(layer) and patches.groups(layer) == 1:
+                    layer.register_forward_hook(partial(self._forward, name))
+            for _ in calibration.backward(copy, progress):
                 each(copy)
-            for hook in hooks:
-                hook.remove()
 
     def __contains__(self, layer: str) -> bool:
         """True if the loss depends on a layer."""
@@ -81,10 +74,9 @@ class Curvature:
         columns = torch.cat([columns, columns.new_ones(1, columns.shape[1])])
         self._add(self._moments, name, columns)
         self._counts[name] += columns.shape[1]
-        everywhere = torch.arange(output.numel() // len(output) // len(layer.weight), device=output.device)
 
         def backward(gradient: Tensor) -> None:
-            self._add(self._gradients, name, patches.written(layer, gradient, everywhere.expand(len(output), -1))[0])
+            self._add(self._gradients, name, patches.written(layer, gradient)[0])
 
         output.register_hook(backward)  # type: ignore[no-untyped-call]
 

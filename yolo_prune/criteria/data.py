@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from yolo_prune.calibration import Calibration, loss_of
-from yolo_prune.criteria.base import Progress, Tensors, fraction, register_criterion, whole_number
+from yolo_prune.calibration import Calibration, Progress
+from yolo_prune.criteria.base import Tensors, fraction, register_criterion, whole_number
 from yolo_prune.criteria.curvature import Curvature
 from yolo_prune.criteria.surgeon import Reader, order
 from yolo_prune.errors import GradientError
@@ -37,9 +37,7 @@ class Gates:
         """Run the loss backwards on every image. The model is only read."""
         self.begin()
         with calibration.differentiable(model) as copy:
-            for batch in progress(calibration.batches()):
-                copy.zero_grad(set_to_none=True)
-                loss_of(copy, batch).backward()  # type: ignore[no-untyped-call]
+            for _ in calibration.backward(copy, progress):
                 self.take(copy)
 
     def begin(self) -> None:

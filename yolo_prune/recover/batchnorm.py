@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from yolo_prune.recover.scope import inside, modes_kept
+
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, images: Iterable[Tensor], frozen: Sequence[str] = ()) -> int:
@@ -24,24 +26,22 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], frozen: Sequence[str
         Number of batches used. With none, nothing changes.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
-    norms = [m for n, m in layers.items() if not any(n == f or n.startswith(f"{f}.") for f in frozen)]
-    modes = {m: m.training for m in model.modules()}
+    norms = [m for n, m in layers.items() if not inside(n, frozen)]
     momenta = [m.momentum for m in norms]
     count = 0
-    try:
-        model.train()
-        for name in frozen:
-            model.get_submodule(name).eval()
-        for batch in images:
-            if not count:
-                for m in norms:
-                    m.reset_running_stats()
-                    m.momentum = None  # cumulative average
-            model(batch)
-            count += 1
-    finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model):
+        try:
+            model.train()
+            for name in frozen:
+                model.get_submodule(name).eval()
+            for batch in images:
+                if not count:
+                    for m in norms:
+                        m.reset_running_stats()
+                        m.momentum = None  # cumulative average
+                model(batch)
+                count += 1
+        finally:
+            for m, momentum in zip(norms, momenta, strict=True):
+                m.momentum = momentum
     return count

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from yolo_prune import patches
 from yolo_prune.patches import Layer
 from yolo_prune.plans import Plan
-from yolo_prune.proof import bare_copy
+from yolo_prune.recover.scope import inside, modes_kept
 
 POSITIONS = 8000  # of all images together that a layer is fitted to
 PER_COLUMN = 3  # but at least so many for each unknown weight of an output
@@ -51,26 +52,28 @@ def refit(
     Returns:
         Number of layers that were fitted.
     """
-    targets = _Targets(bare_copy(before).eval(), plan, images, frozen)
-    modes = {module: module.training for module in after.modules()}
+    targets = _Targets(before, plan, images, frozen)
     bar = iter(progress(range(len(targets.wanted))))
     hooks = []
     for name, layer in after.named_modules():
         if name in targets.wanted:
             hooks.append(layer.register_forward_pre_hook(partial(_fit, targets.wanted, name, bar)))
-        elif isinstance(layer, NORMS) and layer.track_running_stats and not _inside(name, frozen):
+        elif isinstance(layer, NORMS) and layer.track_running_stats and not inside(name, frozen):
             hooks.append(layer.register_forward_pre_hook(_restate))
     fitted = len(targets.wanted)
+    _run(after, images, hooks)
+    next(bar, None)  # lets it close
+    return fitted
+
+
+def _run(model: nn.Module, images: Tensor, hooks: Sequence[RemovableHandle]) -> None:
+    """One forward pass in evaluation mode; afterwards the model is without the hooks, and in the mode it was in."""
     try:
-        after.eval()
-        after(images)
-        next(bar, None)  # lets it close
+        with modes_kept(model):
+            model.eval()(images)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return fitted
 
 
 class _Targets:
@@ -80,10 +83,12 @@ class _Targets:
         self.wanted: dict[str, tuple[Tensor, Tensor]] = {}
         self.plan = plan
         self._calls: Counter[str] = Counter()
-        for name, layer in model.named_modules():
-            if patches.readable(layer) and not _inside(name, frozen) and ".dfl" not in name:
-                layer.register_forward_hook(partial(self._note, name))
-        model(images)
+        hooks = [
+            layer.register_forward_hook(partial(self._note, name))
+            for name, layer in model.named_modules()
+            if patches.readable(layer) and not inside(name, frozen) and ".dfl" not in name
+        ]
+        _run(model, images, hooks)
         for name, calls in self._calls.items():
             if calls > 1:  # shared by several inputs: no single one to fit to
                 self.wanted.pop(name)
@@ -100,10 +105,6 @@ class _Targets:
         if kept := self.plan.keep.get(f"{name}.weight", {}).get(0):
             wanted = wanted[list(kept)]
         self.wanted[name] = where, wanted
-
-
-def _inside(name: str, frozen: Sequence[str]) -> bool:
-    return any(name == f or name.startswith(f"{f}.") for f in frozen)
 
 
 def _fit(
