@@ -262,7 +262,7 @@ def _fitness(axes: Axes, report: Report) -> list[Artist]:
         values += [y for y in ys if not math.isnan(y)]
     for key, label, marker, fill in (
         ("cut", "right after the cut", "v", "white"),
-        ("recovered", "BatchNorm recovered", "D", DENSE),
+        ("recovered", "recovered", "D", DENSE),
     ):
         shown = [(row.epoch, y) for row in report.rounds if (y := getattr(row.fitness, key)) is not None]
         if shown:
