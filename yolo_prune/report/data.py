@@ -61,7 +61,7 @@ class Figures(_Row):
 
 
 class RoundFitness(_Row):
-    """Fitness around a cut: before it, right after it, with recovered, before the next cut."""
+    """Fitness around a cut: before it, right after it, recovered, before the next cut."""
 
     before: _Float = None
     cut: _Float = None
