@@ -25,7 +25,12 @@ RUN: dict[str, Any] = {
     "plots": False,
     "optimizer": "AdamW",
     "callbacks": "prune",
-    "recipe": {"target": {"flops": 0.5}, "schedule": {"rounds": 2, "interval": 1}, "recover": {"batchnorm": 2}},
+    "recipe": {
+        "target": {"flops": 0.5},
+        "schedule": {"rounds": 2, "interval": 1},
+        "criterion": "magnitude",
+        "recover": {"refit": 0, "batchnorm": 2},
+    },
 }
 
 

@@ -34,7 +34,12 @@ RUN: dict[str, Any] = {
 }
 PRUNE: dict[str, Any] = {
     "callbacks": "prune",
-    "recipe": {"target": {"flops": 0.5}, "schedule": {"rounds": 2, "interval": 1}, "recover": {"batchnorm": 1}},
+    "recipe": {
+        "target": {"flops": 0.5},
+        "schedule": {"rounds": 2, "interval": 1},
+        "criterion": "magnitude",
+        "recover": {"refit": 0, "batchnorm": 1},
+    },
     "recipe.channels.round_to": 1,
     "recipe.channels.min": 1,
 }

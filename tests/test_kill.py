@@ -43,7 +43,8 @@ RUN: dict[str, Any] = {
     "recipe": {
         "target": {"flops": 0.6},
         "schedule": {"rounds": 3, "start": 1, "interval": 2},
-        "recover": {"batchnorm": 1},
+        "criterion": "magnitude",
+        "recover": {"refit": 0, "batchnorm": 1},
     },
 }
 # Where, and at which time after the start or resume. In this order every place is met in some epoch of the run.
@@ -206,7 +207,7 @@ def test_early_stopping_waits_across_kills_and_is_not_forgotten(zygote: Zygote) 
 @pytest.mark.slow
 def test_a_round_with_nothing_to_remove_is_resumed_like_any_other(zygote: Zygote) -> None:
     schedule = {"rounds": 7, "interval": 1, "curve": "linear"}
-    recipe = {"target": {"flops": 0.9}, "schedule": schedule, "channels": {"round_to": 48}}
+    recipe = {**RUN["recipe"], "target": {"flops": 0.9}, "schedule": schedule, "channels": {"round_to": 48}}
     settings = {"epochs": 8, "recipe": recipe}
     assert zygote.train("skipping", None, **settings) == 0, zygote.log("skipping")
     performed = len(Report.load(zygote.folder / "skipping").rounds)

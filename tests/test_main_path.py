@@ -36,7 +36,12 @@ RUN: dict[str, Any] = {
     "device": "cpu",
     "optimizer": "AdamW",
 }
-RECIPE = {"target": {"flops": 0.5}, "schedule": {"rounds": 2, "interval": 1}, "recover": {"batchnorm": 1}}
+RECIPE = {
+    "target": {"flops": 0.5},
+    "schedule": {"rounds": 2, "interval": 1},
+    "criterion": "magnitude",
+    "recover": {"refit": 0, "batchnorm": 1},
+}
 
 
 def parameters(model: nn.Module | Path) -> int:

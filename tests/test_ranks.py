@@ -36,7 +36,12 @@ RUN: dict[str, Any] = {
 }
 PRUNE: dict[str, Any] = {
     "callbacks": "prune",
-    "recipe": {"target": {"flops": 0.6}, "schedule": {"rounds": 2, "interval": 2}, "recover": {"batchnorm": 1}},
+    "recipe": {
+        "target": {"flops": 0.6},
+        "schedule": {"rounds": 2, "interval": 2},
+        "criterion": "magnitude",
+        "recover": {"refit": 0, "batchnorm": 1},
+    },
 }
 PARENT = """
 import json, sys

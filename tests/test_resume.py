@@ -35,7 +35,8 @@ RUN: dict[str, Any] = {
     "recipe": {
         "target": {"flops": 0.6},
         "schedule": {"rounds": 2, "interval": 1},
-        "recover": {"batchnorm": 1},
+        "criterion": "magnitude",
+        "recover": {"refit": 0, "batchnorm": 1},
         "channels": {"round_to": 2, "min": 2},
         "measure": False,
     },

@@ -98,7 +98,7 @@ SET = ChannelSet("a", 2, (Slot("a.weight", 0, (0, 1)), Slot("b.weight", 1, (0, 1
 
 def pixels(*values: float) -> Calibration:
     items = [{"img": torch.full((1, 1, 1, 1), v)} for v in values]
-    return Calibration(items, lambda batch: batch, SimpleNamespace())
+    return Calibration(lambda: items, lambda batch: batch, SimpleNamespace())
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_what_was_redundant_is_brought_back() -> None:
     plan = Plan({"a.weight": {0: keep}, "b.weight": {1: keep}}, {}, {n: shapes[n] for n in ("a.weight", "b.weight")})
     surgery.apply(after, plan)
     broken = float((after(images) - wanted).norm() / wanted.norm())
-    assert refit(before, after, plan, images) == 3
+    assert refit(before, after, plan, images) == 4
     mended = float((after(images) - wanted).norm() / wanted.norm())
     assert broken > 0.2
     assert mended < 0.03
@@ -228,6 +228,40 @@ def test_one_tiny_image_does_not_blow_the_model_up() -> None:
     refit(before, after, plan, torch.rand(1, 3, 1, 1))
     assert all(t.isfinite().all() for t in after.state_dict().values())
     assert (after.bn.running_var >= 0.05 * before.bn.running_var).all()
+
+
+def redundant_cut() -> tuple[Redundant, Redundant, Plan]:
+    before = Redundant().eval()
+    after = deepcopy(before)
+    keep = {"a.weight": {0: (0, 1, 2)}, "b.weight": {1: (0, 1, 2)}}
+    plan = Plan(keep, {}, {"a.weight": (4, 3, 1, 1), "b.weight": (5, 4, 3, 3)})
+    surgery.apply(after, plan)
+    return before, after, plan
+
+
+def test_a_lack_of_memory_costs_images_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, plan = redundant_cut()
+    few = deepcopy(after)
+    images = torch.randn(4, 3, 8, 8)
+    stock = Redundant.forward
+
+    def short_of_memory(self: Redundant, image: Tensor) -> Tensor:
+        out = stock(self, image)
+        if self is after and len(image) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return out
+
+    monkeypatch.setattr(Redundant, "forward", short_of_memory)
+    assert refit(before, after, plan, images) == 2
+    assert refit(before, few, plan, images[:2]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(after.state_dict().values(), few.state_dict().values(), strict=True))
+
+
+def test_another_error_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, plan = redundant_cut()
+    monkeypatch.setattr(Redundant, "forward", lambda self, image: self.a(image[:, :1]))
+    with pytest.raises(RuntimeError, match="channels"):
+        refit(before, after, plan, torch.randn(4, 3, 8, 8))
 
 
 def test_frozen_layers_are_not_refitted() -> None:

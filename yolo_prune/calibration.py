@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,14 +28,20 @@ class Calibration:
     """Training images as validation would show them to the model: whole, not augmented.
 
     Attributes:
-        items: batches of one image each, with labels, as the task's loss takes them, before they are moved to a device.
+        load: reads batches of one image each, with labels, as the task's loss takes them, before they are moved to a
+            device; called when they are needed first, once.
         prepare: moves a batch to the model's device and makes its image floating point, 0 to 1.
         settings: the run's arguments, which the loss reads its gains from.
     """
 
-    items: Sequence[Batch]
+    load: Callable[[], Sequence[Batch]]
     prepare: Callable[[Batch], Batch]
     settings: Any
+
+    @cached_property
+    def items(self) -> Sequence[Batch]:
+        """What `load` reads."""
+        return self.load()
 
     def __len__(self) -> int:
         """How many images there are."""

@@ -310,7 +310,9 @@ def _refit(trainer: BaseTrainer, run: Run, number: int, whole: nn.Module, plan: 
     """Fit the averaged model, layer after layer, to what it put out before the cut."""
     images = calibration.images(run.recipe.recover.refit)
     bar = journal.bar(f"{PREFIX}round {number}: refitting layers")
-    recover.refit(whole, control.average(trainer), plan, images, run.frozen, bar)
+    used = recover.refit(whole, control.average(trainer), plan, images, run.frozen, bar)
+    if used < len(images):
+        LOGGER.warning(f"{PREFIX}memory was enough to refit on {used} images only, not on {len(images)}")
 
 
 def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:

@@ -93,18 +93,22 @@ def _apply(arguments: list[str]) -> int:
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
     from yolo_prune import api
     from yolo_prune.plans import Plan
+    from yolo_prune.recipe import load_recipe
 
     model = api.open_model(source)
+    recipe = load_recipe(values.get("recipe"), overrides)
     if "plan" in values:
         plan = Plan.load(values["plan"])
     else:
-        plan = api.plan(model, values.get("recipe"), imgsz=_imgsz(values), data=values.get("data"), **overrides)
-    proven = api.apply(model, plan, data=values.get("data"), imgsz=_imgsz(values))
+        plan = api.plan(model, recipe, imgsz=_imgsz(values), data=values.get("data"))
+    refit = recipe.recover.refit
+    proven = api.apply(model, plan, data=values.get("data"), imgsz=_imgsz(values), refit=refit)
     api.save(model, target)
     print(plan.describe())
     if proven:
         print(f"exact: the pruned model computes what silencing computes, to {proven.error:.0e} in float64")
-    fitted = "" if "data" in values else "; the weights were not refitted, as data= was not given"
+    why = "data= was not given" if "data" not in values else "" if refit else "the recipe says refit: 0"
+    fitted = why and f"; the weights were not refitted, as {why}"
     print(f"saved {target}{fitted}. Train it further with: yolo train model={target} data=... epochs=...")
     return 0
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,13 +186,6 @@ def calibration(trainer: BaseTrainer, count: int) -> Calibration:
         count: at most this many images.
     """
     args, stock = trainer.args, trainer.train_loader
-    dataset = stock.dataset
-    if hasattr(trainer, "build_dataset"):
-        cache, args.cache = args.cache, False  # or the images would be in memory twice
-        try:
-            dataset = trainer.build_dataset(getattr(trainer, "trainset", None) or trainer.data["train"], "val", 1)
-        finally:
-            args.cache = cache
 
     def prepare(batch: Batch) -> Batch:
         scale, args.multi_scale = args.multi_scale, 0.0
@@ -200,13 +194,28 @@ def calibration(trainer: BaseTrainer, count: int) -> Calibration:
         finally:
             args.multi_scale = scale
 
-    with own_randomness(args.seed):
-        items = draw(dataset, stock.collate_fn, count, args.seed)
-        try:
-            prepare(dict(items[0]))
-        except (KeyError, TypeError):  # of models that read texts: only their training set has them
-            items = draw(stock.dataset, stock.collate_fn, count, args.seed)
-    return Calibration(items, prepare, args)
+    def load() -> list[Batch]:
+        with own_randomness(args.seed):
+            items = draw(_as_validation(trainer), stock.collate_fn, count, args.seed)
+            try:
+                prepare(dict(items[0]))
+            except (KeyError, TypeError):  # of models that read texts: only their training set has them
+                items = draw(stock.dataset, stock.collate_fn, count, args.seed)
+        return items
+
+    return Calibration(load, prepare, args)
+
+
+def _as_validation(trainer: BaseTrainer) -> Any:
+    """The training set, read as validation reads its own."""
+    args = trainer.args
+    if not hasattr(trainer, "build_dataset"):
+        return trainer.train_loader.dataset
+    cache, args.cache = args.cache, False  # or the images would be in memory twice
+    try:
+        return trainer.build_dataset(getattr(trainer, "trainset", None) or trainer.data["train"], "val", 1)
+    finally:
+        args.cache = cache
 
 
 def average_over(trainer: BaseTrainer, share: float) -> None:

@@ -47,5 +47,5 @@ def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: in
     validator.data, validator.stride, validator.device = found, stride(module), device
     path = found["train"]
     dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
-    items = draw(dataset, getattr(dataset, "collate_fn", default_collate), count, seed)
-    return Calibration(items, validator.preprocess, settings)
+    collate = getattr(dataset, "collate_fn", default_collate)
+    return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings)

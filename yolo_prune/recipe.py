@@ -73,7 +73,7 @@ class CriterionSpec(_Part):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     name: str = Field(
-        "magnitude",
+        "obs",
         description="obs, taylor, fisher, magnitude, lamp, bn_scale, fpgm, random, or a registered one",
     )
 
@@ -100,7 +100,7 @@ class Recover(_Part):
     """What is done right after each cut, before training goes on."""
 
     refit: int = Field(
-        0,
+        64,
         ge=0,
         le=100_000,
         description="training images to refit the remaining weights on, layer after layer; 0 leaves them as they are",

@@ -50,8 +50,39 @@ def refit(
         progress: wraps the layers that are fitted, to show how far it is.
 
     Returns:
-        Number of layers that were fitted.
+        Number of images that were used: fewer than given where memory did not suffice for all.
+
+    Raises:
+        RuntimeError: If memory does not even suffice for one image.
     """
+    saved = {name: tensor.detach().clone() for name, tensor in after.state_dict().items()}
+    while True:
+        try:
+            _refit(before, after, plan, images, frozen, progress)
+            return len(images)
+        except (RuntimeError, MemoryError) as e:
+            after.load_state_dict(saved)
+            if len(images) == 1 or not _out_of_memory(e):
+                raise
+            del e
+        images = images[: len(images) // 2]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    said = str(error).lower()  # PyTorch has a class of error for some devices only
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def _refit(
+    before: nn.Module,
+    after: nn.Module,
+    plan: Plan,
+    images: Tensor,
+    frozen: Sequence[str],
+    progress: Callable[[Any], Any],
+) -> None:
     targets = _Targets(before, plan, images, frozen)
     bar = iter(progress(range(len(targets.wanted))))
     hooks = []
@@ -60,10 +91,8 @@ def refit(
             hooks.append(layer.register_forward_pre_hook(partial(_fit, targets.wanted, name, bar)))
         elif isinstance(layer, NORMS) and layer.track_running_stats and not inside(name, frozen):
             hooks.append(layer.register_forward_pre_hook(_restate))
-    fitted = len(targets.wanted)
     _run(after, images, hooks)
     next(bar, None)  # lets it close
-    return fitted
 
 
 def _run(model: nn.Module, images: Tensor, hooks: Sequence[RemovableHandle]) -> None:
