@@ -24,6 +24,7 @@ MAY_IMPORT_ULTRALYTICS = {
     "graph/blocks.py",
     "images.py",
     "launch.py",
+    "rounds.py",
     "trainer.py",
 }
 FILES = sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))

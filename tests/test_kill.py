@@ -235,3 +235,57 @@ def test_rounds_that_look_at_data_and_refit_are_resumed_to_the_bit(zygote: Zygot
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('refitted')}"
     assert zygote.train("refitted", None, **settings) == 0, zygote.log("refitted")
     assert_same_run(zygote.folder / "refitted", zygote.folder / "fitted", rounds=2)
+
+
+# Fitness is about the share of the FLOPs that is left: some rounds hold, others do not.
+LIMITS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
+    "search": (
+        {"target": {"max_drop": 0.3}, "schedule": {"rounds": 3, "interval": 2}},
+        [
+            ("kept aside", 1),
+            ("in a batch", 12),
+            ("gone back", 1),
+            ("the old best taken", 1),
+            ("judged", 1),
+            ("writing the state", 1),
+            ("writing last.pt", 1),
+            ("after last.pt", 1),
+            ("after a round", 1),
+            ("in a batch", 9),
+        ],
+    ),
+    "guard": (
+        {
+            "target": {"flops": 0.5},
+            "schedule": {"rounds": 3, "interval": 2, "curve": "linear"},
+            "guard": {"max_drop": 0.15},
+        },
+        [
+            ("gone back", 1),
+            ("after a round", 1),
+            ("in a batch", 8),
+            ("after last.pt", 2),
+            ("the old best taken", 1),
+            ("judged", 1),
+            ("stripping", 2),
+        ],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LIMITS)
+def test_a_run_with_a_limit_goes_the_same_way_however_often_it_is_killed(zygote: Zygote, kind: str) -> None:
+    fields, kills = LIMITS[kind]
+    settings: dict[str, Any] = {"epochs": 8, "recipe": {**RUN["recipe"], **fields}}
+    assert zygote.train(f"{kind}-whole", None, **settings) == 0, zygote.log(f"{kind}-whole")
+    whole = Report.load(zygote.folder / f"{kind}-whole")
+    assert {row.held for row in whole.rounds} == {True, False}
+    for kill in kills:
+        status = zygote.train(f"{kind}-killed", kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log(f'{kind}-killed')}"
+    assert zygote.train(f"{kind}-killed", None, **settings) == 0, zygote.log(f"{kind}-killed")
+    assert "going on from last.pt alone" not in zygote.log(f"{kind}-killed")
+    killed = zygote.folder / f"{kind}-killed"
+    assert_same_run(killed, zygote.folder / f"{kind}-whole", rounds=len(whole.rounds))
+    assert (killed / "front.json").read_text() == (zygote.folder / f"{kind}-whole/front.json").read_text()

@@ -25,7 +25,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_bundled_recipes_and_the_default() -> None:
     keeps = {name: load_recipe(name).target.keep for name in bundled_names()}
-    assert keeps == {"half-flops": 0.5, "gentle": 0.75, "edge": 0.3}
+    assert keeps == {"half-flops": 0.5, "gentle": 0.75, "edge": 0.3, "smallest": None}
     assert load_recipe() == load_recipe("half-flops")
 
 
@@ -100,12 +100,13 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         ("target: {flops: 0}", "target.flops: must be a number above 0 and below 1, got 0 "),
         ("target: {params: .nan}", "target.params: must be a number above 0 and below 1, got nan "),
         ("target: {flops: true}", "target.flops: must be a number above 0 and below 1, got True "),
-        ("target: 0.5", "target: must be a mapping with flops, params, got 0.5 "),
+        ("target: 0.5", "target: must be a mapping with flops, params, max_drop, got 0.5 "),
         (
             "target: {flops: 0.5, params: 0.4}",
-            "target: give exactly one of flops and params, for example {flops: 0.5}, got {'flops': 0.5, 'params': 0.4}",
+            "target: give exactly one of flops, params and max_drop, for example {flops: 0.5}, "
+            "got {'flops': 0.5, 'params': 0.4}",
         ),
-        ("target: {}", "target: give exactly one of flops and params, for example {flops: 0.5}, got {}"),
+        ("target: {}", "target: give exactly one of flops, params and max_drop, for example {flops: 0.5}, got {}"),
         ("schedule: {rounds: 3}", "target: is missing; give it, for example 'target: {flops: 0.5}'"),
         (
             f"{T}\nschedule: {{rounds: 0}}",
@@ -132,7 +133,7 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         (f"{T}\nproof: maybe", "proof: must be true or false, got 'maybe' (prove each cut"),
         (f"{T}\nprotect: [1]", "protect.0: must be a text or a list of texts, got 1 (modules that are never"),
         (f"{T}\nprotect: {{a: b}}", "protect: must be a text or a list of texts, got {'a': 'b'} "),
-        (f"target: [0x{'f' * 9999}]", "target: must be a mapping with flops, params, got [a huge number] "),
+        (f"target: [0x{'f' * 9999}]", "target: must be a mapping with flops, params, max_drop, got [a huge number] "),
         (
             f"{T}\nschedule: {{curve: 0x{'f' * 9999}}}",
             "schedule.curve: must be one of one-shot, linear, cubic, got a h",
@@ -236,7 +237,7 @@ def test_recipes_that_are_not_there(source: str, message: str) -> None:
         ({"shedule.rounds": 2}, "shedule: unknown key; did you mean 'schedule'"),
         ({"rounds": 2}, "rounds: unknown key; did you mean 'schedule.rounds'"),
         ({"schedule.rounds.x": 2}, r"schedule.rounds: must be a whole number .* got {'x': 2}"),
-        ({"target.flops": 0.4, "target.params": 0.3}, "target: give exactly one of flops and params"),
+        ({"target.flops": 0.4, "target.params": 0.3}, "target: give exactly one of flops, params and max_drop"),
         ({"schedule.curve": "one-shot"}, "schedule: curve one-shot is a single cut; set rounds to 1"),
         ({"protect": "[model.0"}, r"recipe.protect='\[model.0': the value is not valid YAML: line 1, column 9"),
         ({"protect": "[" * 2000}, "the value is not valid YAML: it is nested too deeply"),

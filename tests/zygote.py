@@ -23,7 +23,7 @@ from ultralytics.engine import trainer as engine
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from yolo_prune import callback, control, files, journal, trainer
+from yolo_prune import control, files, journal, rounds, trainer
 
 
 def die() -> None:
@@ -57,7 +57,7 @@ def half_written(name: str, count: int) -> None:
             real, files.os.fsync = os.fsync, lambda handle: (os.ftruncate(handle, len(data) // 2), real(handle), die())
         return stock(path, data)
 
-    for module in (files, sys.modules["yolo_prune.resume"]):
+    for module in (files, sys.modules["yolo_prune.resume"], control):
         module.write_bytes = write_bytes
 
 
@@ -74,10 +74,14 @@ PLACES: dict[str, Callable[[int], None]] = {
     "after last.pt": lambda n: at(engine.BaseTrainer, "save_model", "after", n),
     "before a cut": lambda n: at(control, "cut", "before", n),
     "after a cut": lambda n: at(control, "cut", "after", n),
-    "recalibrating": lambda n: at(callback, "_recalibrate", "after", n),
+    "recalibrating": lambda n: at(rounds, "_recalibrate", "after", n),
     "best.pt put aside": lambda n: at(control, "forget_best", "after", n),
+    "kept aside": lambda n: at(control, "put_aside", "after", n),
+    "gone back": lambda n: at(control, "go_back", "after", n),
+    "the old best taken": lambda n: at(control, "take_for_best", "after", n),
+    "judged": lambda n: at(rounds, "judge", "after", n),
     "round taken down": lambda n: at(journal, "log_round", "after", n),
-    "after a round": lambda n: at(callback, "perform", "after", n),
+    "after a round": lambda n: at(rounds, "perform", "after", n),
     "before the last validation": lambda n: at(trainer.KeepStructure, "strip", "before", n),
     "stripping": lambda n: at(trainer, "strip_optimizer", "after", n),
     "at random": lambda n: threading.Timer(n / 1000, die).start(),
@@ -86,7 +90,10 @@ PLACES: dict[str, Callable[[int], None]] = {
 
 
 def fitness_of_the_weights() -> None:
-    """Tiny models detect nothing; so that there is a best epoch, and any wrong bit shows, hash the averaged weights."""
+    """Tiny models detect nothing; so that there is a best epoch, and any wrong bit shows, hash the averaged weights.
+
+    Where the run has a limit on the drop, the share of the FLOPs that is left comes first.
+    """
     stock = BaseValidator.__call__
 
     def validate(self: Any, trainer: Any = None, model: Any = None) -> Any:
@@ -94,6 +101,9 @@ def fitness_of_the_weights() -> None:
         if trainer and result:
             total = sum(float(v.double().abs().sum()) for v in trainer.ema.ema.state_dict().values())
             result["fitness"] = round(total * 1e3 % 1, 5)
+            if trainer.pruning.recipe.limit is not None:
+                share = trainer.pruning.cost[0] / trainer.pruning.report.dense.flops
+                result["fitness"] = round(share + result["fitness"] / 1000, 8)
         return result
 
     BaseValidator.__call__ = validate

@@ -4,25 +4,20 @@
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_prune import control, journal, metadata, planner, proof, ranks, recover, resume, schedule, surgery
-from yolo_prune.calibration import Calibration
+from yolo_prune import control, guard, journal, metadata, planner, ranks, resume, rounds, schedule, surgery
 from yolo_prune.compat import load_checkpoint
-from yolo_prune.errors import GradientError, NothingToRemoveError, RunError
+from yolo_prune.errors import RunError
 from yolo_prune.files import write_text
 from yolo_prune.journal import PREFIX, Run
 from yolo_prune.metadata import Record
-from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
-from yolo_prune.report import Proof, Report, RoundFitness, RoundRow, rounds_table, summary_table
+from yolo_prune.report import Report, rounds_table, summary_table
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.picture import draw
 
@@ -78,7 +73,7 @@ class PruneCallback:
         if run.exact:
             resume.seed_epoch(trainer)
         while due := run.due(trainer.epoch):
-            if perform(trainer, run, due):
+            if rounds.perform(trainer, run, due):
                 break
         if due and run.exact:
             resume.seed_epoch(trainer)
@@ -131,11 +126,16 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     journal.save(trainer, run.report)
     epochs = ", ".join(str(r.epoch + 1) for r in run.rounds)
     LOGGER.info(
-        f"{PREFIX}{len(run.rounds)} round{'s' * (len(run.rounds) > 1)}, before epoch {epochs}, down to "
-        f"{recipe.target.keep:g} of the dense model's {METRICS[recipe.target.metric]}"
+        f"{PREFIX}{len(run.rounds)} round{'s' * (len(run.rounds) > 1)}, before epoch {epochs}, {_aim(recipe)}"
         + (f"; {run.done} done already" if run.done else "")
     )
     return run
+
+
+def _aim(recipe: Recipe) -> str:
+    if recipe.target.keep is None:
+        return f"the last without a cut, to find the smallest model within a drop of {recipe.limit:g}"
+    return f"down to {recipe.target.keep:g} of the dense model's {METRICS[recipe.target.metric]}"
 
 
 def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
@@ -145,7 +145,7 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     model, frozen = control.live(trainer), control.frozen_modules(trainer)
     record = metadata.read(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
-    plan = planner.plan_for(model, graph, planner.rehearsal(recipe))
+    plan = planner.trial(model, graph, recipe)
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
     present = plan.predicted.present(recipe.target.metric)
@@ -153,113 +153,28 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     if ranks.first():
         for old in (*trainer.wdir.glob("round*.pt"), *trainer.wdir.glob("state-*.pt"), trainer.csv):
             old.unlink(missing_ok=True)  # of an earlier run in the same folder
-    rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, present)
+    due = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
-    return Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, exact=bool(trainer.args.deterministic))
+    return Run(recipe, due, report, trainer.stopper.patience, cost, frozen, exact=bool(trainer.args.deterministic))
 
 
 def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Run:
     exact = bool(trainer.args.deterministic)
     if exact:
-        resume.restore(trainer, len(record.rounds), trainer.cadence)
+        resume.restore(trainer, guard.turns([r.get("held") for r in record.rounds]), trainer.cadence)
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
-    rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
+    due = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
     cut = int(record.rounds[-1]["number"]) if record.rounds else 0
-    done = max(cut, sum(r.epoch < trainer.start_epoch for r in rounds))  # no record is kept of rounds without a cut
+    done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # no record is kept of rounds without a cut
     report = journal.reopen(trainer, recipe, source, record)
     cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, report))
     frozen = control.frozen_modules(trainer)
-    run = Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, done, exact)
+    run = Run(recipe, due, report, trainer.stopper.patience, cost, frozen, done, exact)
     if len(report.epochs_log) == trainer.start_epoch - 1:  # killed between last.pt and the report
         journal.log_epoch(trainer, run, trainer.start_epoch)
     return run
-
-
-def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
-    """One round: plan, prove, cut, recalibrate, and set the run's bookkeeping right.
-
-    Planning and proof only read; whatever they raise leaves the run, its model and its files as they were. With several
-    ranks, the first one plans and proves, and all cut alike.
-
-    Returns:
-        False if there was nothing to remove. No record is kept of that: a resumed run finds it out again.
-    """
-    began = time.perf_counter()
-    recipe, record = run.recipe, metadata.read(control.live(trainer))
-    if record is None:
-        raise RunError("The run's pruning record is gone from the model; another callback replaced `model.yaml`.")
-    images = max(planner.images_for(recipe), recipe.recover.refit)
-    calibration = control.calibration(trainer, images) if images and ranks.first() else None
-    plan, proven = ranks.agree(lambda: _decide(trainer, run, due, calibration))
-    if plan is None:
-        LOGGER.info(f"{PREFIX}round {due.number}: the round before already went this far; nothing to remove")
-        run.advance(trainer)
-        return False
-    before = _fitness_before(trainer, run)
-    composed = record.plan.then(plan) if record.plan else plan
-    whole = proof.bare_copy(control.average(trainer)) if recipe.recover.refit and ranks.first() else None
-    control.cut(trainer, plan)
-    _compare_ranks(trainer, composed)
-    run.cost = plan.predicted.flops_after, plan.predicted.params_after
-    after_cut = control.validate(trainer) if recipe.measure else None
-    if recipe.recover.refit:
-        if whole is not None and calibration:
-            _refit(trainer, run, due.number, whole, plan, calibration)
-        control.start_from_average(trainer)
-    else:
-        _recalibrate(trainer, run, due.number)
-    recovers = recipe.recover.refit or recipe.recover.batchnorm
-    recovered = control.validate(trainer) if recipe.measure and recovers else None
-    control.forget_best(trainer, trainer.wdir / f"round{due.number}.pt")
-    run.advance(trainer)
-    row = RoundRow(
-        number=due.number,
-        epoch=trainer.epoch,
-        target={recipe.target.metric: due.keep},
-        flops=plan.predicted.flops_after,
-        params=plan.predicted.params_after,
-        size_mb=journal.size_mb(control.average(trainer)),
-        plan=plan.hash,
-        proof=Proof(**vars(proven)) if proven else None,
-        fitness=RoundFitness(before=before, cut=after_cut, recovered=recovered),
-        seconds=time.perf_counter() - began,
-    )
-    facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
-    metadata.write(control.live(trainer), replace(record, plan=composed, rounds=(*record.rounds, facts)))
-    control.average(trainer).yaml = control.live(trainer).yaml
-    journal.log_round(trainer, run, row)
-    control.save_last(trainer)
-    return True
-
-
-def _decide(
-    trainer: BaseTrainer, run: Run, due: schedule.Round, calibration: Calibration | None
-) -> tuple[Plan | None, proof.Proof | None]:
-    """The proved plan of a round; none where the rounds before went this far already."""
-    ema = control.average(trainer)
-    try:
-        size = journal.imgsz(trainer, run.report)
-        bar = journal.bar(f"{PREFIX}round {due.number}: looking at training images", planner.images_for(run.recipe))
-        try:
-            plan = planner.make_plan(ema, run.recipe, size, due.keep, run.frozen, calibration, bar)
-        except GradientError as e:  # such a model has little to lose, and its run must not end here
-            LOGGER.warning(f"{PREFIX}{e} This round goes by magnitude.")
-            plan = planner.make_plan(ema, planner.rehearsal(run.recipe), size, due.keep, run.frozen)
-    except NothingToRemoveError:
-        return None, None
-    return plan, proof.prove(ema, plan) if run.recipe.proof else None
-
-
-def _compare_ranks(trainer: BaseTrainer, plan: Plan) -> None:
-    """Make sure that every rank has the same model."""
-    if not ranks.several():
-        return
-    held = ranks.gather((plan.hash, control.structure(trainer)))
-    LOGGER.info(PREFIX + "; ".join(f"rank {i} holds plan {h[:12]}, model {m[:12]}" for i, (h, m) in enumerate(held)))
-    if len(set(held)) > 1:
-        raise RunError("The ranks do not hold the same model after the cut. Please report this with the log above.")
 
 
 def finish(trainer: BaseTrainer, run: Run) -> None:
@@ -284,10 +199,10 @@ def finish(trainer: BaseTrainer, run: Run) -> None:
         )
     surgery.check_applied(model, found.plan)
     journal.complete(trainer, run.report, model, found.plan)
+    journal.write_front(trainer, run, wanted)
     _draw(trainer, run.report)
-    for number in range(1, len(run.rounds) + 1):
-        if (aside := trainer.wdir / f"round{number}.pt").exists():
-            trainer.strip(aside)
+    for aside in trainer.wdir.glob("round*.pt"):
+        trainer.strip(aside)
     LOGGER.info(f"\n{rounds_table(run.report)}\n\n{summary_table(run.report)}")
     LOGGER.info(f"{PREFIX}pruned model {colorstr('bold', delivered)}, report {colorstr('bold', trainer.save_dir)}")
 
@@ -297,32 +212,3 @@ def _draw(trainer: BaseTrainer, report: Report) -> None:
         draw(report, trainer.save_dir / "prune.png")
     except Exception as e:  # a picture must not cost a finished run
         LOGGER.warning(f"{PREFIX}prune.png could not be drawn: {type(e).__name__}: {e}")
-
-
-def _fitness_before(trainer: BaseTrainer, run: Run) -> float | None:
-    """Fitness of the averaged model as it goes into the cut: known from the last epoch, else measured."""
-    known = trainer.fitness if trainer.epoch > trainer.start_epoch else None
-    known = ranks.agree(lambda: None if known is None else float(known))  # later ranks do not know it
-    return control.validate(trainer) if known is None and run.recipe.measure else known
-
-
-def _refit(trainer: BaseTrainer, run: Run, number: int, whole: nn.Module, plan: Plan, calibration: Calibration) -> None:
-    """Fit the averaged model, layer after layer, to what it put out before the cut."""
-    images = calibration.images(run.recipe.recover.refit)
-    bar = journal.bar(f"{PREFIX}round {number}: refitting layers")
-    used = recover.refit(whole, control.average(trainer), plan, images, run.frozen, bar)
-    if used < len(images):
-        LOGGER.warning(f"{PREFIX}memory was enough to refit on {used} images only, not on {len(images)}")
-
-
-def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:
-    """Estimate the batch norms of the live model and of its average anew; both go on into training."""
-    batches = min(run.recipe.recover.batchnorm, len(trainer.train_loader))
-    seed = trainer.args.seed + number
-    for model in (control.live(trainer), control.average(trainer)) if batches else ():
-        if ranks.first():
-            with control.own_randomness(seed):
-                images = control.training_images(trainer, batches, seed)
-                bar = journal.bar(f"{PREFIX}round {number}: recalibrating batch norm", batches)
-                recover.recalibrate(model, bar(images), run.frozen)
-        ranks.share(model.buffers())

@@ -25,7 +25,7 @@ HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of a
   yolo-prune schema [save=recipe.schema.json]   JSON schema of recipes, for editors
 
 'train' takes every argument of 'yolo train'. Recipe fields are overridden by recipe.<field>=<value>, for example
-recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle, edge. After installation
+recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle, edge, smallest. After installation
 'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.
 """
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from yolo_prune import metadata, ranks, surgery
 from yolo_prune.calibration import Batch, Calibration, draw
 from yolo_prune.compat import unwrap_model
+from yolo_prune.files import write_bytes
 from yolo_prune.plans import Keep, Plan, Shapes
 from yolo_prune.resume import refill_mosaic
 
@@ -104,13 +107,63 @@ def structure(trainer: BaseTrainer) -> str:
     return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
 
-def forget_best(trainer: BaseTrainer, aside: Path) -> None:
-    """Start the search for the best epoch anew: what was best so far has another structure; it is moved `aside`."""
+def go_back(trainer: BaseTrainer, source: nn.Module, plan: Plan) -> None:
+    """Make the live model and its average what a checkpoint of this run holds; the optimizer starts anew.
+
+    Args:
+        trainer: between two batches.
+        source: the checkpoint's model, cut less.
+        plan: everything that was removed from the model as it is.
+    """
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.loss = None
+    whole, other = unwrap_model(trainer.model), metadata.inner(source)
+    replaced = surgery.become(live(trainer), other, plan)
+    surgery.become(average(trainer), other, plan)
+    if hasattr(whole, "projector"):
+        projector = source.get_submodule("projector")
+        replaced |= surgery.become(whole.projector, projector, Plan({}, {}, {}))
+        surgery.become(trainer.ema.ema.projector, projector, Plan({}, {}, {}))
+    surgery.start_optimizer_anew(trainer.optimizer, replaced)
+    trainer.ema._pairs = None
+    trainer.fitness = None  # was that of another model
+    _wrap_again(trainer)
+
+
+def put_aside(trainer: BaseTrainer, aside: Path) -> None:
+    """Move the best checkpoint so far out of the way of one with another structure."""
     if ranks.first() and trainer.best.exists() and trainer.best_fitness is not None:
         trainer.best.replace(aside)
+
+
+def forget_best(trainer: BaseTrainer) -> None:
+    """Start the search for the best epoch anew: what was best so far has another structure."""
+    if ranks.first():
+        trainer.best.unlink(missing_ok=True)
     trainer.best_fitness = None
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
     trainer.stopper.possible_stop = False
+
+
+def take_for_best(trainer: BaseTrainer, path: Path, fitness: float) -> None:
+    """Make a checkpoint kept aside the best one, which later epochs have to exceed."""
+    if ranks.first():
+        write_bytes(trainer.best, path.read_bytes())
+    trainer.best_fitness = fitness
+    trainer.stopper.best_fitness, trainer.stopper.best_epoch = fitness, trainer.epoch
+    trainer.stopper.possible_stop = False
+
+
+def save_start(trainer: BaseTrainer, path: Path) -> None:
+    """Keep the model that the run starts from, as a checkpoint like those of its epochs."""
+    if not ranks.first():
+        return
+    model = deepcopy(trainer.ema.ema).half()
+    inner, running = metadata.inner(model), live(trainer)
+    inner.criterion, inner.yaml = None, running.yaml  # type: ignore[assignment]  # Ultralytics' own
+    buffer = io.BytesIO()
+    torch.save({"epoch": -1, "model": None, "ema": model, "train_args": vars(trainer.args)}, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def hold_early_stopping(trainer: BaseTrainer) -> float:
@@ -120,21 +173,25 @@ def hold_early_stopping(trainer: BaseTrainer) -> float:
     return float(patience)
 
 
-def save_last(trainer: BaseTrainer) -> None:
+def save_last(trainer: BaseTrainer, ended: bool = False) -> None:
     """Rewrite last.pt with the present structure, as of the epoch before: recovery and resume restart this epoch.
 
     At epoch 0 there is nothing that could be resumed, and nothing is written.
+
+    Args:
+        trainer: at the start of an epoch, or after the last one.
+        ended: after the last one, which last.pt then is of.
     """
-    if trainer.epoch == 0 or not ranks.first():
+    if (trainer.epoch == 0 and not ended) or not ranks.first():
         return
     fitness, period = trainer.fitness, trainer.save_period
-    trainer.epoch -= 1
+    trainer.epoch -= not ended
     trainer.fitness = trainer.fitness or 0.0  # never equal to the best fitness, None after a cut: best.pt stays
     trainer.save_period = -1  # what was saved for that epoch stays
     try:
         trainer.save_model()
     finally:
-        trainer.epoch += 1
+        trainer.epoch += not ended
         trainer.fitness, trainer.save_period = fitness, period
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, TQDM, colorstr
 
-from yolo_prune import control, planner, proof, ranks, schedule
+from yolo_prune import control, guard, planner, proof, ranks, schedule
 from yolo_prune.errors import PruneError
+from yolo_prune.guard import Stage
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundRow
 from yolo_prune.report.data import FILE_NAME
+from yolo_prune.report.front import front
 from yolo_prune.versions import installed
 
 PREFIX = colorstr("yolo-prune: ")
@@ -56,6 +58,11 @@ class Run:
         """The next round, if its epoch has come; a round that is done never comes again."""
         left = self.rounds[self.done :]
         return left[0] if left and epoch >= left[0].epoch else None
+
+    @property
+    def turns(self) -> int:
+        """How often the structure of the model has changed in this run."""
+        return guard.turns([row.held for row in self.report.rounds])
 
     def advance(self, trainer: BaseTrainer) -> None:
         """A round is over; after the last one, early stopping works again."""
@@ -116,6 +123,9 @@ def reopen(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
         report = Report(**_identity(trainer, recipe, source), dense=Figures(flops=flops, params=params))
     known = {row.plan: row for row in report.rounds}
     report.rounds = [known.get(facts["plan"]) or RoundRow.model_validate(facts) for facts in record.rounds]
+    for row, facts in zip(report.rounds, record.rounds, strict=True):
+        row.held = facts.get("held")
+        row.fitness.end = facts.get("end", row.fitness.end)
     report.epochs_log = [row for row in report.epochs_log if row.epoch <= trainer.start_epoch]
     close_rounds(report, None)
     return report
@@ -187,11 +197,25 @@ def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
     )
 
 
+def log_verdict(trainer: BaseTrainer, run: Run, facts: Mapping[str, Any], good: Stage) -> None:
+    """Take down whether a round has held."""
+    row = run.report.rounds[-1]
+    row.held, row.fitness.end = facts["held"], facts["end"]
+    save(trainer, run.report)
+    fell = f"fitness {facts['end']:.4f}, {facts['reference'] - facts['end']:+.4f} below {facts['reference']:.4f}"
+    back = f"round {good.number}" if good.number else "the start"
+    LOGGER.info(
+        f"{PREFIX}round {row.number} {'held' if row.held else 'cost too much'} ({fell}; limit {run.recipe.limit:g})"
+        + ("" if row.held else f": back to {back}, {good.keep:.3f} of the dense model")
+    )
+
+
 def close_rounds(report: Report, final: float | None) -> None:
-    """A round's end is what the next one starts from; the last one's is the delivered model."""
+    """A round's end is what the next one starts from, the last one's the delivered model; where it was judged, that."""
     starts = [*(r.fitness.before for r in report.rounds[1:]), final]
     for row, end in zip(report.rounds, starts, strict=False):
-        row.fitness.end = end
+        if row.held is None:
+            row.fitness.end = end
 
 
 def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan) -> None:
@@ -203,6 +227,16 @@ def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan)
     report.layers = _layers(model, plan, report)
     report.status = "finished"
     save(trainer, report)
+
+
+def write_front(trainer: BaseTrainer, run: Run, record: Record) -> None:
+    """Write front.json, if the run had a limit on the drop."""
+    if run.recipe.limit is None or not record.rounds:
+        return
+    start: dict[str, float] = {run.recipe.target.metric: record.start}
+    if record.start == 1.0:
+        start = {"flops": 1.0, "params": 1.0}
+    front(run.report, run.recipe.limit, record.rounds[0]["reference"], start).save(trainer.save_dir)
 
 
 def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:

@@ -139,6 +139,8 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
             "finish that one, use 'yolo train resume model=...'."
         )
     check_run(settings)
+    if recipe.limit is not None and settings.get("val") is False:
+        raise RunError("A limit on the drop (max_drop) needs validation after each epoch: leave val=False out.")
     _check_teacher(model, recipe, settings)
     _check_fits(model.model, recipe, settings)
     return PruneCallback(recipe, str(settings.get("model") or model.model_name))
@@ -269,7 +271,8 @@ def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) 
     frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
     names = [f"model.{layer}" for layer in frozen]
     try:
-        plan = planner.make_plan(module, planner.rehearsal(recipe), max(1, -(-size // step)) * step, frozen=names)
+        graph = planner.survey(module, recipe, max(1, -(-size // step)) * step, names)
+        plan = planner.trial(module, graph, recipe)
     except NothingToRemoveError as e:
         raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
     present = plan.predicted.present(recipe.target.metric)

@@ -84,6 +84,11 @@ def plan_for(
     cost = measure(model, graph)
     dense, widths = _dense(model, graph)
     metric, wanted = recipe.target.metric, recipe.target.keep if keep is None else keep
+    if wanted is None:
+        raise RecipeError(
+            "target.max_drop: how small the model can get is found while training (callbacks=prune). To plan or apply "
+            "one cut, say how far it goes: target.flops or target.params."
+        )
     whole, present = cost.total(metric, dense), cost.total(metric)
     if present <= wanted * whole:
         raise NothingToRemoveError(
@@ -104,6 +109,16 @@ def plan_for(
     comparable = bool(getattr(criterion, "comparable", False))
     kept = select(graph.groups, cost, scores, goal, _constraints(recipe), widths, comparable)
     return build_plan(graph, cost, kept, dense)
+
+
+def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
+    """What a run by this recipe would do at once, but without data; of a search for the size, its first step."""
+    keep = recipe.target.keep
+    if keep is None:
+        cost, metric = measure(model, graph), recipe.target.metric
+        present = cost.total(metric) / cost.total(metric, _dense(model, graph)[0])
+        keep = (present + reachable(model, graph, recipe)) / 2
+    return plan_for(model, graph, rehearsal(recipe), keep)
 
 
 def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:

@@ -59,6 +59,10 @@ class Forecast:
         """Fraction of the dense model's "flops" or "params" that is left before the plan is applied."""
         return self.flops_before / self.dense_flops if metric == "flops" else self.params_before / self.dense_params
 
+    def kept(self, metric: str) -> float:
+        """Fraction of the dense model's "flops" or "params" that is left after the plan is applied."""
+        return self.flops_kept if metric == "flops" else self.params_kept
+
     @property
     def flops_kept(self) -> float:
         """FLOPs kept, as a fraction of the dense model."""

@@ -26,27 +26,30 @@ class _Part(BaseModel):
 
 
 class Target(_Part):
-    """How much of the dense model is kept. Exactly one metric."""
+    """How much of the dense model is kept: a fraction of it, or as little as a drop of the fitness allows."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
     flops: Fraction | None = Field(None, description="fraction of the dense model's FLOPs to keep")
     params: Fraction | None = Field(None, description="fraction of the dense model's parameters to keep")
+    max_drop: Fraction | None = Field(
+        None, description="find the fewest FLOPs at which the fitness drops by no more than this while training"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Target:
-        if (self.flops is None) == (self.params is None):
-            raise ValueError("give exactly one of flops and params, for example {flops: 0.5}")
+        if sum(value is not None for value in (self.flops, self.params, self.max_drop)) != 1:
+            raise ValueError("give exactly one of flops, params and max_drop, for example {flops: 0.5}")
         return self
 
     @property
     def metric(self) -> Literal["flops", "params"]:
-        """The metric that was given."""
-        return "params" if self.flops is None else "flops"
+        """What is counted."""
+        return "flops" if self.params is None else "params"
 
     @property
-    def keep(self) -> float:
-        """Fraction of the dense model to keep, in `metric`."""
-        return float(self.params if self.flops is None else self.flops)  # type: ignore[arg-type]  # one is set
+    def keep(self) -> float | None:
+        """Fraction of the dense model to keep, in `metric`; None where the run has to find it."""
+        return self.params if self.flops is None else self.flops
 
 
 class Schedule(_Part):
@@ -121,6 +124,18 @@ class Recover(_Part):
     )
 
 
+class Guard(_Part):
+    """What happens when a round costs too much accuracy."""
+
+    max_drop: Fraction | None = Field(
+        None, description="largest drop of the fitness after a round, against the model the run starts from; none: any"
+    )
+    on_breach: Literal["rollback", "stop"] = Field(
+        "rollback",
+        description="rollback: back to the last good model, and on with half the step; stop: back, and no further cut",
+    )
+
+
 class Recipe(_Part):
     """A pruning recipe."""
 
@@ -131,6 +146,7 @@ class Recipe(_Part):
     channels: Channels = Field(Channels(), description="constraints on widths")
     protect: tuple[str, ...] = Field((), strict=False, description="modules that are never touched: names or globs")
     recover: Recover = Field(Recover(), description="what follows each cut")
+    guard: Guard = Field(Guard(), description="what happens when a round costs too much accuracy")
     proof: bool = Field(True, description="prove each cut on a copy before it is made")
     measure: bool = Field(True, description="validate before and after each cut, for the report")
 
@@ -143,6 +159,17 @@ class Recipe(_Part):
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Recipe:
+        if self.target.max_drop is not None and self.guard.max_drop is not None:
+            raise ValueError("target.max_drop is a limit already; leave guard.max_drop out")
+        return self
+
+    @property
+    def limit(self) -> float | None:
+        """Largest drop of the fitness that a round may cost; None where anything goes."""
+        return self.guard.max_drop if self.target.max_drop is None else self.target.max_drop
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with every default spelled out; `load_recipe` reads it."""

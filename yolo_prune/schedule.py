@@ -10,6 +10,8 @@ from yolo_prune.errors import ScheduleError
 from yolo_prune.recipe import Schedule
 
 DEFAULT_ROUNDS = 3
+_WITH_LAST = ", with the one that settles what was found,"
+SEARCH_ROUNDS = 5  # bisection: the size found is within 3 % of the dense model of the smallest
 
 
 @dataclass(frozen=True)
@@ -19,15 +21,17 @@ class Round:
     Attributes:
         number: counted from 1.
         epoch: the cut is made at the start of this epoch, counted from 0.
-        keep: fraction of the dense model that is left after it.
+        keep: fraction of the dense model that is left after it; None where the search for it decides.
+        settles: no cut: the search is over, and what it found is trained for the rest of the run.
     """
 
     number: int
     epoch: int
-    keep: float
+    keep: float | None
+    settles: bool = False
 
 
-def rounds(schedule: Schedule, target: float, epochs: int, present: float = 1.0) -> tuple[Round, ...]:
+def rounds(schedule: Schedule, target: float | None, epochs: int, present: float = 1.0) -> tuple[Round, ...]:
     """Lay out the rounds of a run.
 
     Cubic is the curve of "To prune, or not to prune" (Zhu & Gupta 2017, arXiv:1710.01878): most is removed early, while
@@ -35,7 +39,7 @@ def rounds(schedule: Schedule, target: float, epochs: int, present: float = 1.0)
 
     Args:
         schedule: as the recipe gives it.
-        target: fraction of the dense model to keep in the end.
+        target: fraction of the dense model to keep in the end; None to search for it, and then settle.
         epochs: epochs of the run.
         present: fraction of the dense model that the run starts from.
 
@@ -45,15 +49,17 @@ def rounds(schedule: Schedule, target: float, epochs: int, present: float = 1.0)
     Raises:
         ScheduleError: If they do not fit; says what would.
     """
-    count = schedule.rounds or (1 if schedule.curve == "one-shot" else DEFAULT_ROUNDS)
+    search = target is None
+    default = SEARCH_ROUNDS if search else 1 if schedule.curve == "one-shot" else DEFAULT_ROUNDS
+    count = (schedule.rounds or default) + search
     start = schedule.start or 0
     if count > epochs - start:
         fit = f"at most {epochs - start} rounds fit" if epochs > start else "no round fits"
         raise ScheduleError(
-            f"schedule: {count} rounds from epoch {start} need at least {start + count} epochs, the run has {epochs}; "
-            f"{fit}. Set schedule.rounds or schedule.start, or train longer."
+            f"schedule: {count} rounds{_WITH_LAST * search} from epoch {start} need at least {start + count} epochs, "
+            f"the run has {epochs}; {fit}. Set schedule.rounds or schedule.start, or train longer."
         )
-    cuts = _epochs(schedule, count, start, epochs)
+    cuts = _epochs(schedule, count, start, epochs, search)
     if cuts[-1] > epochs - 1:
         longest = (epochs - 1 - start) // (count - 1)
         raise ScheduleError(
@@ -61,17 +67,20 @@ def rounds(schedule: Schedule, target: float, epochs: int, present: float = 1.0)
             f"{cuts[-1]}, counted from 0, and the run has {epochs} epochs. The interval can be at most {longest}, or "
             "give fewer rounds, or train longer."
         )
+    if target is None:
+        return tuple(Round(i, e, None, settles=i == count) for i, e in enumerate(cuts, 1))
     shares = [_removed(schedule.curve, i / count) for i in range(1, count + 1)]
     keeps = [present - (present - target) * share for share in shares[:-1]] + [target]
     return tuple(Round(i, e, k) for i, (e, k) in enumerate(zip(cuts, keeps, strict=True), 1))
 
 
-def _epochs(schedule: Schedule, count: int, start: int, epochs: int) -> list[int]:
+def _epochs(schedule: Schedule, count: int, start: int, epochs: int, search: bool) -> list[int]:
     if schedule.interval is not None:
         return [start + i * schedule.interval for i in range(count)]
-    # The first half of the run, or what start leaves of it; when that is too short, one epoch each.
-    span = max(epochs / 2 - start, count)
-    cuts = [start + int(i * span / count) for i in range(count)]
+    # The first half of the run (of a search, two thirds), or what start leaves of it; when that is too short, one each.
+    intervals = count - search
+    span = max(epochs * (2 / 3 if search else 1 / 2) - start, intervals)
+    cuts = [start + int(i * span / intervals) for i in range(count)]
     if any(a >= b for a, b in pairwise(cuts)):
         cuts = [start + i for i in range(count)]
     return cuts

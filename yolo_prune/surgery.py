@@ -121,6 +121,45 @@ def apply_to_optimizer(
         }
 
 
+def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
+    """Give `model` the structure and the weights that `other`, cut less, has: the way back from cuts.
+
+    Args:
+        model: a model that `plan` was applied to; changed in place.
+        other: the same architecture before the plan, or before a part of it; only read.
+        plan: everything that was removed from `model`.
+
+    Returns:
+        `{old parameter: new parameter}` for all of them.
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    source = dict(other.named_modules())
+    for name, layer in model.named_modules():
+        tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        for key, old in tensors.items():
+            new = getattr(source[name], key).detach().to(old, copy=True)
+            if old.ndim == 4 and not old.is_contiguous():
+                new = new.contiguous(memory_format=torch.channels_last)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+                replaced[old] = new
+            setattr(layer, key, new)
+        if tensors:
+            _follow(layer)
+    for layer_name, values in plan.attributes.items():
+        for key in values:
+            value = getattr(source[layer_name], key)
+            setattr(model.get_submodule(layer_name), key, list(value) if isinstance(value, list) else value)
+    return replaced
+
+
+def start_optimizer_anew(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Point `optimizer` to the new parameters, in the old order; it starts anew, without momenta."""
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(p, p) for p in group["params"]]
+    optimizer.state.clear()
+
+
 @torch.no_grad()
 def cut(tensor: Tensor, dims: Mapping[int, tuple[int, ...]]) -> Tensor:
     """The kept part of a tensor, detached, in the same memory format."""

@@ -14,7 +14,7 @@ from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune import metadata, outputs, ranks, resume
+from yolo_prune import metadata, outputs, ranks, resume, rounds
 from yolo_prune.compat import strip_qat
 from yolo_prune.errors import RunError
 from yolo_prune.files import WholeFile, write_bytes
@@ -101,10 +101,10 @@ class KeepStructure:
         """Stock, but files appear whole, and last.pt after the state that belongs to it."""
         run = getattr(self, "pruning", None)
         if run and run.exact:
-            resume.save(self, len(run.report.rounds), self.cadence)
+            resume.save(self, run.turns, self.cadence)
         saved = super().save_model()  # type: ignore[misc]
         if run:
-            resume.forget(self, len(run.report.rounds))
+            resume.forget(self, run.turns)
         return saved
 
     def resume_training(self, ckpt: Any) -> None:
@@ -126,6 +126,8 @@ class KeepStructure:
 
     def final_eval(self) -> None:
         """Stock, on checkpoints that are replaced when they are complete, last.pt at the very end of the run."""
+        if run := getattr(self, "pruning", None):
+            rounds.conclude(self, run)
         engine.strip_optimizer = self.strip
         try:
             super().final_eval()  # type: ignore[misc]

@@ -78,7 +78,10 @@ class Proof(_Row):
 
 
 class RoundRow(_Row):
-    """One round: `epoch` is the 0-based epoch at whose start the cut is made, `target` the fraction kept."""
+    """One round: `epoch` is the 0-based epoch at whose start the cut is made, `target` the fraction kept.
+
+    `held` is whether the fitness stayed within the limit, where there is one.
+    """
 
     number: _Count
     epoch: _Count
@@ -87,6 +90,7 @@ class RoundRow(_Row):
     params: _Int = None
     size_mb: _Float = None
     plan: str | None = None
+    held: bool | None = None
     proof: Proof | None = None
     fitness: RoundFitness = Field(default_factory=RoundFitness)
     seconds: _Float = None

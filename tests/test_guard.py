@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A limit on the drop: what the next cut aims at, the way back, the search for the smallest model that holds."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import models
+import pytest
+import torch
+from ultralytics import YOLO
+
+import yolo_prune
+from yolo_prune import guard, metadata, planner, surgery
+from yolo_prune.compat import load_checkpoint
+from yolo_prune.errors import RecipeError, RunError
+from yolo_prune.guard import Stage
+from yolo_prune.recipe import Schedule, load_recipe
+from yolo_prune.report import Report
+from yolo_prune.schedule import rounds
+
+START = Stage(0, 1.0, 0.6, True)
+
+
+@pytest.mark.parametrize(
+    ("keeps", "wanted"),
+    [
+        ((), 0.6),  # halfway to the floor, 0.2
+        (((0.6, True),), 0.4),
+        (((0.6, False),), 0.8),
+        (((0.6, True), (0.4, False)), 0.5),
+        (((0.6, True), (0.4, False), (0.5, False)), 0.55),
+        (((0.6, False), (0.8, True)), 0.7),
+    ],
+)
+def test_a_search_goes_halfway_between_what_held_and_what_did_not(keeps: Any, wanted: float) -> None:
+    found = [START, *(Stage(i, k, 0.6, held) for i, (k, held) in enumerate(keeps, 1))]
+    assert guard.next_keep(found, None, 0.2, None) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("keeps", "planned", "wanted"),
+    [
+        ((), 0.7, 0.7),
+        (((0.7, True),), 0.5, 0.5),
+        (((0.6, False),), 0.5, 0.8),  # half of the step from 1 to 0.6
+        (((0.6, False), (0.8, True)), 0.5, 0.6),  # the same step again
+        (((0.6, False), (0.8, False)), 0.5, 0.9),
+        (((0.7, True), (0.5, False)), 0.5, 0.6),
+        (((0.7, True), (0.5, False), (0.6, True)), 0.5, 0.5),
+        (((0.7, True), (0.5, False), (0.55, True)), 0.5, 0.5),  # never beyond the target
+    ],
+)
+def test_a_step_that_was_too_much_is_halved(keeps: Any, planned: float, wanted: float) -> None:
+    found = [START, *(Stage(i, k, 0.6, held) for i, (k, held) in enumerate(keeps, 1))]
+    assert guard.next_keep(found, planned, 0.2, 0.5) == pytest.approx(wanted)
+
+
+def test_a_drop_of_exactly_the_limit_holds() -> None:
+    assert guard.holds(0.59, 0.6, 0.01)
+    assert not guard.holds(0.5899, 0.6, 0.01)
+
+
+def test_what_the_record_says_makes_the_stages() -> None:
+    facts = [
+        {"number": 1, "keep": 0.7, "reference": 0.6, "end": 0.6, "held": True},
+        {"number": 3, "keep": 0.5, "reference": 0.6, "end": 0.4, "held": False},
+        {"number": 4, "keep": 0.6, "reference": 0.6},  # not yet over
+    ]
+    found = guard.stages(1.0, facts)
+    assert [(s.number, s.held) for s in found] == [(0, True), (1, True), (3, False)]
+    assert guard.last_good(found).file == "round2.pt"
+    assert guard.turns([f.get("held") for f in facts]) == 4
+
+
+def test_a_search_leaves_a_third_of_the_run_to_what_it_finds() -> None:
+    laid = rounds(Schedule(), None, 30)
+    assert [(r.epoch, r.settles) for r in laid] == [*((e, False) for e in (0, 4, 8, 12, 16)), (20, True)]
+    assert [r.epoch for r in rounds(Schedule(rounds=2, interval=3, start=1), None, 30)] == [1, 4, 7]
+    assert [r.epoch for r in rounds(Schedule(), None, 6)] == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(RecipeError, match=r"6 rounds, with the one that settles what was found.*5 rounds fit"):
+        rounds(Schedule(), None, 5)
+
+
+def test_a_model_becomes_again_what_it_was() -> None:
+    dense = models.shared("yolo11-tiny")
+    first = models.plan_of("yolo11-tiny", target_flops=0.8)
+    once = deepcopy(dense)
+    surgery.apply(once, first)
+    metadata.write(once, metadata.Record({}, first, planner.widths(dense)))
+    twice = deepcopy(once)
+    second = planner.make_plan(twice, models.recipe(target_flops=0.5), models.IMGSZ)
+    surgery.apply(twice, second)
+    for p in twice.parameters():
+        p.data.zero_()
+    twice.train(False)
+    replaced = surgery.become(twice, once, first.then(second))
+    assert set(replaced.values()) == set(twice.parameters())
+    image = torch.rand(1, 3, models.IMGSZ, models.IMGSZ, dtype=torch.float64)
+    assert torch.equal(twice.eval()(image)[0], once.eval()(image)[0])
+    assert repr(twice) == repr(once)  # widths that layers remember
+
+
+def test_limits_that_exclude_one_another_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"target.max_drop is a limit already; leave guard.max_drop out"):
+        load_recipe({"target": {"max_drop": 0.01}, "guard": {"max_drop": 0.01}})
+    with pytest.raises(RecipeError, match="give exactly one of flops, params and max_drop"):
+        load_recipe({"target": {"max_drop": 0.01, "flops": 0.5}})
+    with pytest.raises(RecipeError, match=r"target.max_drop: how small the model can get is found while training"):
+        yolo_prune.plan(models.shared("yolo11-tiny"), {"target": {"max_drop": 0.01}, "criterion": "magnitude"})
+
+
+RUN: dict[str, Any] = {
+    "epochs": 7,
+    "imgsz": 64,
+    "batch": 4,
+    "nbs": 4,
+    "workers": 0,
+    "amp": False,
+    "plots": False,
+    "device": "cpu",
+    "optimizer": "AdamW",
+    "exist_ok": True,
+    "name": "run",
+    "callbacks": "prune",
+}
+RECIPE: dict[str, Any] = {
+    "criterion": "magnitude",
+    "recover": {"refit": 0, "batchnorm": 1},
+    "channels": {"round_to": 1, "min": 2},
+    "measure": False,
+}
+
+
+class Judge:
+    """The run's validator, but fitness is the share of the FLOPs that is left: what a limit allows is known."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(self, trainer: Any = None, model: Any = None) -> Any:
+        found = self.stock(trainer, model)
+        if trainer:
+            found["fitness"] = trainer.pruning.cost[0] / trainer.pruning.report.dense.flops
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stock, name)
+
+
+def judged(trainer: Any) -> None:
+    trainer.validator = Judge(trainer.validator)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return datasets.tiny(tmp_path_factory.mktemp("guard"), train=8)
+
+
+def train(folder: Path, tmp_path: Path, recipe: dict[str, Any], **settings: Any) -> Path:
+    model = YOLO(folder / "dense.pt")
+    model.add_callback("on_pretrain_routine_end", judged)
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
+    model.train(**{**RUN, **places, "recipe": {**RECIPE, **recipe}, **settings})
+    return tmp_path / "run"
+
+
+def kept(run: Path, name: str) -> float:
+    model = load_checkpoint(run / "weights" / name)[0]
+    record = metadata.read(metadata.inner(model))
+    assert record
+    dense = planner.dense_cost(model, record.plan, 64)[0]
+    return planner.present_cost(model, 64)[0] / dense
+
+
+@pytest.mark.slow
+def test_the_smallest_model_within_the_drop_is_found_and_delivered(folder: Path, tmp_path: Path) -> None:
+    run = train(folder, tmp_path, {"target": {"max_drop": 0.3}})
+    report = Report.load(run)
+    front = json.loads((run / "front.json").read_text())
+    points = front["points"]
+    assert (front["limit"], front["reference"]) == (0.3, 1.0)
+    assert [p["round"] for p in points] == [0, 1, 2, 3, 4, 5]
+    assert [p["held"] for p in points] == [p["flops_kept"] >= 0.7 for p in points]
+    assert {True, False} == {p["held"] for p in points[1:]}
+    best = min((p for p in points if p["held"]), key=lambda p: p["flops_kept"])
+    assert best["delivered"]
+    assert 0.7 <= best["flops_kept"] < 0.75
+    assert sum(p["delivered"] for p in points) == 1
+    for point in points:
+        assert kept(run, Path(point["weights"]).name) == pytest.approx(point["flops_kept"], abs=1e-6), point
+    assert kept(run, "best.pt") == kept(run, "last.pt") == pytest.approx(report.pruned.flops / report.dense.flops)
+    assert [row.flops for row in report.epochs_log[-2:]] == [report.pruned.flops] * 2
+    assert report.status == "finished"
+
+
+@pytest.mark.slow
+def test_a_round_that_costs_too_much_is_taken_back_and_half_of_it_tried(folder: Path, tmp_path: Path) -> None:
+    recipe = {
+        "target": {"flops": 0.4},
+        "schedule": {"rounds": 3, "curve": "linear", "interval": 1},
+        "guard": {"max_drop": 0.32},
+    }
+    report = Report.load(train(folder, tmp_path, recipe, epochs=4))
+    assert [round(row.target["flops"], 1) for row in report.rounds] == [0.8, 0.6, 0.7]
+    assert [row.held for row in report.rounds] == [True, False, True]
+    assert 0.69 < kept(tmp_path / "run", "best.pt") <= 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "epochs"), [(0, 4), (1, 5)])
+def test_what_is_delivered_holds_also_when_the_last_round_did_not(
+    folder: Path, tmp_path: Path, start: int, epochs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = {
+        "target": {"flops": 0.6},
+        "schedule": {"rounds": 2, "curve": "linear", "interval": 2, "start": start},
+        "guard": {"max_drop": 0.3},
+    }
+    run = train(folder, tmp_path, recipe, epochs=epochs)
+    assert [row.held for row in Report.load(run).rounds] == [True, False]
+    assert 0.78 < kept(run, "best.pt") == kept(run, "last.pt") <= 0.8
+    assert kept(run, "round3.pt") <= 0.6
+    assert kept(run, "round1.pt") == 1.0
+    assert "round 2 cost too much" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_guard_that_stops_cuts_no_further(folder: Path, tmp_path: Path) -> None:
+    recipe = {
+        "target": {"flops": 0.4},
+        "schedule": {"rounds": 3, "curve": "linear", "interval": 1},
+        "guard": {"max_drop": 0.3, "on_breach": "stop"},
+    }
+    report = Report.load(train(folder, tmp_path, recipe, epochs=4))
+    assert [row.held for row in report.rounds] == [True, False]
+    assert [round(row.flops / report.dense.flops, 1) for row in report.epochs_log] == [0.8, 0.6, 0.8, 0.8]
+
+
+@pytest.mark.slow
+def test_a_limit_that_no_cut_stays_within_is_an_error_that_names_the_nearest(folder: Path, tmp_path: Path) -> None:
+    recipe = {"target": {"max_drop": 0.001}, "schedule": {"rounds": 2, "interval": 1}}
+    with pytest.raises(RunError, match=r"No cut stayed within a drop of 0.001: the nearest was 0.\d+ .*round3.pt"):
+        train(folder, tmp_path, recipe, epochs=4)
+    assert Report.load(tmp_path / "run").status == "failed"
+
+
+def test_a_limit_needs_validation(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="needs validation after each epoch: leave val=False out"):
+        train(folder, tmp_path, {"target": {"max_drop": 0.1}}, val=False)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""One round of a run: judge the one before, plan, prove, cut, recover, and set the run's bookkeeping right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils import LOGGER
+
+from yolo_prune import control, guard, journal, metadata, planner, proof, ranks, recover, schedule
+from yolo_prune.calibration import Calibration
+from yolo_prune.compat import load_checkpoint
+from yolo_prune.errors import GradientError, NothingToRemoveError, RunError
+from yolo_prune.guard import Stage
+from yolo_prune.journal import PREFIX, Run
+from yolo_prune.metadata import Record
+from yolo_prune.plans import Plan
+from yolo_prune.report import Proof, RoundFitness, RoundRow
+
+
+def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
+    """One round. With several ranks, the first one judges, plans and proves, and all follow alike.
+
+    Planning and proof only read; whatever they raise leaves the run, its model and its files as they were.
+
+    Returns:
+        False if nothing changed. No record is kept of a round without a cut: a resumed run finds it out again.
+    """
+    began = time.perf_counter()
+    recipe = run.recipe
+    record, went_back = judge(trainer, run)
+    found = guard.stages(record.start, record.rounds)
+    if due.settles or guard.is_over(recipe, found):
+        _check_delivers(trainer, run, found)
+        run.advance(trainer)
+        return went_back
+    images = max(planner.images_for(recipe), recipe.recover.refit)
+    calibration = control.calibration(trainer, images) if images and ranks.first() else None
+    plan, proven, asked = ranks.agree(lambda: _decide(trainer, run, due, found, calibration))
+    if plan is None:
+        LOGGER.info(f"{PREFIX}round {due.number}: the round before already went this far; nothing to remove")
+        run.advance(trainer)
+        return went_back
+    before = _fitness_before(trainer, run)
+    composed = record.plan.then(plan) if record.plan else plan
+    whole = proof.bare_copy(control.average(trainer)) if recipe.recover.refit and ranks.first() else None
+    if recipe.limit is not None and not record.rounds and trainer.best_fitness is None:
+        control.save_start(trainer, trainer.wdir / found[0].file)
+    control.cut(trainer, plan)
+    _compare_ranks(trainer, composed)
+    run.cost = plan.predicted.flops_after, plan.predicted.params_after
+    after_cut = control.validate(trainer) if recipe.measure else None
+    recovered = _recover(trainer, run, due.number, whole, plan, calibration)
+    row = RoundRow(
+        number=due.number,
+        epoch=trainer.epoch,
+        target={recipe.target.metric: asked},
+        flops=plan.predicted.flops_after,
+        params=plan.predicted.params_after,
+        size_mb=journal.size_mb(control.average(trainer)),
+        plan=plan.hash,
+        proof=Proof(**vars(proven)) if proven else None,
+        fitness=RoundFitness(before=before, cut=after_cut, recovered=recovered),
+        seconds=time.perf_counter() - began,
+    )
+    facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
+    facts["keep"] = plan.predicted.kept(recipe.target.metric)
+    if recipe.limit is not None:
+        facts["reference"] = _reference(trainer, record, before)
+    _forget_best(trainer, record)
+    run.advance(trainer)
+    _write(trainer, replace(record, plan=composed, rounds=(*record.rounds, facts)))
+    journal.log_round(trainer, run, row)
+    control.save_last(trainer)
+    return True
+
+
+def conclude(trainer: BaseTrainer, run: Run) -> None:
+    """The last epoch is over: what the last cut left must hold, too.
+
+    Raises:
+        RunError: If no cut held.
+    """
+    if run.done == len(run.rounds):
+        record, _ = judge(trainer, run, ended=True)
+        _check_delivers(trainer, run, guard.stages(record.start, record.rounds))
+
+
+def judge(trainer: BaseTrainer, run: Run, ended: bool = False) -> tuple[Record, bool]:
+    """Compare what the last cut has left, now that it was trained, with the limit; beyond it, go back.
+
+    Args:
+        trainer: at the start of an epoch, or after the last one.
+        run: its state.
+        ended: no epoch follows.
+
+    Returns:
+        The record, with the verdict, and whether the model is another one now.
+    """
+    record = metadata.read(control.live(trainer))
+    if record is None:
+        raise RunError("The run's pruning record is gone from the model; another callback replaced `model.yaml`.")
+    if run.recipe.limit is None or not record.rounds or "held" in record.rounds[-1]:
+        return record, False
+    *earlier, last = record.rounds
+    fitness = ranks.agree(lambda: float(trainer.best_fitness or 0.0))
+    held = guard.holds(fitness, last["reference"], run.recipe.limit)
+    record = replace(record, rounds=(*earlier, {**last, "end": fitness, "held": held}))
+    _write(trainer, record)
+    good = guard.last_good(guard.stages(record.start, record.rounds))
+    journal.log_verdict(trainer, run, record.rounds[-1], good)
+    if not held:
+        record = _go_back(trainer, run, record, good, ended)
+    return record, not held
+
+
+def _go_back(trainer: BaseTrainer, run: Run, record: Record, good: Stage, ended: bool) -> Record:
+    """Make the model what it was at its best before the cut that was too much."""
+    path = trainer.wdir / good.file
+    source, _ = load_checkpoint(path)
+    then = metadata.read(source)
+    if then is None or record.plan is None:
+        raise RunError(f"{path} is not of this run. Put back the one that is, or start the run anew.")
+    control.go_back(trainer, source, record.plan)
+    record = replace(record, plan=then.plan)
+    _write(trainer, record)
+    run.cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, run.report))
+    control.put_aside(trainer, trainer.wdir / f"round{record.rounds[-1]['number'] + 1}.pt")
+    control.take_for_best(trainer, path, good.fitness)
+    control.save_last(trainer, ended)
+    return record
+
+
+def _check_delivers(trainer: BaseTrainer, run: Run, found: Sequence[Stage]) -> None:
+    """Where there is a limit, at least one cut must have held."""
+    tried = found[1:]
+    if run.recipe.limit is None or not tried or any(s.held for s in tried):
+        return
+    nearest = max(tried, key=lambda s: s.fitness)
+    raise RunError(
+        f"No cut stayed within a drop of {run.recipe.limit:g}: the nearest was {nearest.keep:.3f} of the dense model, "
+        f"with a fitness of {nearest.fitness:.4f} ({trainer.wdir / nearest.file}). Allow a larger drop, train longer, "
+        "or leave more rounds to the search."
+    )
+
+
+def _reference(trainer: BaseTrainer, record: Record, before: float | None) -> float:
+    """Fitness that drops are counted from: the best that the run had before its first cut."""
+    if record.rounds:
+        return float(record.rounds[0]["reference"])
+    return ranks.agree(lambda: float(trainer.best_fitness or before or 0.0))
+
+
+def _forget_best(trainer: BaseTrainer, record: Record) -> None:
+    """What was best so far has another structure: it is kept aside, unless it is a copy of what lies there already."""
+    last = record.rounds[-1] if record.rounds else {}
+    if last.get("held") is not False:
+        control.put_aside(trainer, trainer.wdir / f"round{last.get('number', 0) + 1}.pt")
+    control.forget_best(trainer)
+
+
+def _write(trainer: BaseTrainer, record: Record) -> None:
+    metadata.write(control.live(trainer), record)
+    control.average(trainer).yaml = control.live(trainer).yaml
+
+
+def _recover(
+    trainer: BaseTrainer, run: Run, number: int, whole: nn.Module | None, plan: Plan, calibration: Calibration | None
+) -> float | None:
+    """Recover what can be without training; the fitness after it, where it is measured."""
+    asked = run.recipe.recover
+    if asked.refit:
+        if whole is not None and calibration:
+            _refit(trainer, run, number, whole, plan, calibration)
+        control.start_from_average(trainer)
+    else:
+        _recalibrate(trainer, run, number)
+    return control.validate(trainer) if run.recipe.measure and (asked.refit or asked.batchnorm) else None
+
+
+def _decide(
+    trainer: BaseTrainer, run: Run, due: schedule.Round, found: Sequence[Stage], calibration: Calibration | None
+) -> tuple[Plan | None, proof.Proof | None, float]:
+    """The proved plan of a round, and what it aims at; no plan where the rounds before went this far already."""
+    ema, recipe = control.average(trainer), run.recipe
+    graph = planner.survey(ema, recipe, journal.imgsz(trainer, run.report), run.frozen)
+    keep = guard.next_keep(found, due.keep, planner.reachable(ema, graph, recipe), recipe.target.keep)
+    bar = journal.bar(f"{PREFIX}round {due.number}: looking at training images", planner.images_for(recipe))
+    try:
+        try:
+            plan = planner.plan_for(ema, graph, recipe, keep, calibration, bar)
+        except GradientError as e:  # such a model has little to lose, and its run must not end here
+            LOGGER.warning(f"{PREFIX}{e} This round goes by magnitude.")
+            plan = planner.plan_for(ema, graph, planner.rehearsal(recipe), keep)
+    except NothingToRemoveError:
+        return None, None, keep
+    return plan, proof.prove(ema, plan) if recipe.proof else None, keep
+
+
+def _compare_ranks(trainer: BaseTrainer, plan: Plan) -> None:
+    """Make sure that every rank has the same model."""
+    if not ranks.several():
+        return
+    held = ranks.gather((plan.hash, control.structure(trainer)))
+    LOGGER.info(PREFIX + "; ".join(f"rank {i} holds plan {h[:12]}, model {m[:12]}" for i, (h, m) in enumerate(held)))
+    if len(set(held)) > 1:
+        raise RunError("The ranks do not hold the same model after the cut. Please report this with the log above.")
+
+
+def _fitness_before(trainer: BaseTrainer, run: Run) -> float | None:
+    """Fitness of the averaged model as it goes into the cut: known from the last epoch, else measured."""
+    known = trainer.fitness if trainer.epoch > trainer.start_epoch else None
+    known = ranks.agree(lambda: None if known is None else float(known))  # later ranks do not know it
+    wanted = run.recipe.measure or run.recipe.limit is not None
+    return control.validate(trainer) if known is None and wanted else known
+
+
+def _refit(trainer: BaseTrainer, run: Run, number: int, whole: nn.Module, plan: Plan, calibration: Calibration) -> None:
+    """Fit the averaged model, layer after layer, to what it put out before the cut."""
+    images = calibration.images(run.recipe.recover.refit)
+    bar = journal.bar(f"{PREFIX}round {number}: refitting layers")
+    used = recover.refit(whole, control.average(trainer), plan, images, run.frozen, bar)
+    if used < len(images):
+        LOGGER.warning(f"{PREFIX}memory was enough to refit on {used} images only, not on {len(images)}")
+
+
+def _recalibrate(trainer: BaseTrainer, run: Run, number: int) -> None:
+    """Estimate the batch norms of the live model and of its average anew; both go on into training."""
+    batches = min(run.recipe.recover.batchnorm, len(trainer.train_loader))
+    seed = trainer.args.seed + number
+    for model in (control.live(trainer), control.average(trainer)) if batches else ():
+        if ranks.first():
+            with control.own_randomness(seed):
+                images = control.training_images(trainer, batches, seed)
+                bar = journal.bar(f"{PREFIX}round {number}: recalibrating batch norm", batches)
+                recover.recalibrate(model, bar(images), run.frozen)
+        ranks.share(model.buffers())
