@@ -116,6 +116,10 @@ class Recover(_Part):
         le=1,
         description="after a refit: share of the run that the delivered average reaches over; 0: Ultralytics' own",
     )
+    learning_rate: Literal["run", "rewind"] = Field(
+        "run",
+        description="run: one schedule over the whole run; rewind: it begins anew at each cut and ends at the next",
+    )
     distill: bool = Field(
         False, description="train with the checkpoint that the run starts from as teacher, as with distill_model="
     )

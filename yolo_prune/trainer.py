@@ -14,7 +14,7 @@ from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune import metadata, outputs, ranks, resume
+from yolo_prune import metadata, outputs, ranks, resume, schedule
 from yolo_prune.compat import strip_qat
 from yolo_prune.errors import RunError
 from yolo_prune.files import WholeFile, write_bytes
@@ -33,6 +33,9 @@ class KeepStructure:
     args: Any
     epochs: int
     start_epoch: int
+    lf: Any
+    optimizer: Any
+    scheduler: Any
     resume: Any
     fitness: float | None
     stopped_early = False
@@ -91,6 +94,20 @@ class KeepStructure:
             return super().get_model(deepcopy(model.yaml), None, verbose=False)  # type: ignore[misc,no-any-return]
         finally:
             self.data = held
+
+    def _setup_scheduler(self, *args: Any) -> None:
+        """Stock; its function of the epoch, which the warm-up reads as well, follows the rounds where that is asked."""
+        super()._setup_scheduler(*args)  # type: ignore[misc]
+        stock = self.lf
+
+        def lf(epoch: int) -> float:
+            run = getattr(self, "pruning", None)  # there once all is set up
+            if run is None or run.recipe.recover.learning_rate == "run":
+                return float(stock(epoch))
+            return float(schedule.rewound(epoch, run.rounds, self.epochs, stock))
+
+        self.lf = lf
+        self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]
 
     def optimizer_step(self) -> None:
         """Stock; counted."""
