@@ -234,3 +234,26 @@ def test_rounds_that_look_at_data_and_refit_are_resumed_to_the_bit(zygote: Zygot
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('refitted')}"
     assert zygote.train("refitted", None, **settings) == 0, zygote.log("refitted")
     assert_same_run(zygote.folder / "refitted", zygote.folder / "fitted", rounds=2)
+
+
+@pytest.mark.slow
+def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
+    recipe = {
+        **RUN["recipe"],
+        "schedule": {"rounds": 2, "start": 2, "interval": 1},
+        "recover": {"batchnorm": 1, "rewind": {"epoch": 1}, "learning_rate": "rewind"},
+    }
+    settings: dict[str, Any] = {"epochs": 4, "recipe": recipe}
+    assert zygote.train("rewound", None, **settings) == 0, zygote.log("rewound")
+    for kill in (
+        ("writing the early weights", 1),
+        ("in a batch", 3),
+        ("rewound", 1),
+        ("after a round", 1),
+        ("in a batch", 8),
+        ("writing last.pt", 1),
+    ):
+        status = zygote.train("rewinding", kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('rewinding')}"
+    assert zygote.train("rewinding", None, **settings) == 0, zygote.log("rewinding")
+    assert_same_run(zygote.folder / "rewinding", zygote.folder / "rewound", rounds=2)

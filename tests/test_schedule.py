@@ -12,8 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from ultralytics.utils.torch_utils import one_cycle
 
+from yolo_prune import planner
 from yolo_prune.errors import ScheduleError
-from yolo_prune.recipe import Schedule
+from yolo_prune.recipe import Schedule, load_recipe
 from yolo_prune.schedule import rewound, rounds
 
 Curve = Literal["linear", "cubic"]
@@ -84,6 +85,20 @@ def test_rounds_go_on_from_what_is_left_of_a_pruned_model() -> None:
 def test_rounds_that_do_not_fit_are_refused_with_what_would(schedule: Schedule, epochs: int, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         rounds(schedule, 0.5, epochs)
+
+
+def test_what_has_to_come_before_the_first_cut_does() -> None:
+    def first(epochs: int, **fields: object) -> int:
+        recipe = load_recipe("half-flops", {"schedule.rounds": 2, **fields})
+        return planner.rounds(recipe, epochs)[0].epoch
+
+    assert first(40) == 0
+    assert first(40, **{"recover.rewind.epoch": 3}) == 10
+    assert first(40, **{"recover.rewind.epoch": 12}) == 13
+    assert first(40, **{"recover.rewind.epoch": 3, "schedule.start": 3}) == 3
+    assert first(3, **{"recover.rewind.epoch": 0}) == 1
+    with pytest.raises(ScheduleError, match="2 rounds from epoch 40 need at least 42 epochs"):
+        first(40, **{"recover.rewind.epoch": 39})
 
 
 def test_the_learning_rate_begins_anew_at_each_cut_and_runs_down_to_the_next() -> None:

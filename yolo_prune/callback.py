@@ -22,6 +22,7 @@ from yolo_prune.journal import PREFIX, Run
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
+from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.report import Proof, Report, RoundFitness, RoundRow, rounds_table, summary_table
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.picture import draw
@@ -77,6 +78,8 @@ class PruneCallback:
         trainer.cadence.epoch_starts(trainer)
         if run.exact:
             resume.seed_epoch(trainer)
+        if (early := run.recipe.recover.rewind) and not run.done:
+            control.keep_early(trainer, early.epoch)
         while due := run.due(trainer.epoch):
             if perform(trainer, run, due):
                 break
@@ -151,9 +154,10 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     present = plan.predicted.present(recipe.target.metric)
     metadata.write(model, Record(recipe.to_dict(), past, widths, (), present, active=True))
     if ranks.first():
-        for old in (*trainer.wdir.glob("round*.pt"), *trainer.wdir.glob("state-*.pt"), trainer.csv):
+        for old in (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern)):
             old.unlink(missing_ok=True)  # of an earlier run in the same folder
-    rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, present)
+        trainer.csv.unlink(missing_ok=True)
+    rounds = planner.rounds(recipe, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     return Run(recipe, rounds, report, trainer.stopper.patience, cost, frozen, exact=bool(trainer.args.deterministic))
@@ -165,7 +169,7 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
         resume.restore(trainer, len(record.rounds), trainer.cadence)
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
-    rounds = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
+    rounds = planner.rounds(recipe, trainer.epochs, record.start)
     cut = int(record.rounds[-1]["number"]) if record.rounds else 0
     done = max(cut, sum(r.epoch < trainer.start_epoch for r in rounds))  # no record is kept of rounds without a cut
     report = journal.reopen(trainer, recipe, source, record)
@@ -200,6 +204,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     before = _fitness_before(trainer, run)
     composed = record.plan.then(plan) if record.plan else plan
     whole = proof.bare_copy(control.average(trainer)) if recipe.recover.refit and ranks.first() else None
+    early = control.recall_early(trainer, plan, composed) if recipe.recover.rewind else None
     control.cut(trainer, plan)
     _compare_ranks(trainer, composed)
     run.cost = plan.predicted.flops_after, plan.predicted.params_after
@@ -209,8 +214,10 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
             _refit(trainer, run, due.number, whole, plan, calibration)
         control.start_from_average(trainer)
     else:
+        if early:
+            control.rewind(trainer, early)
         _recalibrate(trainer, run, due.number)
-    recovers = recipe.recover.refit or recipe.recover.batchnorm
+    recovers = recipe.recover.refit or recipe.recover.batchnorm or early
     recovered = control.validate(trainer) if recipe.measure and recovers else None
     control.forget_best(trainer, trainer.wdir / f"round{due.number}.pt")
     run.advance(trainer)

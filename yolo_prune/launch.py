@@ -14,7 +14,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, checks
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.files import get_latest_run
 
-from yolo_prune import doctor, journal, keys, metadata, planner, schedule
+from yolo_prune import doctor, journal, keys, metadata, planner
 from yolo_prune.callback import PruneCallback
 from yolo_prune.compat import load_checkpoint, load_yaml, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
@@ -273,7 +273,7 @@ def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) 
     except NothingToRemoveError as e:
         raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
     present = plan.predicted.present(recipe.target.metric)
-    schedule.rounds(recipe.schedule, recipe.target.keep, int(settings["epochs"]), present)
+    planner.rounds(recipe, int(settings["epochs"]), present)
 
 
 def _check_keeps_structure(model: Any, settings: Mapping[str, Any]) -> None:

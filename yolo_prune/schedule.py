@@ -67,6 +67,11 @@ def rounds(schedule: Schedule, target: float, epochs: int, present: float = 1.0)
     return tuple(Round(i, e, k) for i, (e, k) in enumerate(zip(cuts, keeps, strict=True), 1))
 
 
+def quarter(epochs: int) -> int:
+    """The first cut of a run that has something to do before it: after a quarter of the epochs, at least one."""
+    return max(epochs // 4, 1)
+
+
 def rewound(epoch: int, rounds: Sequence[Round], epochs: int, lf: Callable[[float], float]) -> float:
     """The factor of the learning rate in an epoch, where its schedule begins anew with each round.
 
