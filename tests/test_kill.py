@@ -240,6 +240,7 @@ def test_rounds_that_look_at_data_and_refit_are_resumed_to_the_bit(zygote: Zygot
 def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
     recipe = {
         **RUN["recipe"],
+        "criterion": {"name": "bn_scale", "sparsity": 0.1},
         "schedule": {"rounds": 2, "start": 2, "interval": 1},
         "recover": {"batchnorm": 1, "rewind": {"epoch": 1}, "learning_rate": "rewind"},
     }

@@ -46,6 +46,8 @@ RECIPE: dict[str, Any] = {
     "measure": False,
 }
 
+SPARSE: dict[str, Any] = {"criterion": {"name": "bn_scale", "sparsity": 0.5}}
+
 pytestmark = pytest.mark.slow
 
 
@@ -60,7 +62,7 @@ class Interrupted(Exception):
 
 def train(folder: Path, project: Path, recover: dict[str, Any], **settings: Any) -> Path:
     """A run; returns its folder."""
-    recipe = {**RECIPE, "recover": recover}
+    recipe = {**RECIPE, **settings.pop("recipe", {}), "recover": recover}
     places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(project)}
     YOLO(folder / "dense.pt").train(**{**RUN, "recipe": recipe, **places, **settings})
     return project / "run"
@@ -146,14 +148,14 @@ def test_after_each_cut_the_weights_are_those_of_the_early_epoch(
         monkeypatch.undo()
 
 
-def test_an_interrupted_run_rewinds_as_the_unbroken_one(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_rewinds_and_shrinks_as_the_unbroken_one(folder: Path, tmp_path: Path) -> None:
     recover = {"batchnorm": 1, "rewind": {"epoch": 1}, "learning_rate": "rewind"}
-    wanted = train(folder, tmp_path / "unbroken", recover)
-    run = interrupted(folder, tmp_path / "a", recover, before=4)
+    wanted = train(folder, tmp_path / "unbroken", recover, recipe=SPARSE)
+    run = interrupted(folder, tmp_path / "a", recover, before=4, **SPARSE)
     shutil.move(run, tmp_path / "moved")
     YOLO(tmp_path / "moved/weights/last.pt").train(resume=True)
     assert_same(tmp_path / "a/run", wanted)
-    again = interrupted(folder, tmp_path / "b", recover, before=1)
+    again = interrupted(folder, tmp_path / "b", recover, before=1, **SPARSE)
     last = again / "weights/last.pt"
     with pytest.raises(Interrupted):
         stopping(YOLO(last), 2).train(resume=True)
@@ -189,11 +191,12 @@ def stopping(model: YOLO, before: int) -> YOLO:
     return model
 
 
-def interrupted(folder: Path, project: Path, recover: dict[str, Any], before: int) -> Path:
+def interrupted(folder: Path, project: Path, recover: dict[str, Any], before: int, **fields: Any) -> Path:
     """The folder of a run that was interrupted as an epoch was about to begin."""
+    recipe = {**RECIPE, **fields, "recover": recover}
     places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(project)}
     with pytest.raises(Interrupted):
-        stopping(YOLO(folder / "dense.pt"), before).train(**RUN, recipe={**RECIPE, "recover": recover}, **places)
+        stopping(YOLO(folder / "dense.pt"), before).train(**RUN, recipe=recipe, **places)
     return project / "run"
 
 

@@ -97,6 +97,12 @@ def test_what_has_to_come_before_the_first_cut_does() -> None:
     assert first(40, **{"recover.rewind.epoch": 12}) == 13
     assert first(40, **{"recover.rewind.epoch": 3, "schedule.start": 3}) == 3
     assert first(3, **{"recover.rewind.epoch": 0}) == 1
+    sparse = {"criterion": {"name": "bn_scale", "sparsity": 1e-4}}
+    assert first(40, **sparse) == 10
+    assert first(3, **sparse) == 1
+    assert first(40, **sparse, **{"recover.rewind.epoch": 10}) == 11
+    assert first(40, **sparse, **{"schedule.start": 0}) == 0
+    assert first(40, criterion="bn_scale") == 0
     with pytest.raises(ScheduleError, match="2 rounds from epoch 40 need at least 42 epochs"):
         first(40, **{"recover.rewind.epoch": 39})
 

@@ -138,6 +138,11 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
             f"{PREFIX}{settings.get('model')} is of an unfinished pruning run; this begins a new one from it. To "
             "finish that one, use 'yolo train resume model=...'."
         )
+    if planner.sparsity(recipe) and recipe.schedule.start == 0:
+        LOGGER.warning(
+            f"{PREFIX}criterion.sparsity: with schedule.start 0 the first cut comes before any sparse training. Give a "
+            "later start, or leave it out."
+        )
     check_run(settings)
     _check_teacher(model, recipe, settings)
     _check_fits(model.model, recipe, settings)

@@ -19,6 +19,7 @@ from yolo_prune.compat import strip_qat
 from yolo_prune.errors import RunError
 from yolo_prune.files import WholeFile, write_bytes
 from yolo_prune.graph.probes import image_channels
+from yolo_prune.sparsity import SparseTraining
 
 
 class KeepStructure:
@@ -26,6 +27,7 @@ class KeepStructure:
 
     Attributes:
         cadence: when the optimizer steps; a resumed run takes it up where it was.
+        sparse: what shrinks beside these steps.
         stopped_early: the run that is resumed had stopped, for want of progress, when it was killed.
     """
 
@@ -44,6 +46,7 @@ class KeepStructure:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
         self.cadence = resume.Cadence()
+        self.sparse = SparseTraining()
         self._stripped: Path | None = None
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
@@ -110,8 +113,9 @@ class KeepStructure:
         self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]
 
     def optimizer_step(self) -> None:
-        """Stock; counted."""
-        super().optimizer_step()  # type: ignore[misc]
+        """Stock; counted, and beside it sparse training, where the criterion asks for that."""
+        with self.sparse.beside(self):
+            super().optimizer_step()  # type: ignore[misc]
         self.cadence.stepped()
 
     def save_model(self) -> Any:
