@@ -269,7 +269,11 @@ def test_trainer_overrides_these_and_they_do_what_it_builds_on() -> None:
     assert setup.index("self.resume_training(ckpt)") < setup.index('"on_pretrain_routine_end"')
     resumed = inspect.getsource(BaseTrainer.resume_training)
     assert "assert 0 < start_epoch < self.epochs" in resumed
+    scheduler = inspect.getsource(BaseTrainer._setup_scheduler)
+    assert "LambdaLR(self.optimizer, lr_lambda=self.lf)" in scheduler
+    assert inspect.getsource(engine).count("LambdaLR(") == 1
     train = inspect.getsource(BaseTrainer._do_train)
+    assert 'x["initial_lr"] * self.lf(epoch)' in train
     assert train.index("self.final_eval()") < train.index('"on_train_end"')
     assert "last_opt_step = -1" in train
     assert "if ni - last_opt_step >= self.accumulate:" in train

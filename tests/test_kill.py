@@ -289,3 +289,27 @@ def test_a_run_with_a_limit_goes_the_same_way_however_often_it_is_killed(zygote:
     killed = zygote.folder / f"{kind}-killed"
     assert_same_run(killed, zygote.folder / f"{kind}-whole", rounds=len(whole.rounds))
     assert (killed / "front.json").read_text() == (zygote.folder / f"{kind}-whole/front.json").read_text()
+
+
+@pytest.mark.slow
+def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
+    recipe = {
+        **RUN["recipe"],
+        "criterion": {"name": "bn_scale", "sparsity": 0.1},
+        "schedule": {"rounds": 2, "start": 2, "interval": 1},
+        "recover": {"batchnorm": 1, "rewind": {"epoch": 1}, "learning_rate": "rewind"},
+    }
+    settings: dict[str, Any] = {"epochs": 4, "recipe": recipe}
+    assert zygote.train("rewound", None, **settings) == 0, zygote.log("rewound")
+    for kill in (
+        ("writing the early weights", 1),
+        ("in a batch", 3),
+        ("rewound", 1),
+        ("after a round", 1),
+        ("in a batch", 8),
+        ("writing last.pt", 1),
+    ):
+        status = zygote.train("rewinding", kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('rewinding')}"
+    assert zygote.train("rewinding", None, **settings) == 0, zygote.log("rewinding")
+    assert_same_run(zygote.folder / "rewinding", zygote.folder / "rewound", rounds=2)

@@ -45,6 +45,30 @@ def test_a_plan_survives_a_file(plan: Plan | None, tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["plan.json"]
 
 
+def test_since_undoes_then() -> None:
+    tight = {"channels_round_to": 2, "channels_min": 2}
+    first = models.plan_of("yolo26-tiny", target_flops=0.7, **tight)
+    model = models.pruned("yolo26-tiny", target_flops=0.7, **tight)
+    later = make_plan(model, models.recipe(target_flops=0.4, **tight), models.IMGSZ)
+    composed = first.then(later)
+    left = composed.since(first)
+    assert (left.keep, left.shapes) == (later.keep, later.shapes)
+    assert {g.name: (g.before, g.after) for g in left.groups} == {g.name: (g.before, g.after) for g in later.groups}
+    assert first.then(left).keep == composed.keep
+    assert not first.since(first)
+    with pytest.raises(PlanError, match="do not follow one another: the first removes more of"):
+        first.since(composed)
+
+
+def test_since_by_hand() -> None:
+    whole = Plan({"a.weight": {0: (1, 4), 1: (0, 2)}}, {}, {"a.weight": (6, 3)}, scale={"a.weight": {1: 3.0, 4: 2.0}})
+    past = Plan({"a.weight": {0: (1, 2, 4)}}, {}, {"a.weight": (6, 3)}, scale={"a.weight": {1: 2.0, 4: 2.0}})
+    left = whole.since(past)
+    assert left.keep == {"a.weight": {0: (0, 2), 1: (0, 2)}}
+    assert left.shapes == {"a.weight": (3, 3)}
+    assert left.scale == {"a.weight": {0: 1.5}}
+
+
 def test_a_plan_survives_pickling_and_plain_data() -> None:
     plan = tiny()
     assert pickle.loads(pickle.dumps(plan)) == plan

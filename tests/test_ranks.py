@@ -51,11 +51,16 @@ model, arguments = sys.argv[1], json.loads(sys.argv[2])
 model = YOLO(model)
 fail_in = arguments.pop("fail_in", None)
 
+def weights(trainer):
+    total = sum(p.detach().double().abs().sum().item() for p in trainer.model.parameters())
+    print(f"epoch {trainer.epoch}: weights {total!r}", flush=True)
+
 def fail(trainer):
     if trainer.epoch == fail_in:
         raise RuntimeError("the power went off")
 
 model.add_callback("on_train_batch_end", fail)
+model.add_callback("on_train_epoch_end", weights)
 model.train(trainer=CpuRanks, **arguments)
 print("parent has", sum(p.numel() for p in model.model.parameters()))
 """
@@ -127,3 +132,19 @@ def test_two_ranks_resume_and_end_alike(pruned: tuple[Path, str], folder: Path) 
     found, wanted = Report.load(folder / "broken"), Report.load(pruned[0])
     assert [r.plan for r in found.rounds] == [r.plan for r in wanted.rounds]
     assert found.epochs_log == wanted.epochs_log
+
+
+@pytest.mark.slow
+def test_two_ranks_rewind_and_shrink_alike(folder: Path) -> None:
+    recipe = {
+        **PRUNE["recipe"],
+        "criterion": {"name": "bn_scale", "sparsity": 0.1},
+        "schedule": {"rounds": 1, "start": 2},
+        "recover": {"batchnorm": 1, "rewind": {"epoch": 1}, "learning_rate": "rewind"},
+    }
+    done = launch(folder / "dense.pt", {**RUN, **PRUNE, "recipe": recipe, **places(folder), "name": "rewound"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for epoch in range(4):
+        one, other = re.findall(rf"epoch {epoch}: weights (\S+)", done.stdout)
+        assert one == other
+    assert not (folder / "rewound/weights/rewind.pt").exists()

@@ -55,6 +55,13 @@ def test_a_recipe_needs_no_more_than_a_target() -> None:
     assert (recipe.channels.round_to, recipe.recover.batchnorm, recipe.proof) == (8, 32, True)
 
 
+def test_weights_that_are_rewound_are_not_refitted() -> None:
+    rewound = load_recipe("half-flops", {"recover.rewind.epoch": 3, "schedule.start": 3})
+    assert (rewound.recover.refit, rewound.recover.batchnorm) == (0, 32)
+    assert load_recipe(rewound.to_dict()) == rewound
+    assert load_recipe("half-flops").recover.refit == 64
+
+
 @pytest.mark.parametrize("name", ["half-flops", "gentle", "edge"])
 def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, {"protect": ["model.0", "model.1*"], "criterion.norm": 1})
@@ -130,6 +137,24 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         (f"{T}\ncriterion: {{name: 3}}", "criterion.name: must be a text, got 3 (obs, taylor"),
         (f"{T}\nchannels: {{max_removed: 1}}", "channels.max_removed: must be a number above 0 and below 1, got 1 "),
         (f"{T}\nrecover: {{batchnorm: -1}}", "recover.batchnorm: must be a whole number at least 0, got -1 "),
+        (
+            f"{T}\nrecover: {{rewind: 3}}",
+            "recover.rewind: must be a mapping with epoch, got 3 (after each cut, w",
+        ),
+        (
+            f"{T}\nrecover: {{rewind: {{}}}}",
+            "recover.rewind.epoch: is missing; give it, for example 'rewind: ",
+        ),
+        (f"{T}\nrecover: {{rewind: {{epoc: 3}}}}", "recover.rewind.epoc: unknown key; did you mean 'epoch'?"),
+        (f"{T}\nrecover: {{rewind: {{epoch: -1}}}}", "recover.rewind.epoch: must be a whole number at least 0, got -1"),
+        (
+            f"{T}\nrecover: {{rewind: {{epoch: 3}}}}\nschedule: {{start: 2}}",
+            "recover: the first cut, at epoch 2 (schedule.start), cannot rewind to epoch 3, which comes later; rewind",
+        ),
+        (
+            f"{T}\nrecover: {{learning_rate: rewnd}}",
+            "recover.learning_rate: must be one of run, rewind, got 'rewnd'",
+        ),
         (f"{T}\nproof: maybe", "proof: must be true or false, got 'maybe' (prove each cut"),
         (f"{T}\nprotect: [1]", "protect.0: must be a text or a list of texts, got 1 (modules that are never"),
         (f"{T}\nprotect: {{a: b}}", "protect: must be a text or a list of texts, got {'a': 'b'} "),

@@ -10,10 +10,12 @@ from typing import Literal, get_args
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from ultralytics.utils.torch_utils import one_cycle
 
+from yolo_prune import planner
 from yolo_prune.errors import ScheduleError
-from yolo_prune.recipe import Schedule
-from yolo_prune.schedule import rounds
+from yolo_prune.recipe import Schedule, load_recipe
+from yolo_prune.schedule import rewound, rounds
 
 Curve = Literal["linear", "cubic"]
 
@@ -83,6 +85,40 @@ def test_rounds_go_on_from_what_is_left_of_a_pruned_model() -> None:
 def test_rounds_that_do_not_fit_are_refused_with_what_would(schedule: Schedule, epochs: int, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         rounds(schedule, 0.5, epochs)
+
+
+def test_what_has_to_come_before_the_first_cut_does() -> None:
+    def first(epochs: int, **fields: object) -> int:
+        recipe = load_recipe("half-flops", {"schedule.rounds": 2, **fields})
+        return planner.rounds(recipe, epochs)[0].epoch
+
+    assert first(40) == 0
+    assert first(40, **{"recover.rewind.epoch": 3}) == 10
+    assert first(40, **{"recover.rewind.epoch": 12}) == 13
+    assert first(40, **{"recover.rewind.epoch": 3, "schedule.start": 3}) == 3
+    assert first(3, **{"recover.rewind.epoch": 0}) == 1
+    sparse = {"criterion": {"name": "bn_scale", "sparsity": 1e-4}}
+    assert first(40, **sparse) == 10
+    assert first(3, **sparse) == 1
+    assert first(40, **sparse, **{"recover.rewind.epoch": 10}) == 11
+    assert first(40, **sparse, **{"schedule.start": 0}) == 0
+    assert first(40, criterion="bn_scale") == 0
+    with pytest.raises(ScheduleError, match="2 rounds from epoch 40 need at least 42 epochs"):
+        first(40, **{"recover.rewind.epoch": 39})
+
+
+def test_the_learning_rate_begins_anew_at_each_cut_and_runs_down_to_the_next() -> None:
+    plan = rounds(Schedule(rounds=2, start=4, interval=2), 0.5, 10)
+    factors = [rewound(epoch, plan, 10, lambda x: 1 - x / 10) for epoch in range(10)]
+    assert factors == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4, 1, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4])
+    cosine = [rewound(epoch, plan, 10, one_cycle(1, 0.1, 10)) for epoch in range(4, 8)]
+    assert cosine == pytest.approx([1, 0.55, 1, 1 + (0.1 - 1) * (1 - 0.5**0.5) / 2])
+
+
+@given(start=st.integers(0, 30), epochs=st.integers(31, 300))
+def test_with_one_cut_at_the_start_the_learning_rate_is_that_of_the_run(start: int, epochs: int) -> None:
+    assert rewound(start, rounds(Schedule(rounds=1), 0.5, epochs), epochs, lambda x: x) == start
+    assert rewound(start, rounds(Schedule(rounds=1, start=start), 0.5, epochs), epochs, lambda x: x) == 0
 
 
 @given(

@@ -57,7 +57,7 @@ def half_written(name: str, count: int) -> None:
             real, files.os.fsync = os.fsync, lambda handle: (os.ftruncate(handle, len(data) // 2), real(handle), die())
         return stock(path, data)
 
-    for module in (files, sys.modules["yolo_prune.resume"], control):
+    for module in (files, control, sys.modules["yolo_prune.resume"], sys.modules["yolo_prune.recover.rewind"]):
         module.write_bytes = write_bytes
 
 
@@ -70,6 +70,8 @@ PLACES: dict[str, Callable[[int], None]] = {
     "writing last.pt": lambda n: half_written("last.pt", n),
     "writing best.pt": lambda n: half_written("best.pt", n),
     "writing the state": lambda n: half_written("state-", n),
+    "writing the early weights": lambda n: half_written("rewind.pt", n),
+    "rewound": lambda n: at(control, "rewind", "after", n),
     "writing the report": lambda n: half_written("prune.json", n),
     "after last.pt": lambda n: at(engine.BaseTrainer, "save_model", "after", n),
     "before a cut": lambda n: at(control, "cut", "before", n),

@@ -10,13 +10,14 @@ from typing import Any
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_prune import control, guard, journal, metadata, planner, ranks, resume, rounds, schedule, surgery
+from yolo_prune import control, guard, journal, metadata, planner, ranks, resume, rounds, surgery
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import RunError
 from yolo_prune.files import write_text
 from yolo_prune.journal import PREFIX, Run
 from yolo_prune.metadata import Record
 from yolo_prune.recipe import Recipe
+from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.report import Report, rounds_table, summary_table
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.picture import draw
@@ -72,6 +73,8 @@ class PruneCallback:
         trainer.cadence.epoch_starts(trainer)
         if run.exact:
             resume.seed_epoch(trainer)
+        if (early := run.recipe.recover.rewind) and not run.done:
+            control.keep_early(trainer, early.epoch)
         while due := run.due(trainer.epoch):
             if rounds.perform(trainer, run, due):
                 break
@@ -151,9 +154,10 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     present = plan.predicted.present(recipe.target.metric)
     metadata.write(model, Record(recipe.to_dict(), past, widths, (), present, active=True))
     if ranks.first():
-        for old in (*trainer.wdir.glob("round*.pt"), *trainer.wdir.glob("state-*.pt"), trainer.csv):
+        for old in (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern)):
             old.unlink(missing_ok=True)  # of an earlier run in the same folder
-    due = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, present)
+        trainer.csv.unlink(missing_ok=True)
+    due = planner.rounds(recipe, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     return Run(recipe, due, report, trainer.stopper.patience, cost, frozen, exact=bool(trainer.args.deterministic))
@@ -165,7 +169,7 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
         resume.restore(trainer, guard.turns([r.get("held") for r in record.rounds]), trainer.cadence)
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
-    due = schedule.rounds(recipe.schedule, recipe.target.keep, trainer.epochs, record.start)
+    due = planner.rounds(recipe, trainer.epochs, record.start)
     cut = int(record.rounds[-1]["number"]) if record.rounds else 0
     done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # no record is kept of rounds without a cut
     report = journal.reopen(trainer, recipe, source, record)

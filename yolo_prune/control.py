@@ -25,6 +25,8 @@ from yolo_prune.calibration import Batch, Calibration, draw
 from yolo_prune.compat import unwrap_model
 from yolo_prune.files import write_bytes
 from yolo_prune.plans import Keep, Plan, Shapes
+from yolo_prune.recover.rewind import FILE as EARLY
+from yolo_prune.recover.rewind import Early
 from yolo_prune.resume import refill_mosaic
 
 
@@ -291,6 +293,57 @@ def start_from_average(trainer: BaseTrainer) -> None:
     averaged = average(trainer).state_dict()
     ranks.share(averaged.values())
     live(trainer).load_state_dict(averaged)
+
+
+def keep_early(trainer: BaseTrainer, epoch: int) -> None:
+    """At the start of an epoch, keep the live weights for `rewind`.
+
+    They are taken down once: when the epoch is redone, they may be others.
+
+    Raises:
+        RunError: If they cannot be written.
+    """
+    path = Path(trainer.wdir) / EARLY
+
+    def keep() -> None:
+        if not path.exists():
+            record = metadata.read(live(trainer))
+            Early.of(live(trainer), record.plan if record else None, trainer.ema.updates).write(path)
+
+    if trainer.epoch == epoch:
+        ranks.agree(keep)
+
+
+def recall_early(trainer: BaseTrainer, plan: Plan, composed: Plan) -> Early:
+    """The early weights in the structure that the model is about to get. Only the first rank holds the tensors.
+
+    Args:
+        trainer: before the cut, so that one that cannot be recovered from is not made.
+        plan: the cut.
+        composed: everything removed so far, the cut included.
+
+    Raises:
+        RunError: On every rank, if the file is missing, damaged or not of this run.
+    """
+    state = average(trainer).state_dict()
+    wanted = {n: plan.shape_after(n) if n in plan.keep else tuple(t.shape) for n, t in state.items()}
+    held: list[Early] = []
+
+    def recall() -> int:
+        held.append(Early.read(Path(trainer.wdir) / EARLY).thinned(composed, wanted))
+        return held[0].updates
+
+    updates = ranks.agree(recall)
+    return held[0] if held else Early({}, updates=updates)
+
+
+def rewind(trainer: BaseTrainer, early: Early) -> None:
+    """After the cut: live model and average get the early weights, and the optimizer forgets what it gathered since."""
+    if ranks.first():
+        average(trainer).load_state_dict(early.tensors)
+    start_from_average(trainer)
+    trainer.ema.updates = early.updates
+    trainer.optimizer.state.clear()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from yolo_prune import criteria
+from yolo_prune import criteria, schedule
 from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, measure
 from yolo_prune.criteria.base import Observer
@@ -65,6 +65,27 @@ def images_for(recipe: Recipe) -> int:
     """How many training images a recipe's criterion looks at; 0 if it looks at weights alone."""
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
     return criterion.images if isinstance(criterion, Observer) else 0
+
+
+def sparsity(recipe: Recipe) -> float:
+    """Weight of the L1 norm of batch norm scales in training up to the last cut; 0 where nobody asks for it."""
+    return float(getattr(criteria.create(recipe.criterion.name, recipe.criterion.options), "sparsity", 0.0))
+
+
+def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[schedule.Round, ...]:
+    """The rounds of a run; see `schedule.rounds`.
+
+    Where the recipe does not say when to begin, what has to come before the first cut does: the weights to rewind to,
+    sparse training, and in either case a quarter of the run.
+
+    Raises:
+        ScheduleError: If they do not fit the epochs of the run.
+    """
+    asked, early = recipe.schedule, recipe.recover.rewind
+    if asked.start is None and (early or sparsity(recipe)):
+        start = max(schedule.quarter(epochs), early.epoch + 1 if early else 0)
+        asked = asked.model_copy(update={"start": start})
+    return schedule.rounds(asked, recipe.target.keep, epochs, present)
 
 
 def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:

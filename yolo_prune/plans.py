@@ -164,6 +164,36 @@ class Plan:
             forecast = replace(forecast, flops_before=first.flops_before, params_before=first.params_before)
         return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale)
 
+    def since(self, earlier: Plan) -> Plan:
+        """Undo `then`: what is left to do of this plan where `earlier` was applied already.
+
+        Raises:
+            PlanError: If this plan keeps what `earlier` removed.
+        """
+        keep: Keep = {}
+        for name, dims in self.keep.items():
+            for dim, kept in dims.items():
+                before = earlier.keep.get(name, {}).get(dim)
+                if before is not None:
+                    place = {old: new for new, old in enumerate(before)}
+                    if not place.keys() >= set(kept):
+                        raise PlanError(f"The plans do not follow one another: the first removes more of '{name}'.")
+                    kept = tuple(place[i] for i in kept)
+                if before is None or len(kept) < len(before):
+                    keep.setdefault(name, {})[dim] = kept
+        scale: Scale = {}
+        for name, factors in self.scale.items():
+            before, known = earlier.keep.get(name, {}).get(0), earlier.scale.get(name, {})
+            place = {old: new for new, old in enumerate(before or range(self.shapes[name][0]))}
+            later = {place[i]: f / known.get(i, 1.0) for i, f in factors.items() if i in place}
+            if left := {i: f for i, f in later.items() if not math.isclose(f, 1.0, rel_tol=1e-12)}:
+                scale[name] = left
+        shapes = {n: earlier.shape_after(n) if n in earlier.shapes else self.shapes[n] for n in {**keep, **scale}}
+        widths = {g.name: g.after for g in earlier.groups}
+        groups = [replace(g, before=widths.get(g.name, g.before)) for g in self.groups]
+        narrower = tuple(g for g in groups if g.after < g.before)
+        return Plan(keep, self.attributes, shapes, narrower, self.protected, scale=scale)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dict, list, str, numbers), as `from_dict` reads it."""
         data: dict[str, Any] = {

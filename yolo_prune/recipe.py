@@ -3,20 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from reprlib import Repr
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from yolo_prune.errors import RecipeError
+from yolo_prune.strict_yaml import read_yaml
 
 DEFAULT = "half-flops"
 MAX_BYTES = 64 * 1024
+MISSING = {"target": "'target: {flops: 0.5}'", "recover.rewind.epoch": "'rewind: {epoch: 3}'"}
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -99,6 +109,12 @@ class Channels(_Part):
     )
 
 
+class Rewind(_Part):
+    """Which weights a cut goes back to."""
+
+    epoch: int = Field(ge=0, description="epoch, counted from 0, at whose start the weights are kept")
+
+
 class Recover(_Part):
     """What is done right after each cut, before training goes on."""
 
@@ -119,9 +135,24 @@ class Recover(_Part):
         le=1,
         description="after a refit: share of the run that the delivered average reaches over; 0: Ultralytics' own",
     )
+    rewind: Rewind | None = Field(
+        None,
+        title="Rewind",
+        description="after each cut, what is left goes back to the weights of this epoch; nothing is refitted then",
+    )
+    learning_rate: Literal["run", "rewind"] = Field(
+        "run",
+        description="run: one schedule over the whole run; rewind: it begins anew at each cut and ends at the next",
+    )
     distill: bool = Field(
         False, description="train with the checkpoint that the run starts from as teacher, as with distill_model="
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rewound(cls, data: Any) -> Any:
+        """Weights that are rewound right afterwards need no refit."""
+        return {**data, "refit": 0} if isinstance(data, Mapping) and data.get("rewind") is not None else data
 
 
 class Guard(_Part):
@@ -154,6 +185,17 @@ class Recipe(_Part):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("recover")
+    @classmethod
+    def _rewinds_to_the_past(cls, recover: Recover, info: ValidationInfo) -> Recover:
+        start = info.data["schedule"].start if "schedule" in info.data else None
+        if recover.rewind and start is not None and start < recover.rewind.epoch:
+            raise ValueError(
+                f"the first cut, at epoch {start} (schedule.start), cannot rewind to epoch {recover.rewind.epoch}, "
+                "which comes later; rewind to an earlier epoch, cut later, or leave schedule.start out"
+            )
+        return recover
 
     @field_validator("protect", mode="before")
     @classmethod
@@ -263,7 +305,7 @@ def _parse(path: Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"The recipe '{path}' is larger than {MAX_BYTES // 1024} KiB; that is not a recipe.")
     try:
-        data = _yaml(raw.decode("utf-8"))
+        data = read_yaml(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise RecipeError(f"The recipe '{path}' is not UTF-8 text. Save it as UTF-8.") from None
     except ValueError as e:
@@ -274,49 +316,13 @@ def _parse(path: Path) -> dict[str, Any]:
     return data
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys, which hide one another, and without aliases, which can explode."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, refusing duplicate keys."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Build a node, refusing aliases."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError("while scanning an alias", None, f"'*{event.anchor}'", event.start_mark)
-        return super().compose_node(parent, index)
-
-
-def _yaml(text: str) -> Any:
-    """Read YAML; a ValueError says what is wrong with it, and where."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        if e.context == "while scanning an alias":
-            raise ValueError(f"{where}aliases cannot be used; put quotes around a text that begins with *") from None
-        raise ValueError(where + ", ".join(filter(None, (e.context, e.problem)))) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except Exception as e:  # PyYAML lets through whatever its constructors stumble over, such as a 13th month
-        raise ValueError(" ".join(str(e).split())) from None
-
-
 def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = str(dotted).split(".")
     if not all((*parents, last)):
         raise RecipeError(f"'recipe.{dotted}' does not name a field; write it as in recipe.target.flops=0.4.")
     if isinstance(value, str) and not (dotted == "protect" and value.startswith("*")):  # a glob, not a YAML alias
         try:
-            value = _yaml(value)
+            value = read_yaml(value)
         except ValueError as e:
             raise RecipeError(f"recipe.{dotted}={_SHORT.repr(value)}: the value is not valid YAML: {e}.") from None
     place = data
@@ -355,7 +361,7 @@ def _line(e: ErrorDetails) -> str:
     if kind in ("extra_forbidden", "invalid_key"):
         return f"{path}: unknown key; {_remedy(where, got)}"
     if kind == "missing":
-        return f"{path}: is missing; give it, for example 'target: {{flops: 0.5}}'"
+        return f"{path}: is missing; give it, for example {MISSING.get(path, path)}"
     if kind == "value_error":
         return f"{path}: {e['msg'].removeprefix('Value error, ')}, got {got}"
     field = _describe(json_schema(), where)
@@ -379,11 +385,15 @@ def _remedy(where: list[str], got: str) -> str:
 
 def _keys() -> list[str]:
     """Dotted paths of all fields, sections included."""
-    fields = Recipe.model_fields
-    return [
-        *fields,
-        *(f"{name}.{key}" for name in fields for key in getattr(fields[name].annotation, "model_fields", ())),
-    ]
+
+    def inside(model: Any, path: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield f"{path}{name}"
+            for option in (field.annotation, *get_args(field.annotation)):
+                if hasattr(option, "model_fields"):
+                    yield from inside(option, f"{path}{name}.")
+
+    return list(inside(Recipe, ""))
 
 
 def _describe(schema: dict[str, Any], where: list[str]) -> dict[str, Any]:

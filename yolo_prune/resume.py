@@ -24,10 +24,12 @@ from ultralytics.utils import LOGGER
 from yolo_prune import metadata, ranks
 from yolo_prune.compat import DAMAGED, closes_mosaic_late, unwrap_model
 from yolo_prune.files import write_bytes, write_text
+from yolo_prune.recover.rewind import FILE as EARLY
 
 NEVER = 10**9
 PATIENCE = ("best_fitness", "best_epoch", "possible_stop")
-CARRIED = ("prune.json", "results.csv", "weights/best.pt", "weights/round*.pt", "weights/state-*.pt")
+WEIGHTS = ("best.pt", "round*.pt", "state-*.pt", EARLY)
+CARRIED = ("prune.json", "results.csv", *(f"weights/{name}" for name in WEIGHTS))
 
 
 class Cadence:
@@ -201,8 +203,10 @@ def forget(trainer: BaseTrainer, keep: int | None = None) -> None:
 
     Args:
         trainer: the trainer.
-        keep: number of rounds of the state for `trainer.epoch`, which stays.
+        keep: number of rounds of the state for `trainer.epoch`, which stays; None: the run is over, nothing does.
     """
+    if keep is None:
+        (trainer.wdir / EARLY).unlink(missing_ok=True)
     kept = None if keep is None else _path(trainer, trainer.epoch, keep)
     for path in (*trainer.wdir.glob("state-*.pt"), *trainer.wdir.glob(".*.tmp"), *trainer.save_dir.glob(".*.tmp")):
         if path != kept:

@@ -50,10 +50,13 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     whole = proof.bare_copy(control.average(trainer)) if recipe.recover.refit and ranks.first() else None
     if recipe.limit is not None and not record.rounds and trainer.best_fitness is None:
         control.save_start(trainer, trainer.wdir / found[0].file)
+    early = control.recall_early(trainer, plan, composed) if recipe.recover.rewind else None
     control.cut(trainer, plan)
     _compare_ranks(trainer, composed)
     run.cost = plan.predicted.flops_after, plan.predicted.params_after
     after_cut = control.validate(trainer) if recipe.measure else None
+    if early:
+        control.rewind(trainer, early)
     recovered = _recover(trainer, run, due.number, whole, plan, calibration)
     row = RoundRow(
         number=due.number,
@@ -179,7 +182,9 @@ def _recover(
         control.start_from_average(trainer)
     else:
         _recalibrate(trainer, run, number)
-    return control.validate(trainer) if run.recipe.measure and (asked.refit or asked.batchnorm) else None
+    return (
+        control.validate(trainer) if run.recipe.measure and (asked.refit or asked.batchnorm or asked.rewind) else None
+    )
 
 
 def _decide(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -72,6 +73,28 @@ def rounds(schedule: Schedule, target: float | None, epochs: int, present: float
     shares = [_removed(schedule.curve, i / count) for i in range(1, count + 1)]
     keeps = [present - (present - target) * share for share in shares[:-1]] + [target]
     return tuple(Round(i, e, k) for i, (e, k) in enumerate(zip(cuts, keeps, strict=True), 1))
+
+
+def quarter(epochs: int) -> int:
+    """The first cut of a run that has something to do before it: after a quarter of the epochs, at least one."""
+    return max(epochs // 4, 1)
+
+
+def rewound(epoch: int, rounds: Sequence[Round], epochs: int, lf: Callable[[float], float]) -> float:
+    """The factor of the learning rate in an epoch, where its schedule begins anew with each round.
+
+    Learning rate rewinding, after "Comparing Rewinding and Fine-tuning in Neural Network Pruning" (Renda et al., ICLR
+    2020, arXiv:2003.02389): the whole schedule is run down before the first cut, between cuts and after the last one.
+
+    Args:
+        epoch: counted from 0.
+        rounds: of the run.
+        epochs: epochs of the run.
+        lf: the schedule over the whole run: from an epoch, which may be a fraction, to the factor.
+    """
+    begin = max((r.epoch for r in rounds if r.epoch <= epoch), default=0)
+    end = min((r.epoch for r in rounds if r.epoch > epoch), default=epochs)
+    return lf((epoch - begin) * epochs / (end - begin))
 
 
 def _epochs(schedule: Schedule, count: int, start: int, epochs: int, search: bool) -> list[int]:

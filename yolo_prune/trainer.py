@@ -14,11 +14,12 @@ from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune import metadata, outputs, ranks, resume, rounds
+from yolo_prune import metadata, outputs, ranks, resume, rounds, schedule
 from yolo_prune.compat import strip_qat
 from yolo_prune.errors import RunError
 from yolo_prune.files import WholeFile, write_bytes
 from yolo_prune.graph.probes import image_channels
+from yolo_prune.sparsity import SparseTraining
 
 
 class KeepStructure:
@@ -26,6 +27,7 @@ class KeepStructure:
 
     Attributes:
         cadence: when the optimizer steps; a resumed run takes it up where it was.
+        sparse: what shrinks beside these steps.
         stopped_early: the run that is resumed had stopped, for want of progress, when it was killed.
     """
 
@@ -33,6 +35,9 @@ class KeepStructure:
     args: Any
     epochs: int
     start_epoch: int
+    lf: Any
+    optimizer: Any
+    scheduler: Any
     resume: Any
     fitness: float | None
     stopped_early = False
@@ -41,6 +46,7 @@ class KeepStructure:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
         self.cadence = resume.Cadence()
+        self.sparse = SparseTraining()
         self._stripped: Path | None = None
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
@@ -92,9 +98,24 @@ class KeepStructure:
         finally:
             self.data = held
 
+    def _setup_scheduler(self, *args: Any) -> None:
+        """Stock; its function of the epoch, which the warm-up reads as well, follows the rounds where that is asked."""
+        super()._setup_scheduler(*args)  # type: ignore[misc]
+        stock = self.lf
+
+        def lf(epoch: int) -> float:
+            run = getattr(self, "pruning", None)  # there once all is set up
+            if run is None or run.recipe.recover.learning_rate == "run":
+                return float(stock(epoch))
+            return float(schedule.rewound(epoch, run.rounds, self.epochs, stock))
+
+        self.lf = lf
+        self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]
+
     def optimizer_step(self) -> None:
-        """Stock; counted."""
-        super().optimizer_step()  # type: ignore[misc]
+        """Stock; counted, and beside it sparse training, where the criterion asks for that."""
+        with self.sparse.beside(self):
+            super().optimizer_step()  # type: ignore[misc]
         self.cadence.stepped()
 
     def save_model(self) -> Any:

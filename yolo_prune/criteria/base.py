@@ -23,6 +23,9 @@ class Criterion(Protocol):
 
     Scores are compared within one set only, unless the criterion has an attribute `comparable` that is true: then they
     are amounts of the loss, and are added up and compared over all sets.
+
+    One with an attribute `sparsity` above 0 asks for sparse training up to the last cut: that is the weight of the L1
+    norm of the scales of batch norms in the loss.
     """
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:

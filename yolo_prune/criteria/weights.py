@@ -72,20 +72,29 @@ class Lamp:
 
 
 @register_criterion("bn_scale")
-def bn_scale() -> Criterion:
+class BatchNormScale:
     """Absolute scale of the batch norms behind a channel; magnitude where there is none.
 
     "Learning Efficient Convolutional Networks through Network Slimming" (Liu et al., ICCV 2017, arXiv:1708.06519).
     """
-    fallback = magnitude()
 
-    def score(tensors: Tensors, channels: ChannelSet) -> Tensor:
+    def __init__(self, sparsity: float = 0.0) -> None:
+        """Take the option.
+
+        Args:
+            sparsity: weight of the L1 norm of the scales in the loss, in training up to the last cut; 0: as trained.
+        """
+        if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+            raise RecipeError(f"criterion.sparsity: must be a number at least 0 and below 1, got {sparsity!r}.")
+        self.sparsity = float(sparsity)
+        self._fallback = magnitude()
+
+    def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
+        """Score every channel; see `Criterion`."""
         scales = [s for s in channels.slots if f"{s.tensor.removesuffix('weight')}running_var" in tensors]
         if not scales:
-            return fallback(tensors, channels)
+            return self._fallback(tensors, channels)
         return torch.stack([tensors[s.tensor].detach().double().cpu().abs()[list(s.index)] for s in scales]).sum(0)
-
-    return score
 
 
 @register_criterion("fpgm")

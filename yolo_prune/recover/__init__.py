@@ -3,5 +3,6 @@
 
 from yolo_prune.recover.batchnorm import recalibrate
 from yolo_prune.recover.refit import refit
+from yolo_prune.recover.rewind import Early
 
-__all__ = ["recalibrate", "refit"]
+__all__ = ["Early", "recalibrate", "refit"]
