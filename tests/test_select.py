@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import models
@@ -136,6 +137,44 @@ def test_max_removed_counts_from_the_dense_width() -> None:
     assert run(groups, cost, scored(_0=EIGHT), 70, constraints, {"0": 20}) == {"0": (0, 2, 4, 5, 7)}
     with pytest.raises(TargetError, match=r"Ask for at least 0\.63"):  # 5 of 8, a quarter of 20
         run(groups, cost, scored(_0=EIGHT), 69, constraints, {"0": 20})
+
+
+def named_layers(groups: list[Group]) -> list[Group]:
+    """The same groups, with the names of the layers that a trace would give them."""
+    return [
+        Group(tuple(dataclasses.replace(s, layers=(f"{s.name}.conv",)) for s in g.sets), g.protected) for g in groups
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ({}, (0, 4, 5, 7)),
+        ({"0.conv": Constraints(3, 1, 0.99)}, (4, 5, 7)),
+        ({"0.conv": Constraints(4, 1, 0.99)}, (0, 4, 5, 7)),
+        ({"other.conv": Constraints(8, 8, 0.1)}, (0, 4, 5, 7)),
+    ],
+)
+def test_a_layer_may_have_limits_of_its_own(layers: dict[str, Constraints], kept: tuple[int, ...]) -> None:
+    groups, cost = chain(8, 4)
+    constraints = Constraints(1, 1, 0.99, layers)
+    assert run(named_layers(groups), cost, scored(_0=EIGHT), 56, constraints) == {"0": kept}
+
+
+def test_limits_of_one_layer_can_put_the_target_out_of_reach_and_loosen_it_again() -> None:
+    groups, cost = chain(8, 4)
+    tight = Constraints(1, 1, 0.99, {"0.conv": Constraints(1, 6, 0.5)})
+    with pytest.raises(TargetError, match=r"leaves 0\.750"):
+        run(named_layers(groups), cost, scored(_0=EIGHT), 56, tight)
+    loose = Constraints(8, 8, 0.1, {"0.conv": Constraints(1, 1, 0.5)})
+    assert run(named_layers(groups), cost, scored(_0=EIGHT), 56, loose) == {"0": (0, 4, 5, 7)}
+
+
+def test_a_group_obeys_the_strictest_of_its_layers() -> None:
+    group = Group((ChannelSet("0", 48, (), ("a", "b", "c")),))
+    constraints = Constraints(8, 8, 0.75, {"a": Constraints(6, 4, 0.9), "b": Constraints(4, 16, 0.5)})
+    assert constraints.of(group) == Constraints(24, 16, 0.5)  # of c, the values for all
+    assert constraints.of(Group((ChannelSet("0", 48, (), ("a",)),))) == Constraints(6, 4, 0.9)
 
 
 def test_the_goal_may_be_parameters() -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +15,10 @@ from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, measure
 from yolo_prune.criteria.base import Observer
 from yolo_prune.errors import NothingToRemoveError, RecipeError
-from yolo_prune.graph import Graph, Rows, has_heads, trace
+from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
-from yolo_prune.recipe import CriterionSpec, Recipe
+from yolo_prune.recipe import CriterionSpec, LayerLimits, Recipe
 from yolo_prune.select import Constraints, Goal, least, select
 
 
@@ -44,7 +46,7 @@ def make_plan(
         TargetError: If the target is out of reach.
         NothingToRemoveError: If the model already meets it.
         UnsupportedModelError: If the model has a part whose dependencies are not known.
-        RecipeError: If a protect pattern matches nothing or the criterion is unknown.
+        RecipeError: If a pattern of protect or channels.layers matches nothing, or the criterion is unknown.
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
     return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep, calibration, progress)
@@ -101,7 +103,7 @@ def plan_for(
     scores = {s.name: criteria.score(criterion, tensors, s) for g in graph.groups if not g.protected for s in g.sets}
     goal = Goal(metric, wanted * whole, whole)
     comparable = bool(getattr(criterion, "comparable", False))
-    kept = select(graph.groups, cost, scores, goal, _constraints(recipe), widths, comparable)
+    kept = select(graph.groups, cost, scores, goal, _constraints(model, graph, recipe), widths, comparable)
     return build_plan(graph, cost, kept, dense)
 
 
@@ -115,11 +117,42 @@ def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
     """
     cost, metric = measure(model, graph), recipe.target.metric
     dense, widths = _dense(model, graph)
-    return least(graph.groups, cost, metric, _constraints(recipe), widths) / cost.total(metric, dense)
+    return least(graph.groups, cost, metric, _constraints(model, graph, recipe), widths) / cost.total(metric, dense)
 
 
-def _constraints(recipe: Recipe) -> Constraints:
-    return Constraints(recipe.channels.round_to, recipe.channels.min, recipe.channels.max_removed)
+def _constraints(model: nn.Module, graph: Graph, recipe: Recipe) -> Constraints:
+    """Limits on widths as a recipe gives them: for all layers, and for those that its patterns name.
+
+    Raises:
+        RecipeError: If a pattern names no layer.
+    """
+    channels = recipe.channels
+    found: dict[str, list[LayerLimits]] = {}
+    for pattern, limits in channels.layers.items():
+        modules = set(named(model, pattern, "channels.layers"))
+        layers = [n for g in graph.groups for n in g.layers if modules & {n, *_around(n)}]
+        if not layers:
+            raise RecipeError(
+                f"channels.layers: '{pattern}' names no layer that has a width of its own. Give the name of a "
+                "convolution, or of a block that holds some."
+            )
+        for name in dict.fromkeys(layers):
+            found.setdefault(name, []).append(limits)
+
+    def given(key: str, of: list[LayerLimits]) -> list[Any]:
+        return [v for v in (getattr(limits, key) for limits in of) if v is not None] or [getattr(channels, key)]
+
+    def strictest(of: list[LayerLimits]) -> Constraints:
+        return Constraints(math.lcm(*given("round_to", of)), max(given("min", of)), min(given("max_removed", of)))
+
+    each = {name: strictest(limits) for name, limits in found.items()}
+    return Constraints(channels.round_to, channels.min, channels.max_removed, each)
+
+
+def _around(layer: str) -> Iterator[str]:
+    """Names of the modules that a layer is in."""
+    while layer := layer.rpartition(".")[0]:
+        yield layer
 
 
 def _dense(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:

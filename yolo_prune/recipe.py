@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from yolo_prune.errors import RecipeError
+from yolo_prune.safeyaml import read_yaml
 
 DEFAULT = "half-flops"
 MAX_BYTES = 64 * 1024
+ANY = "*"  # stands for any name of a layer in the path of a field
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -83,6 +85,16 @@ class CriterionSpec(_Part):
         return dict(self.model_extra or {})
 
 
+class LayerLimits(_Part):
+    """What holds for the layers that a pattern names, in place of the values for all."""
+
+    round_to: int | None = Field(None, ge=1, le=1024, description="widths of these layers are multiples of this")
+    min: int | None = Field(None, ge=1, description="none of these layers gets narrower than this")
+    max_removed: Fraction | None = Field(
+        None, description="most that is removed of any of these layers, as a fraction of its dense width"
+    )
+
+
 class Channels(_Part):
     """Constraints on the widths of layers."""
 
@@ -94,6 +106,14 @@ class Channels(_Part):
     attention: Literal["dims", "heads"] = Field(
         "dims", description="dims thins every head of an attention alike, heads removes whole heads"
     )
+    layers: dict[str, LayerLimits] = Field(
+        {}, description="other limits for some layers: names or globs of modules, each with round_to, min, max_removed"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 class Recover(_Part):
@@ -236,7 +256,7 @@ def _parse(path: Path) -> dict[str, Any]:
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"The recipe '{path}' is larger than {MAX_BYTES // 1024} KiB; that is not a recipe.")
     try:
-        data = _yaml(raw.decode("utf-8"))
+        data = read_yaml(raw.decode("utf-8"))
     except UnicodeDecodeError:
         raise RecipeError(f"The recipe '{path}' is not UTF-8 text. Save it as UTF-8.") from None
     except ValueError as e:
@@ -247,49 +267,18 @@ def _parse(path: Path) -> dict[str, Any]:
     return data
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys, which hide one another, and without aliases, which can explode."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, refusing duplicate keys."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Build a node, refusing aliases."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError("while scanning an alias", None, f"'*{event.anchor}'", event.start_mark)
-        return super().compose_node(parent, index)
-
-
-def _yaml(text: str) -> Any:
-    """Read YAML; a ValueError says what is wrong with it, and where."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        if e.context == "while scanning an alias":
-            raise ValueError(f"{where}aliases cannot be used; put quotes around a text that begins with *") from None
-        raise ValueError(where + ", ".join(filter(None, (e.context, e.problem)))) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except Exception as e:  # PyYAML lets through whatever its constructors stumble over, such as a 13th month
-        raise ValueError(" ".join(str(e).split())) from None
-
-
 def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = str(dotted).split(".")
     if not all((*parents, last)):
         raise RecipeError(f"'recipe.{dotted}' does not name a field; write it as in recipe.target.flops=0.4.")
+    if parents[:2] == ["channels", "layers"]:
+        raise RecipeError(
+            f"'recipe.{dotted}': names of layers have dots of their own; write all of channels.layers as one mapping, "
+            "as in recipe.channels.layers='{model.0: {max_removed: 0.25}}'."
+        )
     if isinstance(value, str) and not (dotted == "protect" and value.startswith("*")):  # a glob, not a YAML alias
         try:
-            value = _yaml(value)
+            value = read_yaml(value)
         except ValueError as e:
             raise RecipeError(f"recipe.{dotted}={_SHORT.repr(value)}: the value is not valid YAML: {e}.") from None
     place = data
@@ -341,6 +330,8 @@ def _line(e: ErrorDetails) -> str:
 def _remedy(where: list[str], got: str) -> str:
     """What to write in place of an unknown key."""
     key, keys = where[-1], _keys()
+    if where[:2] == ["channels", "layers"]:
+        where = ["channels", "layers", ANY, *where[3:]]
     here = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == ".".join(where[:-1])]
     if "." in key and key in keys:
         parent, _, field = key.partition(".")
@@ -356,6 +347,7 @@ def _keys() -> list[str]:
     return [
         *fields,
         *(f"{name}.{key}" for name in fields for key in getattr(fields[name].annotation, "model_fields", ())),
+        *(f"channels.layers.{ANY}.{key}" for key in LayerLimits.model_fields),
     ]
 
 
@@ -364,7 +356,8 @@ def _describe(schema: dict[str, Any], where: list[str]) -> dict[str, Any]:
     node = schema
     for name in where:
         known = {key: field for option in _options(node) for key, field in option.get("properties", {}).items()}
-        field = known.get(name, node)
+        each = [o["additionalProperties"] for o in _options(node) if isinstance(o.get("additionalProperties"), dict)]
+        field = known.get(name, each[0] if each else node)
         options = [{**o, **schema["$defs"].get(o.get("$ref", "").rpartition("/")[2], {})} for o in _options(field)]
         node = {**field, "anyOf": options, "description": field.get("description", "")}
     return node
@@ -388,7 +381,7 @@ def _allowed(node: dict[str, Any]) -> str:
     bounds = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
     limits = " and ".join(f"{word} {node[key]:g}" for key, word in bounds.items() if key in node)
     if node["type"] == "object":
-        return f"a mapping with {', '.join(node['properties'])}"
+        return f"a mapping with {', '.join(node['properties'])}" if "properties" in node else "a mapping"
     if node["type"] == "array":
         return "a list of texts"
     return f"{words[node['type']]} {limits}".strip()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -37,11 +37,25 @@ class Goal:
 
 @dataclass(frozen=True)
 class Constraints:
-    """Per group: widths are multiples of `round_to`, at least `min`, and at least `1 - max_removed` of dense."""
+    """Per group: widths are multiples of `round_to`, at least `min`, and at least `1 - max_removed` of dense.
+
+    Attributes:
+        layers: `{layer name: what holds for its outputs instead}`.
+    """
 
     round_to: int
     min: int
     max_removed: float
+    layers: Mapping[str, Constraints] = field(default_factory=dict)
+
+    def of(self, group: Group) -> Constraints:
+        """What holds for a group: of what holds for its layers, the strictest."""
+        all_of_them = [self.layers.get(name, self) for name in group.layers] or [self]
+        return Constraints(
+            math.lcm(*(c.round_to for c in all_of_them)),
+            max(c.min for c in all_of_them),
+            min(c.max_removed for c in all_of_them),
+        )
 
 
 def select(
@@ -190,6 +204,7 @@ class _Move:
 def _levels(group: Group, constraints: Constraints, dense_widths: Mapping[str, int]) -> list[int]:
     """Allowed numbers of grains, from the present one downward."""
     dense = max(dense_widths.get(s.name, s.size) for s in group.sets)
+    constraints = constraints.of(group)
     if all(s.whole for s in group.sets):
         constraints = Constraints(1, 1, constraints.max_removed)
     floor = max(constraints.min, math.ceil(round((1 - constraints.max_removed) * dense, 6)), 1)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""YAML from users: safe, with a message that says what is wrong and where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without duplicate keys, which hide one another, and without aliases, which can explode."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, refusing duplicate keys."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Build a node, refusing aliases."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError("while scanning an alias", None, f"'*{event.anchor}'", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML; a ValueError says what is wrong with it, and where."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        if e.context == "while scanning an alias":
+            raise ValueError(f"{where}aliases cannot be used; put quotes around a text that begins with *") from None
+        raise ValueError(where + ", ".join(filter(None, (e.context, e.problem)))) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as e:  # PyYAML lets through whatever its constructors stumble over, such as a 13th month
+        raise ValueError(" ".join(str(e).split())) from None
