@@ -100,7 +100,10 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
     [
         ("target: {flopz: 0.5}", "target.flopz: unknown key; did you mean 'flops'?"),
         (f"{T}\nchanels: {{min: 8}}", "chanels: unknown key; did you mean 'channels'?"),
-        (f"{T}\nxyzzy: 1", "xyzzy: unknown key; known are version, target, schedule, criterion, channels, protect"),
+        (
+            f"{T}\nxyzzy: 1",
+            "xyzzy: unknown key; known are version, target, schedule, criterion, allocation, channels, protect",
+        ),
         (f"{T}\nrecover: {{xyzzy: 1}}", "recover.xyzzy: unknown key; known are refit, batchnorm"),
         (f"{T}\nrounds: 5", "rounds: unknown key; did you mean 'schedule.rounds'?"),
         (f"{T}\nchannels: {{rounds: 5}}", "channels.rounds: unknown key; did you mean 'schedule.rounds'?"),
@@ -301,7 +304,7 @@ def test_the_schema_knows_every_field_and_forbids_others() -> None:
     assert schema["required"] == ["target"]
     assert schema["properties"]["criterion"]["anyOf"][0]["type"] == "string"
     for part, fields in {"": schema, **schema["$defs"]}.items():
-        assert fields.get("additionalProperties") is (part == "CriterionSpec")  # options of a criterion are its own
+        assert fields.get("additionalProperties") is part.endswith("Spec")  # options of a criterion are its own
         for field in fields["properties"].values():
             assert field["description"]
             assert "title" in field or schema["$defs"][field["$ref"].rpartition("/")[2]]["title"]

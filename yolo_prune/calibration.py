@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class Calibration:
         """How many images there are."""
         return len(self.items)
 
+    def first(self, count: int) -> Calibration:
+        """The first `count` of these images."""
+        return replace(self, items=self.items[:count])
+
     def batches(self) -> Iterator[Batch]:
         """One image at a time, ready for the loss."""
         for item in self.items:
@@ -64,9 +68,9 @@ class Calibration:
 
     def backward(self, twin: Any, progress: Progress) -> Iterator[None]:
         """Run the loss of `differentiable`'s copy backwards, image after image; its gradients are of that one alone."""
-        for batch in progress(self.batches()):
+        for item in progress(self.items):
             twin.zero_grad(set_to_none=True)
-            loss_of(twin, batch).backward()  # type: ignore[no-untyped-call]
+            loss_of(twin, self.prepare(dict(item))).backward()  # type: ignore[no-untyped-call]
             yield
 
 

@@ -241,7 +241,7 @@ def _decide(
     ema = control.average(trainer)
     try:
         size = journal.imgsz(trainer, run.report)
-        bar = journal.bar(f"{PREFIX}round {due.number}: looking at training images", planner.images_for(run.recipe))
+        bar = journal.bar(f"{PREFIX}round {due.number}: looking at training images")
         try:
             plan = planner.make_plan(ema, run.recipe, size, due.keep, run.frozen, calibration, bar)
         except GradientError as e:  # such a model has little to lose, and its run must not end here

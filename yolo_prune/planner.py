@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from yolo_prune import criteria
+from yolo_prune import allocation, criteria
 from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, measure
 from yolo_prune.criteria.base import Observer
@@ -18,8 +18,11 @@ from yolo_prune.errors import NothingToRemoveError, RecipeError
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
-from yolo_prune.recipe import CriterionSpec, LayerLimits, Recipe
-from yolo_prune.select import Constraints, Goal, least, select
+from yolo_prune.recipe import AllocationSpec, CriterionSpec, LayerLimits, Recipe
+from yolo_prune.select import Constraints, Goal, least, levels, select
+
+STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {"criterion": CriterionSpec(), "allocation": AllocationSpec()}
+"""What takes the place of a criterion or an allocation that looks at training images where there are none."""
 
 
 def make_plan(
@@ -39,8 +42,8 @@ def make_plan(
         imgsz: image size in pixels that FLOPs are counted at.
         keep: fraction of the *dense* model to keep after this cut; the recipe's target where None.
         frozen: names of modules that are not trained, and so are not cut.
-        calibration: training images, for criteria that look at data.
-        progress: wraps what such a criterion goes through, to show how far it is.
+        calibration: training images, for criteria and allocations that look at data.
+        progress: wraps what these go through, to show how far it is.
 
     Raises:
         TargetError: If the target is out of reach.
@@ -53,19 +56,31 @@ def make_plan(
 
 
 def rehearsal(recipe: Recipe) -> Recipe:
-    """The recipe with a criterion that needs no data: what it plans is as large, but other channels go.
+    """The recipe without what needs data: what it plans is as large, but other channels go.
 
     Raises:
-        RecipeError: If the recipe's own criterion is unknown or its options are wrong.
+        RecipeError: If the recipe's own criterion is unknown, or options of it or the allocation are wrong.
     """
-    criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
-    return recipe.model_copy(update={"criterion": CriterionSpec()}) if isinstance(criterion, Observer) else recipe
+    return recipe.model_copy(update={key: STAND_INS[key] for key in looks(recipe)})
 
 
 def images_for(recipe: Recipe) -> int:
-    """How many training images a recipe's criterion looks at; 0 if it looks at weights alone."""
+    """How many training images a recipe's criterion or allocation looks at; 0 if both look at weights alone."""
+    return max(looks(recipe).values(), default=0)
+
+
+def looks(recipe: Recipe) -> dict[str, int]:
+    """`{field: images}`: which of criterion and allocation look at training images, and at how many.
+
+    Raises:
+        RecipeError: If the criterion is unknown, or options of it or the allocation are wrong.
+    """
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
-    return criterion.images if isinstance(criterion, Observer) else 0
+    counts = {
+        "criterion": criterion.images if isinstance(criterion, Observer) else 0,
+        "allocation": allocation.create(recipe.allocation.name, recipe.allocation.options).images,
+    }
+    return {key: count for key, count in counts.items() if count}
 
 
 def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:
@@ -91,20 +106,23 @@ def plan_for(
             f"target.{metric}: the model already is at {present / whole:.3f} of its dense size; "
             f"a target of {wanted:g} leaves nothing to remove. Ask for less."
         )
+    constraints = _constraints(model, graph, recipe)
+    for key in looks(recipe) if calibration is None else ():
+        raise RecipeError(
+            f"{key} {getattr(recipe, key).name} looks at training images: say which, as in data=coco8.yaml; or take "
+            f"one that looks at weights alone, as in recipe.{key}={STAND_INS[key].name}."
+        )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
-    if isinstance(criterion, Observer):
-        if calibration is None:
-            raise RecipeError(
-                f"criterion {recipe.criterion.name} looks at training images: say which, as in data=coco8.yaml; or "
-                "take one that looks at weights alone, as in recipe.criterion=magnitude."
-            )
-        criterion.observe(model, calibration, progress)
-    tensors = model.state_dict()
-    scores = {s.name: criteria.score(criterion, tensors, s) for g in graph.groups if not g.protected for s in g.sets}
-    goal = Goal(metric, wanted * whole, whole)
+    if isinstance(criterion, Observer) and calibration:
+        criterion.observe(model, calibration.first(criterion.images), progress)
+    tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
+    scores = {s.name: criteria.score(criterion, tensors, s) for g in free for s in g.sets}
     comparable = bool(getattr(criterion, "comparable", False))
-    kept = select(graph.groups, cost, scores, goal, _constraints(model, graph, recipe), widths, comparable)
-    return build_plan(graph, cost, kept, dense)
+    allowed = [(g, levels(g, constraints, widths)) for g in free]
+    allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
+    share_out = allocate(allocation.Subject(model, allowed, scores, calibration, progress))
+    goal = Goal(metric, wanted * whole, whole)
+    return build_plan(graph, cost, select(free, cost, scores, goal, constraints, widths, comparable, share_out), dense)
 
 
 def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:

@@ -18,6 +18,7 @@ from yolo_prune.safeyaml import read_yaml
 
 DEFAULT = "half-flops"
 MAX_BYTES = 64 * 1024
+NAMED = ("criterion", "allocation")  # fields that are a name, or a mapping with options
 ANY = "*"  # stands for any name of a layer in the path of a field
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -70,19 +71,28 @@ class Schedule(_Part):
         return self
 
 
-class CriterionSpec(_Part):
-    """Which criterion scores the channels, with its options beside the name."""
-
+class _Named(_Part):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    name: str = Field(
-        "magnitude",
-        description="obs, taylor, fisher, magnitude, lamp, bn_scale, fpgm, random, or a registered one",
-    )
 
     @property
     def options(self) -> dict[str, Any]:
         """What was given beside the name."""
         return dict(self.model_extra or {})
+
+
+class CriterionSpec(_Named):
+    """Which criterion scores the channels, with its options beside the name."""
+
+    name: str = Field(
+        "magnitude",
+        description="obs, taylor, fisher, magnitude, lamp, bn_scale, fpgm, random, or a registered one",
+    )
+
+
+class AllocationSpec(_Named):
+    """How the removal is shared out over the layers, with options beside the name."""
+
+    name: Literal["global", "uniform", "isomorphic"] = Field("global", description="what layers lose")
 
 
 class LayerLimits(_Part):
@@ -148,13 +158,16 @@ class Recipe(_Part):
     target: Target = Field(description="how much of the dense model is kept")
     schedule: Schedule = Field(Schedule(), description="when, and how much each time")
     criterion: CriterionSpec = Field(CriterionSpec(), description="a name, or a mapping with options")
+    allocation: AllocationSpec = Field(
+        AllocationSpec(), description="how the removal is shared out over the layers: a name, or a mapping with options"
+    )
     channels: Channels = Field(Channels(), description="constraints on widths")
     protect: tuple[str, ...] = Field((), strict=False, description="modules that are never touched: names or globs")
     recover: Recover = Field(Recover(), description="what follows each cut")
     proof: bool = Field(True, description="prove each cut on a copy before it is made")
     measure: bool = Field(True, description="validate before and after each cut, for the report")
 
-    @field_validator("criterion", mode="before")
+    @field_validator(*NAMED, mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
@@ -209,10 +222,11 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for field in schema["properties"].values():
         field.update(*field.pop("allOf", ()))  # pydantic before 2.9 wraps references
-    criterion = schema["properties"]["criterion"]
-    reference = {"$ref": criterion.pop("$ref", "#/$defs/CriterionSpec")}
-    criterion["title"] = "Criterion"
-    criterion["anyOf"] = [{"type": "string", "description": "name of a criterion"}, reference]
+    for key in NAMED:
+        field, spec = schema["properties"][key], f"{key.title()}Spec"
+        name = {k: v for k, v in schema["$defs"][spec]["properties"]["name"].items() if k in ("type", "enum")}
+        field["title"] = key.title()
+        field["anyOf"] = [{**name, "description": f"name of the {key}"}, {"$ref": field.pop("$ref", f"#/$defs/{spec}")}]
     schema["properties"]["protect"]["anyOf"] = [
         {"type": "string"},
         {"type": "array", "items": schema["properties"]["protect"].pop("items")},
@@ -284,7 +298,7 @@ def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
     place = data
     for parent in parents:
         inner = place.get(parent)
-        if isinstance(inner, str) and parent == "criterion":
+        if isinstance(inner, str) and parent in NAMED:
             inner = {"name": inner}
         place[parent] = inner = dict(inner) if isinstance(inner, Mapping) else {}
         place = inner
