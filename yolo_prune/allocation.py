@@ -9,10 +9,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from yolo_prune import sensitivity
 from yolo_prune.calibration import Calibration, Progress
-from yolo_prune.criteria.base import make
+from yolo_prune.criteria.base import fraction, make, whole_number
+from yolo_prune.errors import RecipeError
 from yolo_prune.graph.structure import ChannelSet, Group
 from yolo_prune.select import Allocation
+
+MOST_SHARES = 20
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,46 @@ class Isomorphic:
         return Allocation({g.name: tuple(_structure(s, layers) for s in g.sets) for g, _ in subject.levels})
 
 
+class Sensitivity:
+    """Groups compete by what the loss was seen to rise by as each of them was cut by itself; see `sensitivity.curves`.
+
+    The scores decide which channels of a group go.
+    """
+
+    def __init__(self, images: int = 32, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> None:
+        """Remember the options.
+
+        Args:
+            images: training images to measure the loss on.
+            shares: where it is measured, as fractions of what the limits on widths let go.
+        """
+        self.images = whole_number("images", images, kind="allocation")
+        if not isinstance(shares, list | tuple) or not 0 < len(shares) <= MOST_SHARES:
+            raise RecipeError(f"allocation.shares: must be a list of 1 to {MOST_SHARES} numbers, got {shares!r}.")
+        self.shares = [fraction("shares", share, kind="allocation") for share in shares]
+
+    def __call__(self, subject: Subject) -> Allocation:
+        """See `Allocator`."""
+        assert subject.calibration
+        images = subject.calibration.first(self.images)
+        free = [(g, levels) for g, levels in subject.levels if len(levels) > 1]
+        return Allocation(
+            curves=sensitivity.curves(subject.model, free, subject.scores, self.shares, images, subject.progress)
+        )
+
+
 def _structure(channels: ChannelSet, layers: Mapping[str, nn.Module]) -> Hashable:
     """Kinds of the layers that a set of channels goes through, in model order, and whether they write or read it."""
     places = dict.fromkeys((slot.tensor.rpartition(".")[0], slot.dim) for slot in channels.slots)
     return tuple((type(layers[n]).__name__, getattr(layers[n], "groups", 1) > 1, dim) for n, dim in places)
 
 
-ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"global": Global, "uniform": Uniform, "isomorphic": Isomorphic}
+ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
+    "global": Global,
+    "uniform": Uniform,
+    "isomorphic": Isomorphic,
+    "sensitivity": Sensitivity,
+}
 
 
 def create(name: str, options: Mapping[str, Any]) -> Allocator:

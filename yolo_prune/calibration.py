@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +32,13 @@ class Calibration:
         items: batches of one image each, with labels, as the task's loss takes them, before they are moved to a device.
         prepare: moves a batch to the model's device and makes its image floating point, 0 to 1.
         settings: the run's arguments, which the loss reads its gains from.
+        memory: folder for what takes long to measure on them; None: nothing is kept.
     """
 
     items: Sequence[Batch]
     prepare: Callable[[Batch], Batch]
     settings: Any
+    memory: Path | None = None
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -57,14 +61,27 @@ class Calibration:
         alike = [item for item, size in zip(self.items, sizes, strict=True) if size == common][:count]
         return torch.cat([self.prepare(dict(item))["img"] for item in alike])
 
+    def twin(self, model: nn.Module) -> Any:
+        """A copy of `model` in evaluation mode, with the loss of this run."""
+        twin: Any = bare_copy(model).eval()
+        twin.args, twin.criterion = self.settings, None
+        return twin
+
     @contextmanager
     def differentiable(self, model: nn.Module) -> Iterator[Any]:
-        """A copy of `model` in evaluation mode, of which `loss` can be differentiated."""
-        twin: Any = bare_copy(model).eval()
+        """A `twin` of which `loss` can be differentiated."""
+        twin = self.twin(model)
         twin.requires_grad_(True)
-        twin.args, twin.criterion = self.settings, None
         with torch.enable_grad():
             yield twin
+
+    @torch.no_grad()
+    def mean_loss(self, twin: Any) -> float:
+        """Mean of the loss of a `twin` over the images; what it draws at random is the same each time."""
+        device = next(twin.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return math.fsum(float(loss_of(twin, batch)) for batch in self.batches()) / len(self)
 
     def backward(self, twin: Any, progress: Progress) -> Iterator[None]:
         """Run the loss of `differentiable`'s copy backwards, image after image; its gradients are of that one alone."""

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from ultralytics.engine.trainer import BaseTrainer
 
-from yolo_prune import metadata, ranks, surgery
+from yolo_prune import images, metadata, ranks, surgery
 from yolo_prune.calibration import Batch, Calibration, draw
 from yolo_prune.compat import unwrap_model
 from yolo_prune.plans import Keep, Plan, Shapes
@@ -206,7 +206,7 @@ def calibration(trainer: BaseTrainer, count: int) -> Calibration:
             prepare(dict(items[0]))
         except (KeyError, TypeError):  # of models that read texts: only their training set has them
             items = draw(stock.dataset, stock.collate_fn, count, args.seed)
-    return Calibration(items, prepare, args)
+    return Calibration(items, prepare, args, images.MEMORY)
 
 
 def average_over(trainer: BaseTrainer, share: float) -> None:

@@ -92,7 +92,9 @@ class CriterionSpec(_Named):
 class AllocationSpec(_Named):
     """How the removal is shared out over the layers, with options beside the name."""
 
-    name: Literal["global", "uniform", "isomorphic"] = Field("global", description="what layers lose")
+    name: Literal["global", "uniform", "isomorphic", "sensitivity"] = Field(
+        "global", description="how much each layer loses"
+    )
 
 
 class LayerLimits(_Part):
