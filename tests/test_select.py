@@ -17,7 +17,7 @@ from yolo_prune.cost import Cost
 from yolo_prune.errors import TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
 from yolo_prune.planner import build_plan
-from yolo_prune.select import Allocation, Constraints, Goal, select
+from yolo_prune.select import Allocation, Constraints, Goal, _Ledger, _Move, select
 
 Kept = dict[str, tuple[int, ...]]
 FREE = Constraints(round_to=1, min=1, max_removed=0.99)
@@ -250,13 +250,29 @@ def test_curves_count_in_place_of_scores() -> None:
     groups, cost = chain(8, 8, 4)
     amounts = scored(_0=[0.25] * 4 + [1.0] * 4, _1=[0.5] * 6 + [2.0] * 2)
     curves = {"0": ((0.5, 1.0), (0.75, 3.0)), "1": ((0.75, 3.0), (0.875, 5.0))}
-    for limit in range(200, 20, -20):
+    for limit in range(238, 16, -6):
         wanted = run(groups, cost, amounts, limit, comparable=True)
         for comparable in (True, False):
             found = run(groups, cost, scored(_0=EIGHT, _1=EIGHT), limit, comparable=comparable,
                         allocation=Allocation(curves=curves))  # fmt: skip
             assert widths(groups, found) == widths(groups, wanted)
             assert "0" not in found or 1 not in found["0"]  # the scores say which
+
+
+@pytest.mark.parametrize(
+    ("curve", "steps"),
+    [
+        (((0.25, 0.5), (0.5, 1.5)), [0.25] * 2 + [0.5] * 5),
+        (((0.25, 1.0), (0.5, 1.0)), [0.5] * 2 + [0.0] * 2 + [0.25] * 3),
+    ],
+)
+def test_beyond_its_end_a_curve_goes_on_as_steeply_as_it_came_or_did_on_average(
+    curve: tuple[tuple[float, float], ...], steps: list[float]
+) -> None:
+    groups, cost = chain(8, 4)
+    move = _Move(groups[0], _Ledger(cost, "flops"), [8, 7, 6, 5, 4, 3, 2, 1], {})
+    move.judge(scored(_0=EIGHT), comparable=False, curve=curve)
+    assert move.losses == pytest.approx(steps)
 
 
 def test_what_costs_nothing_goes_evenly() -> None:

@@ -106,7 +106,7 @@ class Sensitivity:
 
     def __call__(self, subject: Subject) -> Allocation:
         """See `Allocator`."""
-        assert subject.calibration
+        assert subject.calibration is not None
         images = subject.calibration.first(self.images)
         free = [(g, levels) for g, levels in subject.levels if len(levels) > 1]
         return Allocation(

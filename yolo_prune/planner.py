@@ -113,7 +113,7 @@ def plan_for(
             f"one that looks at weights alone, as in recipe.{key}={STAND_INS[key].name}."
         )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
-    if isinstance(criterion, Observer) and calibration:
+    if isinstance(criterion, Observer) and calibration is not None:
         criterion.observe(model, calibration.first(criterion.images), progress)
     tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
     scores = {s.name: criteria.score(criterion, tensors, s) for g in free for s in g.sets}
