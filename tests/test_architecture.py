@@ -48,7 +48,18 @@ def test_only_the_rooms_that_may_import_ultralytics_do(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["surgery.py", "proof.py", "select.py", "plans.py", "cost.py", "recover/refit.py", "criteria/data.py"]
+    "name",
+    [
+        "surgery.py",
+        "proof.py",
+        "select.py",
+        "plans.py",
+        "cost.py",
+        "recover/refit.py",
+        "criteria/data.py",
+        "allocation.py",
+        "sensitivity.py",
+    ],
 )
 def test_the_core_does_not_know_the_trainer(name: str) -> None:
     tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))

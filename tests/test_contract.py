@@ -26,10 +26,11 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn import tasks
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
-from ultralytics.utils import DEFAULT_CFG_DICT, torch_utils
+from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
+from yolo_prune import images
 from yolo_prune._patch import MARK
 from yolo_prune.callback import PruneCallback
 from yolo_prune.graph import blocks, rules
@@ -213,6 +214,11 @@ def test_launch_reads_these_of_a_model() -> None:
         "save",
     ):
         assert key in DEFAULT_CFG_DICT, key
+
+
+def test_the_folder_for_what_was_measured_is_a_folder_of_the_users() -> None:
+    assert USER_CONFIG_DIR.is_dir()
+    assert images.MEMORY == USER_CONFIG_DIR / "yolo-prune"
 
 
 def test_callback_events_exist_and_epoch_start_comes_before_anything_of_the_epoch() -> None:

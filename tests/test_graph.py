@@ -409,7 +409,7 @@ def test_limits_on_widths_do_not_count_heads() -> None:
     graph = trace(zoo.build("yolo12"), imgsz=64, heads="heads")
     group = next(g for g in graph.groups if "model.8.m.0.0.attn.qkv.conv" in g.layers)
     assert [(s.size, s.whole) for s in group.sets] == [(4, True)]
-    assert select._levels(group, select.Constraints(8, 8, 0.75), graph.widths) == [4, 3, 2, 1]
+    assert select.levels(group, select.Constraints(8, 8, 0.75), graph.widths) == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from yolo_prune.criteria import CRITERIA
-from yolo_prune.errors import NothingToRemoveError, PruneError, TargetError
+from yolo_prune.errors import NothingToRemoveError, PruneError, RecipeError, TargetError
 from yolo_prune.planner import layer_widths, make_plan, widths
 from yolo_prune.plans import Plan
 
@@ -54,6 +54,55 @@ def test_limits_per_layer_count_from_the_dense_model_in_every_round(name: str) -
     assert all(now[layer] % 8 == 0 for layer, width in dense.items() if now[layer] != width)
     with pytest.raises(TargetError, match="cannot be reached"):
         plan(model, target_flops=0.25, **fields)
+
+
+def after(model: nn.Module, made: Plan) -> dict[str, tuple[int, int]]:
+    """`{layer: (width before, width after)}` of the convolutions that get narrower."""
+    dense = models.conv_widths(model)
+    cut = {n.removesuffix(".weight"): made.shape_after(n)[0] for n in made.keep if n.endswith("weight")}
+    return {n: (dense[n], width) for n, width in cut.items() if n in dense and width != dense[n]}
+
+
+def test_layers_that_a_pattern_names_have_limits_of_their_own() -> None:
+    model = models.shared("yolov8n")
+    everywhere = after(model, plan(model, target_flops=0.4))
+    limits = {"model.3": {"max_removed": 0.25}, "model.2*": {"round_to": 16}, "model.22.cv3.*": {"min": 48}}
+    made = after(model, plan(model, target_flops=0.4, channels_layers=limits))
+    assert everywhere["model.3.conv"] == (64, 32)
+    assert made.get("model.3.conv", (64, 64))[1] >= 48
+    for name, (_, width) in made.items():
+        assert width % (16 if fnmatch(name, "model.2*") else 8) == 0
+        assert width >= (48 if fnmatch(name, "model.22.cv3.*") else 8)
+    assert any(fnmatch(name, "model.2*") for name in made)
+    assert any(fnmatch(n, "model.22.cv3.*") and w < 48 for n, (_, w) in everywhere.items())
+
+
+def test_limits_of_named_layers_may_be_looser_and_of_several_the_strictest_holds() -> None:
+    model = models.shared("yolov8n")
+    fields = {"channels_max_removed": 0.2, "target_flops": 0.8}
+    loose = {"model.22.cv2.*": {"max_removed": 0.75}}
+    made = after(model, plan(model, **fields, channels_layers=loose))
+    assert any(w < 0.8 * d for n, (d, w) in made.items() if n.startswith("model.22.cv2"))
+    assert all(w >= 0.8 * d for n, (d, w) in made.items() if not n.startswith("model.22.cv2"))
+    both = loose | {"model.22.cv2.0*": {"max_removed": 0.5}, "model.22": {"round_to": 3}}
+    made = after(model, plan(model, **fields, channels_layers=both))
+    mine = {n: (d, w) for n, (d, w) in made.items() if n.startswith("model.22.cv2")}
+    assert mine
+    assert all(w >= 0.5 * d for n, (d, w) in mine.items() if n.startswith("model.22.cv2.0"))
+    assert all(w % 3 == 0 for _, w in mine.values())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("model.0.cnv", r"channels\.layers: 'model\.0\.cnv' matches no module of this model.*did you mean 'model\.0"),
+        ("nothing*", r"channels\.layers: 'nothing\*' matches no module of this model\. Its layers are model\.0 to"),
+        ("model.10", r"channels\.layers: 'model\.10' names no layer that has a width of its own"),  # it upsamples
+    ],
+)
+def test_limits_for_nothing_are_refused(pattern: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(models.shared("yolov8n"), target_flops=0.5, channels_layers={pattern: {"min": 16}})
 
 
 @pytest.mark.parametrize("pattern", ["model.4", "model.22.cv1", "*.m.0.cv2", "model.10.m.0.attn"])

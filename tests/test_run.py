@@ -297,7 +297,7 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
 ) -> None:
     from yolo_prune import planner, proof
 
-    true_plan = planner.make_plan
+    true_plan = planner.plan_for
 
     def wrong(*args: Any, **kwargs: Any) -> yolo_prune.Plan:
         plan = true_plan(*args, **kwargs)
@@ -311,7 +311,7 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
     seen = {}
     model = YOLO(dense_checkpoint(tmp_path))
     model.add_callback("teardown", lambda t: seen.update(parameters=parameters(t.model), files=list(t.wdir.iterdir())))
-    monkeypatch.setattr(planner, "make_plan", wrong)
+    monkeypatch.setattr(planner, "plan_for", wrong)
     with pytest.raises(yolo_prune.PruneError, match=r"first layer that differs is 'model\..*unchanged") as error:
         model.train(data=data, epochs=4, callbacks="prune", project=str(tmp_path), **TINY)
     assert isinstance(error.value, proof.ProofError)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import models
 import pytest
@@ -15,7 +17,7 @@ from yolo_prune.cost import Cost
 from yolo_prune.errors import TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
 from yolo_prune.planner import build_plan
-from yolo_prune.select import Constraints, Goal, select
+from yolo_prune.select import Allocation, Constraints, Goal, _Ledger, _Move, select
 
 Kept = dict[str, tuple[int, ...]]
 FREE = Constraints(round_to=1, min=1, max_removed=0.99)
@@ -45,9 +47,10 @@ def run(
     limit: float,
     constraints: Constraints = FREE,
     dense: dict[str, int] | None = None,
+    **more: Any,
 ) -> Kept:
     widths = {s.name: s.size for g in groups for s in g.sets} | (dense or {})
-    return select(groups, cost, scores, Goal("flops", limit, cost.flops()), constraints, widths)
+    return select(groups, cost, scores, Goal("flops", limit, cost.flops()), constraints, widths, **more)
 
 
 EIGHT = [5.0, 1.0, 4.0, 2.0, 8.0, 7.0, 3.0, 6.0]
@@ -138,6 +141,44 @@ def test_max_removed_counts_from_the_dense_width() -> None:
         run(groups, cost, scored(_0=EIGHT), 69, constraints, {"0": 20})
 
 
+def named_layers(groups: list[Group]) -> list[Group]:
+    """The same groups, with the names of the layers that a trace would give them."""
+    return [
+        Group(tuple(dataclasses.replace(s, layers=(f"{s.name}.conv",)) for s in g.sets), g.protected) for g in groups
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [
+        ({}, (0, 4, 5, 7)),
+        ({"0.conv": Constraints(3, 1, 0.99)}, (4, 5, 7)),
+        ({"0.conv": Constraints(4, 1, 0.99)}, (0, 4, 5, 7)),
+        ({"other.conv": Constraints(8, 8, 0.1)}, (0, 4, 5, 7)),
+    ],
+)
+def test_a_layer_may_have_limits_of_its_own(layers: dict[str, Constraints], kept: tuple[int, ...]) -> None:
+    groups, cost = chain(8, 4)
+    constraints = Constraints(1, 1, 0.99, layers)
+    assert run(named_layers(groups), cost, scored(_0=EIGHT), 56, constraints) == {"0": kept}
+
+
+def test_limits_of_one_layer_can_put_the_target_out_of_reach_and_loosen_it_again() -> None:
+    groups, cost = chain(8, 4)
+    tight = Constraints(1, 1, 0.99, {"0.conv": Constraints(1, 6, 0.5)})
+    with pytest.raises(TargetError, match=r"leaves 0\.750"):
+        run(named_layers(groups), cost, scored(_0=EIGHT), 56, tight)
+    loose = Constraints(8, 8, 0.1, {"0.conv": Constraints(1, 1, 0.5)})
+    assert run(named_layers(groups), cost, scored(_0=EIGHT), 56, loose) == {"0": (0, 4, 5, 7)}
+
+
+def test_a_group_obeys_the_strictest_of_its_layers() -> None:
+    group = Group((ChannelSet("0", 48, (), ("a", "b", "c")),))
+    constraints = Constraints(8, 8, 0.75, {"a": Constraints(6, 4, 0.9), "b": Constraints(4, 16, 0.5)})
+    assert constraints.of(group) == Constraints(24, 16, 0.5)  # of c, the values for all
+    assert constraints.of(Group((ChannelSet("0", 48, (), ("a",)),))) == Constraints(6, 4, 0.9)
+
+
 def test_the_goal_may_be_parameters() -> None:
     groups, cost = chain(8, 4)
     weighed = Cost({**cost.macs, "0.weight": 1e6}, cost.params, cost.shapes, 64)
@@ -159,6 +200,86 @@ def test_a_model_in_which_nothing_may_go_says_so() -> None:
     groups, cost = chain(8, 4)
     with pytest.raises(TargetError, match=r"target\.flops: nothing may be removed from this model under channels and"):
         run(groups, cost, scored(_0=EIGHT), 100, Constraints(1, 8, 0.99))
+
+
+def widths(groups: list[Group], kept: Kept) -> list[int]:
+    return [len(kept[g.name]) if g.name in kept else g.width for g in groups[:-1]]
+
+
+def test_uniform_takes_the_same_share_of_every_group_and_the_scores_say_which_channels() -> None:
+    groups, cost = chain(8, 16, 4)
+    uniform = Allocation({"0": "0", "1": "1"})
+    scores = scored(_0=[1000 * x for x in EIGHT], _1=[0.001] * 14 + [1.0] * 2)
+    half = 2 * (4 * 3 + 8 * 4 + 4 * 8)
+    kept = run(groups, cost, scores, half, allocation=uniform)
+    assert kept == {"0": (0, 4, 5, 7), "1": tuple(range(8, 16))}
+    assert widths(groups, run(groups, cost, scores, half)) != [4, 8]  # all in competition
+    coarse = run(groups, cost, scores, cost.flops() - 1, Constraints(4, 4, 0.99), allocation=uniform)
+    assert widths(groups, coarse) == [8, 12]  # a quarter is nearer to nothing than a half
+
+
+def test_uniform_counts_shares_from_the_dense_width() -> None:
+    groups, cost = chain(8, 8, 4)
+    kept = run(groups, cost, scored(_0=EIGHT, _1=EIGHT), 2 * (8 * 3 + 5 * 8 + 4 * 5), dense={"0": 16},
+               allocation=Allocation({"0": "0", "1": "1"}))  # fmt: skip
+    assert widths(groups, kept) == [8, 5]  # half of the first was gone before
+
+
+def test_under_uniform_no_group_gets_back_more_than_one_step() -> None:
+    sizes, costs = {"small": 8, "big": 8}, {"small": 1, "big": 100}
+    groups = [Group((ChannelSet(n, s, (Slot(f"{n}.weight", 0, tuple(range(s))),)),)) for n, s in sizes.items()]
+    shapes = {f"{n}.weight": (sizes[n], costs[n], 1, 1) for n in sizes}
+    cost = Cost(dict.fromkeys(shapes, 0.5), frozenset(shapes), dict(shapes), 64)
+    scores = scored(small=EIGHT, big=EIGHT)
+    kept = run(groups, cost, scores, cost.flops() - 350, allocation=Allocation({"small": 1, "big": 2}))
+    assert {n: len(k) for n, k in kept.items()} == {"small": 5, "big": 4}
+    assert {n: len(k) for n, k in run(groups, cost, scores, cost.flops() - 350).items()} == {"big": 4}
+
+
+def test_isomorphic_ranks_within_a_class_and_takes_the_same_share_of_all_classes() -> None:
+    groups, cost = chain(8, 8, 8, 4)
+    scores = scored(_0=[1.0] * 4 + [0.001] * 4, _1=[1.0] * 8, _2=[9.0] * 8)
+    classes = Allocation({"0": "a", "1": "a", "2": "b"})
+    kept = run(groups, cost, scores, 2 * (4 * 3 + 8 * 4 + 6 * 8 + 4 * 6), comparable=True, allocation=classes)
+    assert widths(groups, kept) == [4, 8, 6]  # a quarter of 16, a quarter of 8
+    assert kept["0"] == (0, 1, 2, 3)
+
+
+def test_curves_count_in_place_of_scores() -> None:
+    """Differences along a curve, at the widths that are allowed; beyond its end as steep as before."""
+    groups, cost = chain(8, 8, 4)
+    amounts = scored(_0=[0.25] * 4 + [1.0] * 4, _1=[0.5] * 6 + [2.0] * 2)
+    curves = {"0": ((0.5, 1.0), (0.75, 3.0)), "1": ((0.75, 3.0), (0.875, 5.0))}
+    for limit in range(238, 16, -6):
+        wanted = run(groups, cost, amounts, limit, comparable=True)
+        for comparable in (True, False):
+            found = run(groups, cost, scored(_0=EIGHT, _1=EIGHT), limit, comparable=comparable,
+                        allocation=Allocation(curves=curves))  # fmt: skip
+            assert widths(groups, found) == widths(groups, wanted)
+            assert "0" not in found or 1 not in found["0"]  # the scores say which
+
+
+@pytest.mark.parametrize(
+    ("curve", "steps"),
+    [
+        (((0.25, 0.5), (0.5, 1.5)), [0.25] * 2 + [0.5] * 5),
+        (((0.25, 1.0), (0.5, 1.0)), [0.5] * 2 + [0.0] * 2 + [0.25] * 3),
+    ],
+)
+def test_beyond_its_end_a_curve_goes_on_as_steeply_as_it_came_or_did_on_average(
+    curve: tuple[tuple[float, float], ...], steps: list[float]
+) -> None:
+    groups, cost = chain(8, 4)
+    move = _Move(groups[0], _Ledger(cost, "flops"), [8, 7, 6, 5, 4, 3, 2, 1], {})
+    move.judge(scored(_0=EIGHT), comparable=False, curve=curve)
+    assert move.losses == pytest.approx(steps)
+
+
+def test_what_costs_nothing_goes_evenly() -> None:
+    groups, cost = chain(8, 8, 4)
+    free = Allocation(curves={"0": ((0.5, 0.0),), "1": ((0.5, 0.0),)})
+    kept = run(groups, cost, scored(_0=EIGHT, _1=EIGHT), 2 * (5 * 3 + 5 * 5 + 4 * 5), allocation=free)
+    assert widths(groups, kept) == [5, 5]
 
 
 @functools.cache

@@ -41,8 +41,8 @@ def plan(
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
         recipe: a bundled name, a path, a mapping, a `Recipe`; the default recipe where None.
         imgsz: image size in pixels at which FLOPs are counted, and training images are looked at.
-        data: the dataset, as for `model.train`, for criteria that look at training images; without it, magnitude
-            stands in for them.
+        data: the dataset, as for `model.train`, for criteria and allocations that look at training images;
+            without it, magnitude and global stand in for them.
         **overrides: recipe fields, dotted: `**{"target.flops": 0.4}`.
 
     Returns:
@@ -55,14 +55,14 @@ def plan(
     if isinstance(model, str | Path):
         model = open_model(model)
     count = planner.images_for(asked)
-    if count and not data:
+    for key in planner.looks(asked) if not data else ():
         LOGGER.warning(
-            f"criterion {asked.criterion.name} looks at training images, and data= was not given: this plan is as "
-            "large, but made with the criterion magnitude."
+            f"{key} {getattr(asked, key).name} looks at training images, and data= was not given: this plan is as "
+            f"large, but made with the {key} {planner.STAND_INS[key].name}."
         )
-        asked = planner.rehearsal(asked)
+    asked = asked if data else planner.rehearsal(asked)
     calibration = _calibration(model, data, imgsz, count) if data and count else None
-    bar = journal.bar("looking at training images", count)
+    bar = journal.bar("looking at training images")
     return planner.make_plan(_module(model), asked, imgsz, calibration=calibration, progress=bar)
 
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,11 +34,13 @@ class Calibration:
             device; called when they are needed first, once.
         prepare: moves a batch to the model's device and makes its image floating point, 0 to 1.
         settings: the run's arguments, which the loss reads its gains from.
+        memory: folder for what takes long to measure on them; None: nothing is kept.
     """
 
     load: Callable[[], Sequence[Batch]]
     prepare: Callable[[Batch], Batch]
     settings: Any
+    memory: Path | None = None
 
     @cached_property
     def items(self) -> Sequence[Batch]:
@@ -46,6 +50,10 @@ class Calibration:
     def __len__(self) -> int:
         """How many images there are."""
         return len(self.items)
+
+    def first(self, count: int) -> Calibration:
+        """The first `count` of these images."""
+        return replace(self, load=lambda: self.items[:count])
 
     def batches(self) -> Iterator[Batch]:
         """One image at a time, ready for the loss."""
@@ -60,20 +68,33 @@ class Calibration:
         alike = [item for item, size in zip(self.items, sizes, strict=True) if size == common][:count]
         return torch.cat([self.prepare(dict(item))["img"] for item in alike])
 
+    def twin(self, model: nn.Module) -> Any:
+        """A copy of `model` in evaluation mode, with the loss of this run."""
+        twin: Any = bare_copy(model).eval()
+        twin.args, twin.criterion = self.settings, None
+        return twin
+
     @contextmanager
     def differentiable(self, model: nn.Module) -> Iterator[Any]:
-        """A copy of `model` in evaluation mode, of which `loss` can be differentiated."""
-        twin: Any = bare_copy(model).eval()
+        """A `twin` of which `loss` can be differentiated."""
+        twin = self.twin(model)
         twin.requires_grad_(True)
-        twin.args, twin.criterion = self.settings, None
         with torch.enable_grad():
             yield twin
 
+    @torch.no_grad()
+    def mean_loss(self, twin: Any) -> float:
+        """Mean of the loss of a `twin` over the images; what it draws at random is the same each time."""
+        device = next(twin.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return math.fsum(float(loss_of(twin, batch)) for batch in self.batches()) / len(self)
+
     def backward(self, twin: Any, progress: Progress) -> Iterator[None]:
         """Run the loss of `differentiable`'s copy backwards, image after image; its gradients are of that one alone."""
-        for batch in progress(self.batches()):
+        for item in progress(self.items):
             twin.zero_grad(set_to_none=True)
-            loss_of(twin, batch).backward()  # type: ignore[no-untyped-call]
+            loss_of(twin, self.prepare(dict(item))).backward()  # type: ignore[no-untyped-call]
             yield
 
 

@@ -20,6 +20,7 @@ from yolo_prune.recipe import Recipe
 from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.report import Report, rounds_table, summary_table
 from yolo_prune.report.data import FILE_NAME
+from yolo_prune.report.front import FRONT
 from yolo_prune.report.picture import draw
 
 METRICS = {"flops": "FLOPs", "params": "parameters"}
@@ -156,7 +157,8 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     if ranks.first():
         for old in (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern)):
             old.unlink(missing_ok=True)  # of an earlier run in the same folder
-        trainer.csv.unlink(missing_ok=True)
+        for old in (trainer.csv, trainer.save_dir / FRONT):
+            old.unlink(missing_ok=True)
     due = planner.rounds(recipe, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from ultralytics.engine.trainer import BaseTrainer
 
-from yolo_prune import metadata, ranks, surgery
+from yolo_prune import images, metadata, ranks, surgery
 from yolo_prune.calibration import Batch, Calibration, draw
 from yolo_prune.compat import unwrap_model
 from yolo_prune.files import write_bytes
@@ -262,7 +262,7 @@ def calibration(trainer: BaseTrainer, count: int) -> Calibration:
                 items = draw(stock.dataset, stock.collate_fn, count, args.seed)
         return items
 
-    return Calibration(load, prepare, args)
+    return Calibration(load, prepare, args, images.MEMORY)
 
 
 def _as_validation(trainer: BaseTrainer) -> Any:

@@ -41,4 +41,4 @@ class RunError(PruneError):
 
 
 class GradientError(PruneError):
-    """The loss of the model has no finite gradients, by which channels could be judged."""
+    """The loss of the model, or its gradients, are not finite: no channel can be judged by them."""

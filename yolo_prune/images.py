@@ -11,10 +11,13 @@ from torch.utils.data import default_collate
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_cls_dataset, check_det_dataset
 from ultralytics.engine.model import Model
+from ultralytics.utils import USER_CONFIG_DIR
 
 from yolo_prune.calibration import Calibration, draw
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import stride
+
+MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # what was measured on images of a dataset
 
 
 def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: int = 0) -> Calibration:
@@ -48,4 +51,4 @@ def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: in
     path = found["train"]
     dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
     collate = getattr(dataset, "collate_fn", default_collate)
-    return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings)
+    return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings, MEMORY)

@@ -73,7 +73,7 @@ class Run:
 
 def bar(what: str, total: int | None = None) -> Callable[[Any], Any]:
     """Wraps what is gone through in a progress bar; `total` where it has no length."""
-    return lambda items: TQDM(items, total=total or len(items), desc=what)
+    return lambda items: TQDM(items, total=len(items) if hasattr(items, "__len__") else total, desc=what)
 
 
 def save(trainer: BaseTrainer, report: Report) -> None:

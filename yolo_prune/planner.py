@@ -3,21 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from yolo_prune import criteria, schedule
+from yolo_prune import allocation, criteria, schedule
 from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, measure
 from yolo_prune.criteria.base import Observer
 from yolo_prune.errors import NothingToRemoveError, RecipeError
-from yolo_prune.graph import Graph, Rows, has_heads, trace
+from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
-from yolo_prune.recipe import CriterionSpec, Recipe
-from yolo_prune.select import Constraints, Goal, least, select
+from yolo_prune.recipe import AllocationSpec, CriterionSpec, LayerLimits, Recipe
+from yolo_prune.select import Constraints, Goal, least, levels, select
+
+STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
+    "criterion": CriterionSpec(name="magnitude"),
+    "allocation": AllocationSpec(),
+}
+"""What takes the place of a criterion or an allocation that looks at training images where there are none."""
 
 
 def make_plan(
@@ -37,34 +45,45 @@ def make_plan(
         imgsz: image size in pixels that FLOPs are counted at.
         keep: fraction of the *dense* model to keep after this cut; the recipe's target where None.
         frozen: names of modules that are not trained, and so are not cut.
-        calibration: training images, for criteria that look at data.
-        progress: wraps what such a criterion goes through, to show how far it is.
+        calibration: training images, for criteria and allocations that look at data.
+        progress: wraps what these go through, to show how far it is.
 
     Raises:
         TargetError: If the target is out of reach.
         NothingToRemoveError: If the model already meets it.
         UnsupportedModelError: If the model has a part whose dependencies are not known.
-        RecipeError: If a protect pattern matches nothing or the criterion is unknown.
+        RecipeError: If a pattern of protect or channels.layers matches nothing, or the criterion is unknown.
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
     return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep, calibration, progress)
 
 
 def rehearsal(recipe: Recipe) -> Recipe:
-    """The recipe with a criterion that needs no data: what it plans is as large, but other channels go.
+    """The recipe without what needs data: what it plans is as large, but other channels go.
 
     Raises:
-        RecipeError: If the recipe's own criterion is unknown or its options are wrong.
+        RecipeError: If the recipe's own criterion is unknown, or options of it or the allocation are wrong.
     """
-    criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
-    blind = {"criterion": CriterionSpec(name="magnitude")}
-    return recipe.model_copy(update=blind) if isinstance(criterion, Observer) else recipe
+    return recipe.model_copy(update={key: STAND_INS[key] for key in looks(recipe)})
 
 
 def images_for(recipe: Recipe) -> int:
-    """How many training images a recipe's criterion looks at; 0 if it looks at weights alone."""
+    """How many training images a recipe's criterion or allocation looks at; 0 if both look at weights alone."""
+    return max(looks(recipe).values(), default=0)
+
+
+def looks(recipe: Recipe) -> dict[str, int]:
+    """`{field: images}`: which of criterion and allocation look at training images, and at how many.
+
+    Raises:
+        RecipeError: If the criterion is unknown, or options of it or the allocation are wrong.
+    """
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
-    return criterion.images if isinstance(criterion, Observer) else 0
+    counts = {
+        "criterion": criterion.images if isinstance(criterion, Observer) else 0,
+        "allocation": allocation.create(recipe.allocation.name, recipe.allocation.options).images,
+    }
+    return {key: count for key, count in counts.items() if count}
 
 
 def sparsity(recipe: Recipe) -> float:
@@ -116,20 +135,23 @@ def plan_for(
             f"target.{metric}: the model already is at {present / whole:.3f} of its dense size; "
             f"a target of {wanted:g} leaves nothing to remove. Ask for less."
         )
+    constraints = _constraints(model, graph, recipe)
+    for key in looks(recipe) if calibration is None else ():
+        raise RecipeError(
+            f"{key} {getattr(recipe, key).name} looks at training images: say which, as in data=coco8.yaml; or take "
+            f"one that looks at weights alone, as in recipe.{key}={STAND_INS[key].name}."
+        )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
-    if isinstance(criterion, Observer):
-        if calibration is None:
-            raise RecipeError(
-                f"criterion {recipe.criterion.name} looks at training images: say which, as in data=coco8.yaml; or "
-                "take one that looks at weights alone, as in recipe.criterion=magnitude."
-            )
-        criterion.observe(model, calibration, progress)
-    tensors = model.state_dict()
-    scores = {s.name: criteria.score(criterion, tensors, s) for g in graph.groups if not g.protected for s in g.sets}
-    goal = Goal(metric, wanted * whole, whole)
+    if isinstance(criterion, Observer) and calibration is not None:
+        criterion.observe(model, calibration.first(criterion.images), progress)
+    tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
+    scores = {s.name: criteria.score(criterion, tensors, s) for g in free for s in g.sets}
     comparable = bool(getattr(criterion, "comparable", False))
-    kept = select(graph.groups, cost, scores, goal, _constraints(recipe), widths, comparable)
-    return build_plan(graph, cost, kept, dense)
+    allowed = [(g, levels(g, constraints, widths)) for g in free]
+    allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
+    share_out = allocate(allocation.Subject(model, allowed, scores, calibration, progress))
+    goal = Goal(metric, wanted * whole, whole)
+    return build_plan(graph, cost, select(free, cost, scores, goal, constraints, widths, comparable, share_out), dense)
 
 
 def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
@@ -152,11 +174,42 @@ def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
     """
     cost, metric = measure(model, graph), recipe.target.metric
     dense, widths = _dense(model, graph)
-    return least(graph.groups, cost, metric, _constraints(recipe), widths) / cost.total(metric, dense)
+    return least(graph.groups, cost, metric, _constraints(model, graph, recipe), widths) / cost.total(metric, dense)
 
 
-def _constraints(recipe: Recipe) -> Constraints:
-    return Constraints(recipe.channels.round_to, recipe.channels.min, recipe.channels.max_removed)
+def _constraints(model: nn.Module, graph: Graph, recipe: Recipe) -> Constraints:
+    """Limits on widths as a recipe gives them: for all layers, and for those that its patterns name.
+
+    Raises:
+        RecipeError: If a pattern names no layer.
+    """
+    channels = recipe.channels
+    found: dict[str, list[LayerLimits]] = {}
+    for pattern, limits in channels.layers.items():
+        modules = set(named(model, pattern, "channels.layers"))
+        layers = [n for g in graph.groups for n in g.layers if modules & {n, *_around(n)}]
+        if not layers:
+            raise RecipeError(
+                f"channels.layers: '{pattern}' names no layer that has a width of its own. Give the name of a "
+                "convolution, or of a block that holds some."
+            )
+        for name in dict.fromkeys(layers):
+            found.setdefault(name, []).append(limits)
+
+    def given(key: str, of: list[LayerLimits]) -> list[Any]:
+        return [v for v in (getattr(limits, key) for limits in of) if v is not None] or [getattr(channels, key)]
+
+    def strictest(of: list[LayerLimits]) -> Constraints:
+        return Constraints(math.lcm(*given("round_to", of)), max(given("min", of)), min(given("max_removed", of)))
+
+    each = {name: strictest(limits) for name, limits in found.items()}
+    return Constraints(channels.round_to, channels.min, channels.max_removed, each)
+
+
+def _around(layer: str) -> Iterator[str]:
+    """Names of the modules that a layer is in."""
+    while layer := layer.rpartition(".")[0]:
+        yield layer
 
 
 def _dense(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:

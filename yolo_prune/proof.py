@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -121,15 +122,25 @@ def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -
     return reference[:, list(keep)] if keep else reference
 
 
-def _silence(model: nn.Module, plan: Plan) -> None:
+def silence(model: nn.Module, removed: Mapping[str, Mapping[int, Collection[int]]]) -> None:
+    """Let channels put out zeros, in place; the layers that read them stay as they are.
+
+    Args:
+        model: is changed.
+        removed: `{tensor name: {dimension: indices that are to go}}`.
+    """
     state, layers = model.state_dict(), dict(model.named_modules())
-    for name, dims in plan.keep.items():
+    for name, dims in removed.items():
         layer, _, key = name.rpartition(".")
         dim = output_dimension(layers[layer]) if key == "weight" else 0
         if dim in dims and key not in ("running_mean", "running_var"):
-            removed = torch.ones(state[name].shape[dim], dtype=torch.bool)
-            removed[list(dims[dim])] = False
-            state[name].movedim(dim, 0)[removed] = 0
+            state[name].movedim(dim, 0)[list(dims[dim])] = 0
+
+
+def _silence(model: nn.Module, plan: Plan) -> None:
+    shapes = {name: plan.shapes[name] for name in plan.keep}
+    gone = {n: {d: set(range(shapes[n][d])) - set(k) for d, k in dims.items()} for n, dims in plan.keep.items()}
+    silence(model, gone)
 
 
 def _image(model: nn.Module) -> Tensor:

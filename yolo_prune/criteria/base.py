@@ -16,6 +16,7 @@ from yolo_prune.graph.structure import ChannelSet
 
 Tensors = Mapping[str, Tensor]
 C = TypeVar("C", bound=Callable[..., "Criterion"])
+T = TypeVar("T")
 
 
 class Criterion(Protocol):
@@ -83,12 +84,26 @@ def create(name: str, options: Mapping[str, Any]) -> Criterion:
     """
     if name not in CRITERIA:
         raise RecipeError(f"criterion.name: there is no criterion '{name}'; choose one of {', '.join(CRITERIA)}.")
-    factory = CRITERIA[name]
+    return make("criterion", name, CRITERIA[name], options)
+
+
+def make(kind: str, name: str, factory: Callable[..., T], options: Mapping[str, Any]) -> T:
+    """Call a factory with the options that a recipe gives beside a name.
+
+    Args:
+        kind: the recipe's field, for messages.
+        name: what is made.
+        factory: makes it; its parameters are the options that there are.
+        options: `{option: value}`.
+
+    Raises:
+        RecipeError: If an option is unknown or out of range.
+    """
     known = list(signature(factory).parameters)
     for option in options:
         if option not in known:
             knows = f"it knows {', '.join(known)}" if known else "it has none"
-            raise RecipeError(f"criterion.{option}: '{name}' has no such option; {knows}.")
+            raise RecipeError(f"{kind}.{option}: '{name}' has no such option; {knows}.")
     return factory(**options)
 
 
@@ -109,23 +124,23 @@ def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tenso
     return scores
 
 
-def whole_number(option: str, value: Any, least: int = 1, most: int = 100_000) -> int:
+def whole_number(option: str, value: Any, least: int = 1, most: int = 100_000, kind: str = "criterion") -> int:
     """An option that is a whole number.
 
     Raises:
         RecipeError: If it is not, or is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise RecipeError(f"criterion.{option}: must be a whole number from {least} to {most}, got {value!r}.")
+        raise RecipeError(f"{kind}.{option}: must be a whole number from {least} to {most}, got {value!r}.")
     return value
 
 
-def fraction(option: str, value: Any) -> float:
+def fraction(option: str, value: Any, kind: str = "criterion") -> float:
     """An option that is a number above 0 and at most 1.
 
     Raises:
         RecipeError: If it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise RecipeError(f"criterion.{option}: must be a number above 0 and at most 1, got {value!r}.")
+        raise RecipeError(f"{kind}.{option}: must be a number above 0 and at most 1, got {value!r}.")
     return float(value)

@@ -3,7 +3,7 @@
 
 from yolo_prune.graph.rules import Facts, read_as_is, register_block
 from yolo_prune.graph.structure import Attribute, ChannelSet, Fold, Graph, Group, Rows, Slot
-from yolo_prune.graph.trace import has_heads, trace
+from yolo_prune.graph.trace import has_heads, named, trace
 
 __all__ = [
     "Attribute",
@@ -15,6 +15,7 @@ __all__ = [
     "Rows",
     "Slot",
     "has_heads",
+    "named",
     "read_as_is",
     "register_block",
     "trace",

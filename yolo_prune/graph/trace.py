@@ -190,20 +190,29 @@ def _outputs(twin: nn.Module) -> dict[tuple[str, int], str]:
     return found
 
 
+def named(model: nn.Module, pattern: str, field: str) -> list[str]:
+    """Names of the modules that a name or a glob in a recipe's `field` means.
+
+    Raises:
+        RecipeError: If it matches none.
+    """
+    hits = [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
+    if not hits:
+        names = [name for name, _ in model.named_modules() if name]
+        tops = [name for name in names if name.count(".") == 1] or names
+        near = get_close_matches(pattern.partition("[")[0], names, n=1)
+        raise RecipeError(
+            f"{field}: '{pattern}' matches no module of this model. Its layers are {tops[0]} to {tops[-1]}; "
+            + (f"did you mean '{near[0]}'?" if near else "give the name of one, of a part of one, or a glob.")
+        )
+    return hits
+
+
 def _match(model: nn.Module, protect: Sequence[str]) -> dict[str, str]:
     """`{module name: reason}` of the modules that a pattern names."""
     found: dict[str, str] = {}
     for pattern in protect:
-        hits = [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
-        if not hits:
-            names = [name for name, _ in model.named_modules() if name]
-            tops = [name for name in names if name.count(".") == 1] or names
-            near = get_close_matches(pattern.partition("[")[0], names, n=1)
-            raise RecipeError(
-                f"protect: '{pattern}' matches no module of this model. Its layers are {tops[0]} to {tops[-1]}; "
-                + (f"did you mean '{near[0]}'?" if near else "give the name of one, of a part of one, or a glob.")
-            )
-        found.update(dict.fromkeys(hits, f"recipe: protect '{pattern}'"))
+        found.update(dict.fromkeys(named(model, pattern, "protect"), f"recipe: protect '{pattern}'"))
     return found
 
 

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What the user asks for: recipes as validated data, and how they are read."""
+
+from yolo_prune.recipe.load import bundled_names, load_recipe
+from yolo_prune.recipe.schema import (
+    AllocationSpec,
+    CriterionSpec,
+    LayerLimits,
+    Recipe,
+    Schedule,
+    json_schema,
+)
+
+__all__ = [
+    "AllocationSpec",
+    "CriterionSpec",
+    "LayerLimits",
+    "Recipe",
+    "Schedule",
+    "bundled_names",
+    "json_schema",
+    "load_recipe",
+]

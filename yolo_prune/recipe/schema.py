@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`Recipe`: what the user asks for, as validated data. Unknown keys and impossible values are refused, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+NAMED = ("criterion", "allocation")  # fields that are a name, or a mapping with options
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Target(_Part):
+    """How much of the dense model is kept: a fraction of it, or as little as a drop of the fitness allows."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+    flops: Fraction | None = Field(None, description="fraction of the dense model's FLOPs to keep")
+    params: Fraction | None = Field(None, description="fraction of the dense model's parameters to keep")
+    max_drop: Fraction | None = Field(
+        None, description="find the fewest FLOPs at which the fitness drops by no more than this while training"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Target:
+        if sum(value is not None for value in (self.flops, self.params, self.max_drop)) != 1:
+            raise ValueError("give exactly one of flops, params and max_drop, for example {flops: 0.5}")
+        return self
+
+    @property
+    def metric(self) -> Literal["flops", "params"]:
+        """What is counted."""
+        return "flops" if self.params is None else "params"
+
+    @property
+    def keep(self) -> float | None:
+        """Fraction of the dense model to keep, in `metric`; None where the run has to find it."""
+        return self.params if self.flops is None else self.flops
+
+
+class Schedule(_Part):
+    """When the model is cut, and how much each cut takes."""
+
+    rounds: int | None = Field(None, ge=1, le=100, description="number of cuts; 3, or 1 with curve one-shot")
+    start: int | None = Field(None, ge=0, description="epoch before which the first cut is made, counted from 0")
+    interval: int | None = Field(
+        None, ge=1, description="epochs between cuts; by default over the first half of the run"
+    )
+    curve: Literal["one-shot", "linear", "cubic"] = Field(
+        "cubic", description="how the removal is spread over the rounds; cubic takes most of it early"
+    )
+
+    @model_validator(mode="after")
+    def _one_shot(self) -> Schedule:
+        if self.curve == "one-shot" and (self.rounds or 1) > 1:
+            raise ValueError("curve one-shot is a single cut; set rounds to 1, or curve to cubic or linear")
+        return self
+
+
+class _Named(_Part):
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was given beside the name."""
+        return dict(self.model_extra or {})
+
+
+class CriterionSpec(_Named):
+    """Which criterion scores the channels, with its options beside the name."""
+
+    name: str = Field(
+        "obs",
+        description="obs, taylor, fisher, magnitude, lamp, bn_scale, fpgm, random, or a registered one",
+    )
+
+
+class AllocationSpec(_Named):
+    """How the removal is shared out over the layers, with options beside the name."""
+
+    name: Literal["global", "uniform", "isomorphic", "sensitivity"] = Field(
+        "global", description="how much each layer loses"
+    )
+
+
+class LayerLimits(_Part):
+    """What holds for the layers that a pattern names, in place of the values for all."""
+
+    round_to: int | None = Field(None, ge=1, le=1024, description="widths of these layers are multiples of this")
+    min: int | None = Field(None, ge=1, description="none of these layers gets narrower than this")
+    max_removed: Fraction | None = Field(
+        None, description="most that is removed of any of these layers, as a fraction of its dense width"
+    )
+
+
+class Channels(_Part):
+    """Constraints on the widths of layers."""
+
+    round_to: int = Field(8, ge=1, le=1024, description="widths are multiples of this")
+    min: int = Field(8, ge=1, description="no layer gets narrower than this")
+    max_removed: Fraction = Field(
+        0.75, description="most that is removed of any layer, as a fraction of its dense width"
+    )
+    attention: Literal["dims", "heads"] = Field(
+        "dims", description="dims thins every head of an attention alike, heads removes whole heads"
+    )
+    layers: dict[str, LayerLimits] = Field(
+        {}, description="other limits for some layers: names or globs of modules, each with round_to, min, max_removed"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+class Rewind(_Part):
+    """Which weights a cut goes back to."""
+
+    epoch: int = Field(ge=0, description="epoch, counted from 0, at whose start the weights are kept")
+
+
+class Recover(_Part):
+    """What is done right after each cut, before training goes on."""
+
+    refit: int = Field(
+        64,
+        ge=0,
+        le=100_000,
+        description="training images to refit the remaining weights on, layer after layer; 0 leaves them as they are",
+    )
+    batchnorm: int = Field(
+        32,
+        ge=0,
+        description="without refit: training batches to re-estimate batch norm statistics with; 0 leaves them",
+    )
+    average: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="after a refit: share of the run that the delivered average reaches over; 0: Ultralytics' own",
+    )
+    rewind: Rewind | None = Field(
+        None,
+        title="Rewind",
+        description="after each cut, what is left goes back to the weights of this epoch; nothing is refitted then",
+    )
+    learning_rate: Literal["run", "rewind"] = Field(
+        "run",
+        description="run: one schedule over the whole run; rewind: it begins anew at each cut and ends at the next",
+    )
+    distill: bool = Field(
+        False, description="train with the checkpoint that the run starts from as teacher, as with distill_model="
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rewound(cls, data: Any) -> Any:
+        """Weights that are rewound right afterwards need no refit."""
+        return {**data, "refit": 0} if isinstance(data, Mapping) and data.get("rewind") is not None else data
+
+
+class Guard(_Part):
+    """What happens when a round costs too much accuracy."""
+
+    max_drop: Fraction | None = Field(
+        None, description="largest drop of the fitness after a round, against the model the run starts from; none: any"
+    )
+    on_breach: Literal["rollback", "stop"] = Field(
+        "rollback",
+        description="rollback: back to the last good model, and on with half the step; stop: back, and no further cut",
+    )
+
+
+class Recipe(_Part):
+    """A pruning recipe."""
+
+    version: Literal[1] = Field(1, description="version of the recipe format")
+    target: Target = Field(description="how much of the dense model is kept")
+    schedule: Schedule = Field(Schedule(), description="when, and how much each time")
+    criterion: CriterionSpec = Field(CriterionSpec(), description="a name, or a mapping with options")
+    allocation: AllocationSpec = Field(
+        AllocationSpec(), description="how the removal is shared out over the layers: a name, or a mapping with options"
+    )
+    channels: Channels = Field(Channels(), description="constraints on widths")
+    protect: tuple[str, ...] = Field((), strict=False, description="modules that are never touched: names or globs")
+    recover: Recover = Field(Recover(), description="what follows each cut")
+    guard: Guard = Field(Guard(), description="what happens when a round costs too much accuracy")
+    proof: bool = Field(True, description="prove each cut on a copy before it is made")
+    measure: bool = Field(True, description="validate before and after each cut, for the report")
+
+    @field_validator(*NAMED, mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("recover")
+    @classmethod
+    def _rewinds_to_the_past(cls, recover: Recover, info: ValidationInfo) -> Recover:
+        start = info.data["schedule"].start if "schedule" in info.data else None
+        if recover.rewind and start is not None and start < recover.rewind.epoch:
+            raise ValueError(
+                f"the first cut, at epoch {start} (schedule.start), cannot rewind to epoch {recover.rewind.epoch}, "
+                "which comes later; rewind to an earlier epoch, cut later, or leave schedule.start out"
+            )
+        return recover
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Recipe:
+        if self.target.max_drop is not None and self.guard.max_drop is not None:
+            raise ValueError("target.max_drop is a limit already; leave guard.max_drop out")
+        return self
+
+    @property
+    def limit(self) -> float | None:
+        """Largest drop of the fitness that a round may cost; None where anything goes."""
+        return self.guard.max_drop if self.target.max_drop is None else self.target.max_drop
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with every default spelled out; `load_recipe` reads it."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_yaml(self) -> str:
+        """`to_dict` as YAML, in the order of the fields."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of recipes, for completion in editors."""
+    schema = Recipe.model_json_schema()
+    for field in schema["properties"].values():
+        field.update(*field.pop("allOf", ()))  # pydantic before 2.9 wraps references
+    for key in NAMED:
+        field, spec = schema["properties"][key], f"{key.title()}Spec"
+        name = {k: v for k, v in schema["$defs"][spec]["properties"]["name"].items() if k in ("type", "enum")}
+        field["title"] = key.title()
+        field["anyOf"] = [{**name, "description": f"name of the {key}"}, {"$ref": field.pop("$ref", f"#/$defs/{spec}")}]
+    schema["properties"]["protect"]["anyOf"] = [
+        {"type": "string"},
+        {"type": "array", "items": schema["properties"]["protect"].pop("items")},
+    ]
+    del schema["properties"]["protect"]["type"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "yolo-prune recipe"}
