@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The accuracy tables of the README, on a model and a dataset of yours.
 
-    python benchmarks/accuracy.py one-shot model=best.pt data=data.yaml imgsz=320
-    python benchmarks/accuracy.py trained  model=best.pt data=data.yaml imgsz=320 seeds=3
-    python benchmarks/accuracy.py control  data=data.yaml imgsz=320 width=0.14 epochs=70 seeds=1
+    python benchmarks/accuracy.py one-shot   model=best.pt data=data.yaml imgsz=320
+    python benchmarks/accuracy.py allocation model=best.pt data=data.yaml imgsz=320 keeps=0.5
+    python benchmarks/accuracy.py trained    model=best.pt data=data.yaml imgsz=320 seeds=0,1,2
+    python benchmarks/accuracy.py ablation   model=best.pt data=data.yaml imgsz=320 keeps=0.5
+    python benchmarks/accuracy.py plain      model=best.pt data=data.yaml imgsz=320
+    python benchmarks/accuracy.py dense      model=best.pt data=data.yaml imgsz=320 epochs=30
+    python benchmarks/accuracy.py control    model=best.pt data=data.yaml imgsz=320 width=0.14 epochs=100
 
-`one-shot` cuts and refits without any training, with every criterion and with parts left out; `trained` goes through
-`yolo train ... callbacks=prune`; `control` trains the same architecture at a smaller width from scratch. Every row is
-printed, and appended to `benchmarks/accuracy.md`, as soon as it is measured: mAP50-95 on the splits val and test.
+Without training: `one-shot` cuts and refits with every criterion and with parts left out, `allocation` with every
+allocation. With it: `trained` is `yolo train ... callbacks=prune` with the settings that the package chooses,
+`ablation` the same with one part left out or exchanged at a time, `plain` what torch-pruning's example does (uniform,
+L2, nothing recovered) with Ultralytics' own settings, `dense` the model itself trained further with the settings of
+`trained`, and `control` the same architecture at a smaller width from scratch. Every row is printed, and appended to
+`benchmarks/accuracy.md`, as soon as it is measured: mAP50-95 on the splits val and test.
 """
 
 from __future__ import annotations
@@ -15,7 +22,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,13 +33,38 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import yaml_model_load
 
 import yolo_prune
-from yolo_prune import planner
+from yolo_prune import control as control_room
+from yolo_prune import launch, planner
 
 KEEPS = (0.75, 0.5, 0.25)
 EPOCHS = {0.75: 30, 0.5: 30, 0.25: 45}
 CRITERIA = ("obs", "taylor", "fisher", "magnitude", "lamp", "bn_scale", "fpgm", "random")
 TABLE = Path(__file__).with_suffix(".md")
-DEFAULTS = {"model": "", "data": "", "imgsz": "640", "seeds": "1", "width": "0.14", "epochs": "70", "keeps": ""}
+DEFAULTS = {"model": "", "data": "", "imgsz": "640", "seeds": "0", "width": "0.14", "epochs": "", "keeps": ""}
+GENTLE = {**launch.GENTLE, "close_mosaic": 30}
+STOCK = {"optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 3.0, "cos_lr": False, "close_mosaic": 10}
+PLAIN = {
+    **STOCK,
+    "recipe.criterion": {"name": "magnitude", "norm": 2},
+    "recipe.allocation": "uniform",
+    "recipe.recover": {"refit": 0, "batchnorm": 0},
+    "recipe.schedule": {"rounds": 1},
+}
+ABLATION: dict[str, dict[str, Any]] = {
+    "all parts": {},
+    "criterion magnitude": {"recipe.criterion": "magnitude"},
+    "criterion taylor": {"recipe.criterion": "taylor"},
+    "allocation uniform": {"recipe.allocation": "uniform"},
+    "allocation isomorphic": {"recipe.allocation": "isomorphic"},
+    "batch norm instead of refit": {"recipe.recover.refit": 0, **GENTLE, "recipe.schedule.rounds": 1},
+    "nothing before training": {"recipe.recover": {"refit": 0, "batchnorm": 0}, **GENTLE, "recipe.schedule.rounds": 1},
+    "Ultralytics' average": {"recipe.recover.average": 0},
+    "Ultralytics' settings": STOCK,
+    "with mosaic": {"close_mosaic": 10},
+    "three cuts": {"recipe.schedule.rounds": 3},
+    "three cuts, learning rate rewound": {"recipe.schedule.rounds": 3, "recipe.recover.learning_rate": "rewind"},
+    "distilled": {"recipe.recover.distill": True},
+}
 
 
 def measure(model: YOLO, data: str, imgsz: int) -> list[float]:
@@ -52,49 +84,108 @@ def one_shot(ask: dict[str, str]) -> Iterator[list[Any]]:
     """Cut and refit, no training."""
     data, imgsz = ask["data"], int(ask["imgsz"])
     yield ["dense", 1.0, *measure(YOLO(ask["model"]), data, imgsz), 0.0]
-    settings = [(c, 64) for c in CRITERIA] + [("obs", 0), ("magnitude", 0)]
     for keep in keeps(ask):
-        for criterion, refit in settings:
-            model, began = YOLO(ask["model"]), time.perf_counter()
-            recipe = {"target": {"flops": keep}, "criterion": criterion}
-            plan = yolo_prune.plan(model, recipe, imgsz=imgsz, data=data)
-            yolo_prune.apply(model, plan, data=data, imgsz=imgsz, refit=refit)
-            seconds = time.perf_counter() - began
+        for criterion, refit in [(c, 64) for c in CRITERIA] + [("obs", 0), ("magnitude", 0)]:
             name = f"{criterion}, {'refitted' if refit else 'not refitted'}"
-            yield [name, plan.predicted.flops_kept, *measure(model, data, imgsz), seconds]
+            yield cut(ask, name, keep, refit, {"criterion": criterion})
+
+
+def cut(ask: dict[str, str], name: str, keep: float, refit: int, fields: Mapping[str, Any]) -> list[Any]:
+    """One cut, measured."""
+    data, imgsz = ask["data"], int(ask["imgsz"])
+    model, began = YOLO(ask["model"]), time.perf_counter()
+    plan = yolo_prune.plan(model, {"target": {"flops": keep}, **fields}, imgsz=imgsz, data=data)
+    yolo_prune.apply(model, plan, data=data, imgsz=imgsz, refit=refit)
+    seconds = time.perf_counter() - began
+    return [name, plan.predicted.flops_kept, *measure(model, data, imgsz), seconds]
+
+
+def allocation(ask: dict[str, str]) -> Iterator[list[Any]]:
+    """Cut and refit with every allocation, no training."""
+    for keep in keeps(ask):
+        for name in ("global", "isomorphic", "uniform", "sensitivity"):
+            for criterion in ("obs", "magnitude"):
+                yield cut(ask, f"{name}, {criterion}", keep, 64, {"criterion": criterion, "allocation": name})
 
 
 def trained(ask: dict[str, str]) -> Iterator[list[Any]]:
     """Through a training run, with the settings that the package chooses."""
-    data, imgsz = ask["data"], int(ask["imgsz"])
     for keep in keeps(ask):
-        found, began = [], time.perf_counter()
-        for seed in range(int(ask["seeds"])):
-            run = {"data": data, "imgsz": imgsz, "epochs": EPOCHS[keep], "batch": 16, "nbs": 16, "amp": False}
-            model = YOLO(ask["model"])
-            overrides: Any = {"recipe.target.flops": keep}
-            model.train(**run, workers=2, seed=seed, plots=False, project=tempfile.mkdtemp(), callbacks="prune",
-                        recipe="half-flops", **overrides)  # fmt: skip
-            found.append(measure(YOLO(model.trainer.best), data, imgsz))
-        yield [f"{EPOCHS[keep]} epochs", keep, *together(found), time.perf_counter() - began]
+        yield row(ask, keep, "as it comes", {})
+
+
+def ablation(ask: dict[str, str]) -> Iterator[list[Any]]:
+    """The same, with one part left out or exchanged."""
+    for keep in keeps(ask):
+        for name, changes in ABLATION.items():
+            yield row(ask, keep, name, changes)
+
+
+def plain(ask: dict[str, str]) -> Iterator[list[Any]]:
+    """What torch-pruning's example does, and Ultralytics' own settings."""
+    for keep in keeps(ask):
+        yield row(ask, keep, "uniform L2, nothing recovered, Ultralytics' settings", PLAIN)
+
+
+def row(ask: dict[str, str], keep: float, name: str, changes: Mapping[str, Any]) -> list[Any]:
+    """Train and prune, for every seed."""
+    found, began = [], time.perf_counter()
+    epochs = int(ask["epochs"] or EPOCHS[keep])
+    for seed in map(int, ask["seeds"].split(",")):
+        model = YOLO(ask["model"])
+        recipe: Any = {"recipe": "half-flops", "recipe.target.flops": keep}
+        model.train(**settings(ask, epochs, seed), callbacks="prune", **{**recipe, **changes})
+        found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
+    return [f"{name}, {epochs} epochs", keep, *together(found), time.perf_counter() - began]
+
+
+def settings(ask: dict[str, str], epochs: int, seed: int) -> dict[str, Any]:
+    """What every run here has in common."""
+    shared = {"batch": 16, "nbs": 16, "amp": False, "workers": 2, "plots": False, "project": tempfile.mkdtemp()}
+    return {"data": ask["data"], "imgsz": int(ask["imgsz"]), "epochs": epochs, "seed": seed, **shared}
+
+
+def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
+    """The model itself, trained further as pruned ones are."""
+
+    def average(trainer: Any) -> None:
+        control_room.average_over(trainer, 0.25)
+
+    found, began, epochs = [], time.perf_counter(), int(ask["epochs"] or 30)
+    for seed in map(int, ask["seeds"].split(",")):
+        model = YOLO(ask["model"])
+        model.add_callback("on_train_epoch_start", average)
+        model.train(**settings(ask, epochs, seed), **{**GENTLE, "close_mosaic": epochs})
+        found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
+    yield [f"dense, {epochs} epochs more", 1.0, *together(found), time.perf_counter() - began]
 
 
 def control(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The architecture at a smaller width, from scratch."""
-    data, imgsz, width = ask["data"], int(ask["imgsz"]), float(ask["width"])
+    imgsz, width, epochs = int(ask["imgsz"]), float(ask["width"]), int(ask["epochs"] or 100)
     folder = Path(tempfile.mkdtemp())
     family = yaml_model_load("yolo11n.yaml")
     (folder / "narrow.yaml").write_text(yaml.safe_dump({**family, "scales": {"n": [0.5, width, 1024]}}))
     found, began, flops = [], time.perf_counter(), 1.0
-    for seed in range(int(ask["seeds"])):
+    for seed in map(int, ask["seeds"].split(",")):
         torch.manual_seed(seed)
         model = YOLO(folder / "narrow.yaml")
-        model.train(data=data, imgsz=imgsz, epochs=int(ask["epochs"]), batch=16, nbs=16, optimizer="AdamW", lr0=1e-3,
-                    amp=False, workers=2, seed=seed, plots=False, project=str(folder))  # fmt: skip
+        model.train(**settings(ask, epochs, seed), optimizer="AdamW", lr0=1e-3)
         best = YOLO(model.trainer.best)
         flops = planner.present_cost(best.model, imgsz)[0] / planner.present_cost(YOLO(ask["model"]).model, imgsz)[0]
-        found.append(measure(best, data, imgsz))
-    yield [f"width {width}, {ask['epochs']} epochs from scratch", flops, *together(found), time.perf_counter() - began]
+        found.append(measure(best, ask["data"], imgsz))
+    yield [f"width {width}, {epochs} epochs from scratch", flops, *together(found), time.perf_counter() - began]
+
+
+KINDS = {
+    "one-shot": one_shot,
+    "allocation": allocation,
+    "trained": trained,
+    "ablation": ablation,
+    "plain": plain,
+    "dense": dense,
+    "control": control,
+}
 
 
 def keeps(ask: dict[str, str]) -> tuple[float, ...]:
@@ -111,10 +202,9 @@ def together(found: list[list[float]]) -> list[Any]:
 def main() -> None:
     """Print a table, row by row."""
     kind, *rest = sys.argv[1:] or ["help"]
-    if kind not in ("one-shot", "trained", "control"):
+    if kind not in KINDS or not all("=" in a for a in rest):
         sys.exit(__doc__)
-    ask = {**DEFAULTS, **dict(a.split("=", 1) for a in rest)}
-    rows = {"one-shot": one_shot, "trained": trained, "control": control}[kind](ask)
+    rows = KINDS[kind]({**DEFAULTS, **dict(a.split("=", 1) for a in rest)})
     with TABLE.open("a", encoding="utf-8") as table:
         print(
             f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {torch.get_num_threads()} CPU threads\n",

@@ -95,7 +95,7 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
                 "layers": {"model.0": {"max_removed": 0.25}, "*.cv1": {"round_to": 16, "min": 16}},
             },
         ),
-        ({"schedule.start": None}, "schedule", {"rounds": 3, "curve": "cubic"}),
+        ({"schedule.start": None}, "schedule", {"curve": "cubic"}),
     ],
 )
 def test_overrides(overrides: dict[str, object], field: str, value: object) -> None:
@@ -302,7 +302,10 @@ def test_recipes_that_are_not_there(source: str, message: str) -> None:
             r"recipe.channels.layers.model.0.min': names of layers have dots of their own",
         ),
         ({"target.flops": 0.4, "target.params": 0.3}, "target: give exactly one of flops, params and max_drop"),
-        ({"schedule.curve": "one-shot"}, "schedule: curve one-shot is a single cut; set rounds to 1"),
+        (
+            {"schedule.curve": "one-shot", "schedule.rounds": 3},
+            "schedule: curve one-shot is a single cut; set rounds to 1",
+        ),
         ({"protect": "[model.0"}, r"recipe.protect='\[model.0': the value is not valid YAML: line 1, column 9"),
         ({"protect": "[" * 2000}, "the value is not valid YAML: it is nested too deeply"),
         ({"proof": "2001-13-01"}, "the value is not valid YAML: month must be"),

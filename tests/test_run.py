@@ -325,7 +325,11 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
         ({"recipe": "half"}, RecipeError, "no recipe 'half'. Did you mean 'half-flops'"),
         ({"recipe.target.flops": 0.01}, TargetError, r"0\.01 of the dense model cannot be reached.*Ask for at least"),
         ({"recipe.protect": "backbone"}, RecipeError, "protect: 'backbone' matches no module"),
-        ({"epochs": 2}, RecipeError, "3 rounds from epoch 0 need at least 3 epochs, the run has 2"),
+        (
+            {"recipe.recover.refit": 0, "epochs": 2},
+            RecipeError,
+            "3 rounds from epoch 0 need at least 3 epochs, the run has 2",
+        ),
         (
             {"recipe.criterion": "taylr"},
             RecipeError,
@@ -526,7 +530,8 @@ def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
     model = YOLO(dense_checkpoint(tmp_path))
     model.add_callback("on_train_batch_end", killed_in_epoch(2))
     with pytest.raises(KeyboardInterrupt):
-        model.train(data=data, epochs=3, callbacks="prune", project=str(tmp_path), **TINY)
+        rounds: dict[str, Any] = {"recipe.schedule.rounds": 3}
+        model.train(data=data, epochs=3, callbacks="prune", project=str(tmp_path), **TINY, **rounds)
     last = tmp_path / "train/weights/last.pt"
     with pytest.raises(RunError, match=r"keeps the recipe that it began with: leave out recipe\.target\.flops"):
         YOLO(last).train(resume=True, **{"recipe.target.flops": 0.3})

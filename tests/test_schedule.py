@@ -164,3 +164,16 @@ def test_an_interval_fits_or_the_one_that_is_named_does(count: int, start: int, 
     assert rounds(Schedule(rounds=count, start=start, interval=longest), 0.5, epochs)
     with pytest.raises(ScheduleError):
         rounds(Schedule(rounds=count, start=start, interval=longest + 1), 0.5, epochs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, [0]),  # the weights are refitted
+        ({"recover.refit": 0}, [0, 5, 10]),
+        ({"schedule.rounds": 2}, [0, 7]),
+        ({"target.max_drop": 0.01}, [0, 4, 8, 12, 16, 20]),
+    ],
+)
+def test_how_many_rounds_there_are_where_the_recipe_does_not_say(fields: dict[str, Any], wanted: list[int]) -> None:
+    assert [r.epoch for r in planner.rounds(load_recipe("half-flops", fields), 30)] == wanted

@@ -60,7 +60,7 @@ def run(folder: Path) -> int:
     _say(f"2/4 training a dense YOLO11n on it for {DENSE['epochs']} epochs")
     dense = YOLO("yolo11n.yaml")
     dense.train(data=str(data), project=str(folder.resolve()), name="dense", **DENSE, **SETTINGS)
-    _say(f"3/4 pruning it to half of its FLOPs, in 3 rounds over {PRUNE['epochs']} epochs")
+    _say(f"3/4 pruning it to half of its FLOPs, in a run of {PRUNE['epochs']} epochs")
     report = api.prune(
         folder / "dense/weights/best.pt",
         "half-flops",

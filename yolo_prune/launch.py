@@ -24,6 +24,9 @@ from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.report import Report
 from yolo_prune.trainer import prune_trainer
 
+GENTLE: dict[str, Any] = {"warmup_epochs": 0.0, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.002}
+"""What keeps what a refit left: found by experiment, see `benchmarks/accuracy.py`."""
+
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
     """`YOLO.train` with pruning: the stock one, given a prepared trainer class and callbacks.
@@ -91,11 +94,9 @@ def _gentle(recipe: Recipe, explicit: set[str], epochs: int) -> dict[str, Any]:
     Ultralytics' warm-up (bias learning rate 0.1) and its learning rates, which are for training from scratch, undo it;
     mosaics are not what the weights were refitted on.
     """
-    gentle: dict[str, Any] = {"warmup_epochs": 0.0}
-    if recipe.recover.refit:
-        gentle |= {"cos_lr": True, "close_mosaic": epochs}
-        if not explicit & {"optimizer", "lr0"}:
-            gentle |= {"optimizer": "AdamW", "lr0": 0.0005}
+    gentle = {**GENTLE, "close_mosaic": epochs} if recipe.recover.refit else {"warmup_epochs": 0.0}
+    if explicit & {"optimizer", "lr0"}:  # which belong together
+        explicit = explicit | {"optimizer", "lr0"}
     return {key: value for key, value in gentle.items() if key not in explicit}
 
 

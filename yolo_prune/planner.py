@@ -95,7 +95,8 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[schedule.
     """The rounds of a run; see `schedule.rounds`.
 
     Where the recipe does not say when to begin, what has to come before the first cut does: the weights to rewind to,
-    sparse training, and in either case a quarter of the run.
+    sparse training, and in either case a quarter of the run. Where it does not say how many, and the weights are
+    refitted, it is one: the epochs are better spent after it.
 
     Raises:
         ScheduleError: If they do not fit the epochs of the run.
@@ -104,6 +105,8 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[schedule.
     if asked.start is None and (early or sparsity(recipe)):
         start = max(schedule.quarter(epochs), early.epoch + 1 if early else 0)
         asked = asked.model_copy(update={"start": start})
+    if asked.rounds is None and recipe.recover.refit and recipe.target.keep is not None:
+        asked = asked.model_copy(update={"rounds": 1})
     return schedule.rounds(asked, recipe.target.keep, epochs, present)
 
 

@@ -48,7 +48,12 @@ class Target(_Part):
 class Schedule(_Part):
     """When the model is cut, and how much each cut takes."""
 
-    rounds: int | None = Field(None, ge=1, le=100, description="number of cuts; 3, or 1 with curve one-shot")
+    rounds: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="number of cuts; left out: 1 where the weights are refitted, else 3; 5 to search for the size",
+    )
     start: int | None = Field(None, ge=0, description="epoch before which the first cut is made, counted from 0")
     interval: int | None = Field(
         None, ge=1, description="epochs between cuts; by default over the first half of the run"
