@@ -529,8 +529,8 @@ def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
 ) -> None:
     model = YOLO(dense_checkpoint(tmp_path))
     model.add_callback("on_train_batch_end", killed_in_epoch(2))
+    rounds: dict[str, Any] = {"recipe.schedule.rounds": 3}
     with pytest.raises(KeyboardInterrupt):
-        rounds: dict[str, Any] = {"recipe.schedule.rounds": 3}
         model.train(data=data, epochs=3, callbacks="prune", project=str(tmp_path), **TINY, **rounds)
     last = tmp_path / "train/weights/last.pt"
     with pytest.raises(RunError, match=r"keeps the recipe that it began with: leave out recipe\.target\.flops"):

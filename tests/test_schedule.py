@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import assume, given
