@@ -5,6 +5,7 @@
     python benchmarks/accuracy.py allocation model=best.pt data=data.yaml imgsz=320 keeps=0.5
     python benchmarks/accuracy.py trained    model=best.pt data=data.yaml imgsz=320 seeds=0,1,2
     python benchmarks/accuracy.py ablation   model=best.pt data=data.yaml imgsz=320 keeps=0.5
+    python benchmarks/accuracy.py ablation   model=best.pt data=data.yaml imgsz=320 keeps=0.5 only="distilled,three cuts"
     python benchmarks/accuracy.py plain      model=best.pt data=data.yaml imgsz=320
     python benchmarks/accuracy.py dense      model=best.pt data=data.yaml imgsz=320 epochs=30
     python benchmarks/accuracy.py control    model=best.pt data=data.yaml imgsz=320 width=0.14 epochs=100
@@ -40,7 +41,16 @@ KEEPS = (0.75, 0.5, 0.25)
 EPOCHS = {0.75: 30, 0.5: 30, 0.25: 45}
 CRITERIA = ("obs", "taylor", "fisher", "magnitude", "lamp", "bn_scale", "fpgm", "random")
 TABLE = Path(__file__).with_suffix(".md")
-DEFAULTS = {"model": "", "data": "", "imgsz": "640", "seeds": "0", "width": "0.14", "epochs": "", "keeps": ""}
+DEFAULTS = {
+    "model": "",
+    "data": "",
+    "imgsz": "640",
+    "seeds": "0",
+    "width": "0.14",
+    "epochs": "",
+    "keeps": "",
+    "only": "",
+}
 GENTLE = {**launch.GENTLE, "close_mosaic": 30}
 STOCK = {"optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 3.0, "cos_lr": False, "close_mosaic": 10}
 PLAIN = {
@@ -118,7 +128,8 @@ def ablation(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The same, with one part left out or exchanged."""
     for keep in keeps(ask):
         for name, changes in ABLATION.items():
-            yield row(ask, keep, name, changes)
+            if not ask["only"] or name in ask["only"].split(","):
+                yield row(ask, keep, name, changes)
 
 
 def plain(ask: dict[str, str]) -> Iterator[list[Any]]:
