@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py allocation model=best.pt data=data.yaml imgsz=320 keeps=0.5
     python benchmarks/accuracy.py trained    model=best.pt data=data.yaml imgsz=320 seeds=0,1,2
     python benchmarks/accuracy.py ablation   model=best.pt data=data.yaml imgsz=320 keeps=0.5
-    python benchmarks/accuracy.py ablation   model=best.pt data=data.yaml imgsz=320 keeps=0.5 only="distilled,three cuts"
+    python benchmarks/accuracy.py ablation   model=best.pt data=data.yaml imgsz=320 keeps=0.5 only=distilled
     python benchmarks/accuracy.py plain      model=best.pt data=data.yaml imgsz=320
     python benchmarks/accuracy.py dense      model=best.pt data=data.yaml imgsz=320 epochs=30
     python benchmarks/accuracy.py control    model=best.pt data=data.yaml imgsz=320 width=0.14 epochs=100
@@ -74,6 +74,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "three cuts": {"recipe.schedule.rounds": 3},
     "three cuts, learning rate rewound": {"recipe.schedule.rounds": 3, "recipe.recover.learning_rate": "rewind"},
     "distilled": {"recipe.recover.distill": True},
+    "distilled with dis=0.5": {"recipe.recover.distill": True, "dis": 0.5},
 }
 
 
