@@ -199,6 +199,13 @@ def test_rounds_table_has_a_line_per_round_with_epochs_as_in_results_csv() -> No
     assert len({len(line) for line in lines[1:]}) == 1
 
 
+def test_rounds_table_says_which_rounds_held() -> None:
+    report = make_report()
+    report.rounds[0].held, report.rounds[1].held = True, False
+    lines = rounds_table(report).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["held", "-", "yes", "no", "-"]
+
+
 def test_tables_show_what_was_not_measured_as_a_dash() -> None:
     assert [line.split()[-3:] for line in summary_table(Report()).splitlines()[1:]] == [["-", "-", "-"]] * 4
     assert rounds_table(make_report(fit=False)).splitlines()[3].split()[-4:] == ["-"] * 4

@@ -50,10 +50,14 @@ def summary_table(report: Report) -> str:
     return _align(rows, left=1)
 
 
+HELD = {True: "yes", False: "no", None: MISSING}
+
+
 def rounds_table(report: Report) -> str:
     """One line per round: what was asked and kept, and the fitness around the cut.
 
-    `epoch` is the epoch that began with the cut, 1-based as in results.csv; the dense model comes first.
+    `epoch` is the epoch that began with the cut, 1-based as in results.csv; the dense model comes first. Where there was
+    a limit on the drop, the last column says whether the round held.
     """
     rows = [
         ["", "", "", "", "", "", "", "fitness", "", "", ""],
@@ -64,6 +68,9 @@ def rounds_table(report: Report) -> str:
     rows[-1] += [number(dense.params, 1e6), percent(dense.params, dense.params)]
     rows[-1] += [MISSING, MISSING, MISSING, fitness(dense.fitness)]
     rows += [_round_line(item, report) for item in report.rounds]
+    if any(item.held is not None for item in report.rounds):
+        verdicts = ["", "held", MISSING, *(HELD[item.held] for item in report.rounds)]
+        rows = [[*row, verdict] for row, verdict in zip(rows, verdicts, strict=True)]
     return _align(rows, left=1)
 
 
