@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 from ultralytics import YOLO
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
 from yolo_prune import guard, metadata, planner, surgery
@@ -253,3 +254,36 @@ def test_a_limit_needs_validation(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="needs validation after each epoch: leave val=False out"):
         train(folder, tmp_path, {"target": {"max_drop": 0.1}}, val=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("distill_model" not in DEFAULT_CFG_DICT, reason="this Ultralytics does not distill yet")
+def test_the_layers_that_lead_to_a_teacher_go_back_as_well(folder: Path, tmp_path: Path) -> None:
+    recipe = {
+        "target": {"flops": 0.4},
+        "schedule": {"rounds": 3, "curve": "linear", "interval": 1},
+        "guard": {"max_drop": 0.32},
+        "recover": {**RECIPE["recover"], "distill": True},
+    }
+    report = Report.load(train(folder, tmp_path, recipe, epochs=4, freeze=1))
+    assert [row.held for row in report.rounds] == [True, False, True]
+    assert 0.69 < kept(tmp_path / "run", "best.pt") <= 0.7
+
+
+@pytest.mark.slow
+def test_a_drop_counts_from_the_model_that_the_run_starts_from(folder: Path, tmp_path: Path) -> None:
+    schedule = {"rounds": 1, "start": 0}
+    first = train(folder, tmp_path / "first", {"target": {"flops": 0.8}, "schedule": schedule}, epochs=1)
+    model = YOLO(first / "weights/best.pt")
+    model.add_callback("on_pretrain_routine_end", judged)
+    recipe = {**RECIPE, "target": {"max_drop": 0.2}, "schedule": {"rounds": 3, "interval": 1}}
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path / "second")}
+    model.train(**{**RUN, **places, "recipe": recipe, "epochs": 4})
+    front = json.loads((tmp_path / "second/run/front.json").read_text())
+    assert front["reference"] == pytest.approx(0.8, abs=0.01)
+    assert front["points"][0]["flops_kept"] == pytest.approx(0.8, abs=0.01)
+    assert front["points"][0]["params_kept"] is None
+    delivered = next(p for p in front["points"] if p["delivered"])
+    assert front["reference"] - 0.2 <= delivered["flops_kept"] < 0.75
+    assert kept(tmp_path / "second/run", "best.pt") == pytest.approx(delivered["flops_kept"], abs=1e-6)
+    assert kept(tmp_path / "second/run", "round1.pt") == pytest.approx(0.8, abs=0.01)

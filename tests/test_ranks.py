@@ -66,6 +66,24 @@ print("parent has", sum(p.numel() for p in model.model.parameters()))
 """
 
 
+JUDGED = PARENT.replace(
+    "model.train(",
+    """
+def judge(trainer):  # fitness is the share of the FLOPs that is left
+    class Judge(type(trainer.validator)):
+        def __call__(self, trainer=None, model=None):
+            found = super().__call__(trainer, model)
+            if trainer and found:
+                found["fitness"] = trainer.pruning.cost[0] / trainer.pruning.report.dense.flops
+            return found
+
+    trainer.validator.__class__ = Judge
+
+model.add_callback("on_pretrain_routine_end", judge)
+model.train(""",
+)
+
+
 def launch(model: Path, arguments: dict[str, Any], script: str = PARENT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, str(model), json.dumps(arguments)]
@@ -148,3 +166,28 @@ def test_two_ranks_rewind_and_shrink_alike(folder: Path) -> None:
         one, other = re.findall(rf"epoch {epoch}: weights (\S+)", done.stdout)
         assert one == other
     assert not (folder / "rewound/weights/rewind.pt").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_go_back_alike_from_a_round_that_cost_too_much(folder: Path) -> None:
+    recipe = {
+        **PRUNE["recipe"],
+        "target": {"flops": 0.4},
+        "schedule": {"rounds": 3, "interval": 1, "curve": "linear"},
+        "guard": {"max_drop": 0.32},
+        "channels": {"round_to": 1, "min": 2},
+    }
+    done = launch(
+        folder / "dense.pt",
+        {**RUN, **places(folder), "callbacks": "prune", "recipe": recipe, "name": "guarded"},
+        JUDGED,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = Report.load(folder / "guarded")
+    assert [row.held for row in report.rounds] == [True, False, True]
+    held = re.findall(r"rank 0 holds plan (\w+), model (\w+); rank 1 holds plan (\w+), model (\w+)", done.stdout)
+    assert len(held) == 3
+    assert all((a, b) == (c, d) for a, b, c, d in held)
+    best = folder / "guarded/weights/best.pt"
+    assert report.pruned.params == parameters(best)
+    assert f"parent has {parameters(best)}" in done.stdout

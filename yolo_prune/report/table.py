@@ -56,8 +56,8 @@ HELD = {True: "yes", False: "no", None: MISSING}
 def rounds_table(report: Report) -> str:
     """One line per round: what was asked and kept, and the fitness around the cut.
 
-    `epoch` is the epoch that began with the cut, 1-based as in results.csv; the dense model comes first. Where there was
-    a limit on the drop, the last column says whether the round held.
+    `epoch` is the epoch that began with the cut, 1-based as in results.csv; the dense model comes first. Where there
+    was a limit on the drop, the last column says whether the round held.
     """
     rows = [
         ["", "", "", "", "", "", "", "fitness", "", "", ""],
