@@ -230,6 +230,43 @@ def test_one_tiny_image_does_not_blow_the_model_up() -> None:
     assert (after.bn.running_var >= 0.05 * before.bn.running_var).all()
 
 
+class Upsampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, 2), nn.Conv2d(6, 2, 1)
+        with torch.no_grad():
+            self.a.weight[3] = self.a.weight[0] + self.a.weight[1]
+            self.a.bias[3] = self.a.bias[0] + self.a.bias[1]
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.c(self.b(self.a(image)))
+
+
+def test_a_transposed_convolution_is_refitted_as_well() -> None:
+    torch.manual_seed(0)
+    before = Upsampled()
+    after = deepcopy(before)
+    keep = {
+        "a.weight": {0: (0, 1, 2)},
+        "a.bias": {0: (0, 1, 2)},
+        "b.weight": {0: (0, 1, 2), 1: (0, 2, 3, 4)},
+        "b.bias": {0: (0, 2, 3, 4)},
+        "c.weight": {1: (0, 2, 3, 4)},
+    }
+    shapes = {name: tuple(before.state_dict()[name].shape) for name in keep}
+    surgery.apply(after, Plan(keep, {}, shapes))
+    images = torch.randn(4, 3, 16, 16)
+    wanted = before.b(before.a(images))[:, [0, 2, 3, 4]]
+
+    def error() -> float:
+        return float((after.b(after.a(images)) - wanted).norm() / wanted.norm())
+
+    broken = error()
+    refit(before, after, Plan(keep, {}, shapes), images)
+    assert broken > 0.1
+    assert error() < 0.05 * broken
+
+
 def redundant_cut() -> tuple[Redundant, Redundant, Plan]:
     before = Redundant().eval()
     after = deepcopy(before)

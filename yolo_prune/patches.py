@@ -20,6 +20,16 @@ def readable(layer: nn.Module) -> TypeGuard[Layer]:
     return isinstance(layer, nn.Linear)
 
 
+def upsamples(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
+    """True for a transposed convolution whose patches of output do not overlap: each is a linear map of one pixel."""
+    return (
+        isinstance(layer, nn.ConvTranspose2d)
+        and layer.kernel_size == layer.stride
+        and layer.kernel_size[0] == layer.kernel_size[1]
+        and (layer.groups, layer.dilation, layer.padding, layer.output_padding) == (1, (1, 1), (0, 0), (0, 0))
+    )
+
+
 def padding(layer: nn.Conv2d) -> tuple[int, int]:
     """Rows and columns of zeros on each side."""
     return int(layer.padding[0]), int(layer.padding[1])

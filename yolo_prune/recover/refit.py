@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,8 +39,8 @@ def refit(
 
     Layer after layer in the order of the forward pass, each on what the layers refitted before it put out, so that
     errors do not add up; closed form, with a penalty on the distance to the old weights; grouped and depthwise
-    convolutions group by group. Each batch norm gets the statistics of what it now reads, so that training starts from
-    what evaluation sees. The idea is that of "Channel Pruning for Accelerating Very Deep Neural Networks" (He et al.,
+    convolutions group by group; transposed ones if their patches do not overlap. Each batch norm gets the statistics of
+    what it now reads, so that training starts from what evaluation sees. The idea is that of "Channel Pruning for Accelerating Very Deep Neural Networks" (He et al.,
     ICCV 2017, arXiv:1707.06168) and "ThiNet" (Luo et al., ICCV 2017, arXiv:1707.06342), applied to all layers.
 
     Args:
@@ -112,11 +114,14 @@ class _Targets:
         self.wanted: dict[str, tuple[Tensor, Tensor]] = {}
         self.plan = plan
         self._calls: Counter[str] = Counter()
-        hooks = [
-            layer.register_forward_hook(partial(self._note, name))
-            for name, layer in model.named_modules()
-            if patches.readable(layer) and not inside(name, frozen) and ".dfl" not in name
-        ]
+        hooks = []
+        for name, layer in model.named_modules():
+            if inside(name, frozen) or ".dfl" in name:
+                continue
+            if patches.readable(layer):
+                hooks.append(layer.register_forward_hook(partial(self._note, name)))
+            elif patches.upsamples(layer):
+                hooks.append(layer.register_forward_hook(partial(self._note_upsampling, name)))
         _run(model, images, hooks)
         for name, calls in self._calls.items():
             if calls > 1:  # shared by several inputs: no single one to fit to
@@ -135,17 +140,48 @@ class _Targets:
             wanted = wanted[list(kept)]
         self.wanted[name] = where, wanted
 
+    def _note_upsampling(self, name: str, layer: nn.ConvTranspose2d, given: tuple[Tensor, ...], output: Tensor) -> None:
+        self._calls[name] += 1
+        if kept := self.plan.keep.get(f"{name}.weight", {}).get(1):
+            output = output[:, list(kept)]
+        spots = F.pixel_unshuffle(output, layer.stride[0]).flatten(2)
+        where = torch.randperm(spots.shape[2], generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        where = where[: max(1, POSITIONS // len(spots))].to(output.device)
+        self.wanted[name] = where, spots[:, :, where].transpose(0, 1).flatten(1)
+
+
+def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wanted: Tensor) -> None:
+    """A linear layer on pixels, with an output for each channel and place in the patch; a channel has one bias."""
+    inputs, outputs, *patch = layer.weight.shape
+    device = layer.weight.device if layer.weight.device.type != "mps" else torch.device("cpu")
+    read = value.flatten(2)[:, :, where].transpose(0, 1).flatten(1).to(device, torch.float64)
+    old = layer.weight.permute(1, 2, 3, 0).reshape(-1, inputs).to(device, torch.float64)
+    missing = (wanted.to(device, torch.float64) - old @ read).reshape(outputs, -1, read.shape[1])
+    moment = read @ read.T / read.shape[1]
+    moment.diagonal().add_(RIDGE * moment.diagonal().mean() + 1e-12)
+    factor = torch.linalg.cholesky(moment)
+    if layer.bias is not None:  # what of a constant the pixels cannot put out by themselves
+        alone = 1 - torch.cholesky_solve(read.mean(1, keepdim=True), factor).T @ read
+        bias = (missing * alone).mean((1, 2)) / alone.mean()
+        missing = missing - bias[:, None, None]
+        layer.bias.copy_(bias)
+    change = torch.cholesky_solve(read @ missing.flatten(0, 1).T / read.shape[1], factor).T
+    layer.weight.copy_((old + change).reshape(outputs, *patch, inputs).permute(3, 0, 1, 2))
+
 
 def _fit(
-    targets: dict[str, tuple[Tensor, Tensor]], name: str, bar: Any, layer: Layer, given: tuple[Tensor, ...]
+    targets: dict[str, tuple[Tensor, Tensor]], name: str, bar: Any, layer: nn.Module, given: tuple[Tensor, ...]
 ) -> None:
     where, wanted = targets.pop(name)
     value = given[0]
+    next(bar, None)
+    if patches.upsamples(layer):
+        return _fit_upsampling(layer, value, where, wanted)
+    assert patches.readable(layer)
     weight, offset = solve(patches.read(layer, value, where, patches.width(layer, value)), wanted, layer.weight)
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(offset)
-    next(bar, None)
 
 
 def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
