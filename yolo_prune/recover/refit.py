@@ -41,8 +41,8 @@ def refit(
     errors do not add up; closed form, with a penalty on the distance to the old weights; grouped and depthwise
     convolutions group by group; transposed ones if their patches do not overlap. Each batch norm gets the statistics of
     what it now reads, so that training starts from what evaluation sees. The idea is that of "Channel Pruning for
-    Accelerating Very Deep Neural Networks" (He et al., ICCV 2017, arXiv:1707.06168) and "ThiNet" (Luo et al., ICCV 2017,
-    arXiv:1707.06342), applied to all layers.
+    Accelerating Very Deep Neural Networks" (He et al., ICCV 2017, arXiv:1707.06168) and "ThiNet" (Luo et al., ICCV
+    2017, arXiv:1707.06342), applied to all layers.
 
     Args:
         before: the model before the cut; only read.
