@@ -161,7 +161,7 @@ def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The model itself, trained further as pruned ones are."""
 
     def average(trainer: Any) -> None:
-        control_room.average_over(trainer, 0.25)
+        control_room.average_over(trainer, 0.25 * trainer.epochs)
 
     found, began, epochs = [], time.perf_counter(), int(ask["epochs"] or 30)
     for seed in map(int, ask["seeds"].split(",")):

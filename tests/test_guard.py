@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,12 +17,13 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
-from yolo_prune import guard, metadata, planner, surgery
+from yolo_prune import guard, journal, metadata, planner, surgery
+from yolo_prune import rounds as rounds_of_a_run
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import RecipeError, RunError
 from yolo_prune.guard import Stage
 from yolo_prune.recipe import Schedule, load_recipe
-from yolo_prune.report import Report
+from yolo_prune.report import Report, RoundRow
 from yolo_prune.schedule import rounds
 
 START = Stage(0, 1.0, 0.6, True)
@@ -78,6 +80,30 @@ def test_what_the_record_says_makes_the_stages() -> None:
     assert guard.turns([f.get("held") for f in facts]) == 4
 
 
+@pytest.mark.parametrize(
+    ("keeps", "over", "fails"),
+    [
+        (((0.6, True),), False, False),
+        (((0.6, True), (0.4, False)), False, False),
+        (((0.6, True), (0.5, False)), False, True),
+        (((0.503, True), (0.5, False)), True, True),
+    ],
+)
+def test_a_search_ends_where_no_other_size_is_left(keeps: Any, over: bool, fails: bool) -> None:
+    found = [START, *(Stage(i, k, 0.6, held) for i, (k, held) in enumerate(keeps, 1))]
+    assert guard.is_found(found) is over
+    assert guard.is_known_to_fail(found, 0.45) is fails
+
+
+def test_rows_of_rounds_that_made_the_same_plan_are_told_apart(tmp_path: Path) -> None:
+    facts = [{"number": n, "epoch": n, "plan": "same", "held": n == 1, "end": n / 10} for n in (1, 2)]
+    rows = [RoundRow(number=n, epoch=n, plan="same", params=n) for n in (1, 2)]
+    Report(rounds=rows).save(tmp_path / "prune.json")
+    trainer: Any = SimpleNamespace(save_dir=tmp_path, start_epoch=3)
+    found = journal.reopen(trainer, load_recipe(), "", metadata.Record({}, rounds=tuple(facts)))
+    assert [(r.params, r.held, r.fitness.end) for r in found.rounds] == [(1, True, 0.1), (2, False, 0.2)]
+
+
 def test_a_search_leaves_a_third_of_the_run_to_what_it_finds() -> None:
     laid = rounds(Schedule(), None, 30)
     assert [(r.epoch, r.settles) for r in laid] == [*((e, False) for e in (0, 4, 8, 12, 16)), (20, True)]
@@ -98,8 +124,10 @@ def test_a_model_becomes_again_what_it_was() -> None:
     surgery.apply(twice, second)
     for p in twice.parameters():
         p.data.zero_()
+    twice.criterion = torch.nn.CrossEntropyLoss(weight=torch.ones(5))  # which no checkpoint has
     twice.train(False)
     replaced = surgery.become(twice, once, first.then(second))
+    del twice.criterion
     assert set(replaced.values()) == set(twice.parameters())
     image = torch.rand(1, 3, models.IMGSZ, models.IMGSZ, dtype=torch.float64)
     assert torch.equal(twice.eval()(image)[0], once.eval()(image)[0])
@@ -107,7 +135,7 @@ def test_a_model_becomes_again_what_it_was() -> None:
 
 
 def test_limits_that_exclude_one_another_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"target.max_drop is a limit already; leave guard.max_drop out"):
+    with pytest.raises(RecipeError, match=r"  guard.max_drop: target.max_drop is a limit already"):
         load_recipe({"target": {"max_drop": 0.01}, "guard": {"max_drop": 0.01}})
     with pytest.raises(RecipeError, match="give exactly one of flops, params and max_drop"):
         load_recipe({"target": {"max_drop": 0.01, "flops": 0.5}})
@@ -140,13 +168,18 @@ RECIPE: dict[str, Any] = {
 class Judge:
     """The run's validator, but fitness is the share of the FLOPs that is left: what a limit allows is known."""
 
+    per_epoch = 0.0  # what an epoch of training costs
+
     def __init__(self, stock: Any) -> None:
         self.stock = stock
 
     def __call__(self, trainer: Any = None, model: Any = None) -> Any:
         found = self.stock(trainer, model)
         if trainer:
-            found["fitness"] = trainer.pruning.cost[0] / trainer.pruning.report.dense.flops
+            run = trainer.pruning
+            trained = len(run.report.epochs_log) + run.epoch_open
+            share = run.cost[0] / run.report.dense.flops
+            found["fitness"] = share - self.per_epoch * trained
         return found
 
     def __getattr__(self, name: str) -> Any:
@@ -248,6 +281,75 @@ def test_a_limit_that_no_cut_stays_within_is_an_error_that_names_the_nearest(fol
     with pytest.raises(RunError, match=r"No cut stayed within a drop of 0.001: the nearest was 0.\d+ .*round3.pt"):
         train(folder, tmp_path, recipe, epochs=4)
     assert Report.load(tmp_path / "run").status == "failed"
+    points = json.loads((tmp_path / "run/front.json").read_text())["points"]
+    assert [(p["held"], (tmp_path / "run" / p["weights"]).exists()) for p in points] == [
+        (True, True),
+        (False, True),
+        (False, True),
+    ]
+
+
+@pytest.mark.slow
+def test_a_model_that_has_nothing_to_lose_is_refused_before_it_is_cut(folder: Path, tmp_path: Path) -> None:
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
+    recipe = {**RECIPE, "target": {"max_drop": 0.01}}
+    with pytest.raises(RunError, match=r"has a fitness of 0.00\d+, which is no more than the drop that is allowed"):
+        YOLO(folder / "dense.pt").train(**{**RUN, **places, "recipe": recipe})
+    assert Report.load(tmp_path / "run").rounds == []
+
+
+@pytest.mark.slow
+def test_what_training_before_the_first_cut_costs_counts_as_well(folder: Path, tmp_path: Path) -> None:
+    def falling(trainer: Any) -> None:
+        judged(trainer)
+        trainer.validator.per_epoch = 0.2
+
+    model = YOLO(folder / "dense.pt")
+    model.add_callback("on_pretrain_routine_end", falling)
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
+    recipe = {**RECIPE, "target": {"flops": 0.9}, "guard": {"max_drop": 0.25}, "schedule": {"rounds": 1, "start": 1}}
+    with pytest.raises(RunError, match=r"No cut stayed within a drop of 0.25: .* a fitness of 0\.[45]"):
+        model.train(**{**RUN, **places, "recipe": recipe, "epochs": 2})
+    assert json.loads((tmp_path / "run/front.json").read_text())["reference"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_run_that_stopped_early_and_went_back_has_ended(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"target": {"flops": 0.6}, "schedule": {"rounds": 2, "curve": "linear", "interval": 1}}
+    recipe["guard"] = {"max_drop": 0.3}
+    whole = train(folder, tmp_path / "whole", recipe, epochs=9, patience=2)
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds_of_a_run, "_check_delivers", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, tmp_path / "killed", recipe, epochs=9, patience=2)
+    model = YOLO(tmp_path / "killed/run/weights/last.pt")
+    model.add_callback("on_pretrain_routine_end", judged)
+    model.train(resume=True)
+    lengths = [len(Report.load(folder).epochs_log) for folder in (whole, tmp_path / "killed/run")]
+    assert lengths[0] == lengths[1] < 9
+    assert kept(whole, "best.pt") == kept(tmp_path / "killed/run", "best.pt") > 0.75
+
+
+@pytest.mark.slow
+def test_a_limit_needs_validation_in_a_resumed_run_as_well(folder: Path, tmp_path: Path) -> None:
+    def stop(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    model = YOLO(folder / "dense.pt")
+    model.add_callback("on_pretrain_routine_end", judged)
+    model.add_callback("on_train_batch_end", stop)
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
+    with pytest.raises(KeyboardInterrupt):
+        model.train(**{**RUN, **places, "recipe": {**RECIPE, "target": {"max_drop": 0.3}}})
+    with pytest.raises(RunError, match="needs validation after each epoch"):
+        YOLO(tmp_path / "run/weights/last.pt").train(resume=True, val=False)
 
 
 def test_a_limit_needs_validation(folder: Path, tmp_path: Path) -> None:

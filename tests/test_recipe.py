@@ -77,6 +77,11 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
         ({"target.flops": "0.4"}, "target", {"flops": 0.4}),
         ({"target.params": 0.6}, "target", {"params": 0.6}),
         ({"criterion": "random"}, "criterion", {"name": "random"}),
+        (
+            {"criterion.name": "bn_scale", "criterion.sparsity": "1e-4"},
+            "criterion",
+            {"name": "bn_scale", "sparsity": 0.0001},
+        ),
         ({"criterion.name": "random", "criterion.seed": "3"}, "criterion", {"name": "random", "seed": 3}),
         ({"protect": "model.0"}, "protect", ["model.0"]),
         ({"protect": "[model.0, model.2*]"}, "protect", ["model.0", "model.2*"]),
@@ -168,7 +173,7 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         ),
         (
             f"{T}\nchannels: {{layers: {{0: 5}}}}",
-            "channels.layers.0: must be a mapping with round_to, min, max_removed, got 5 ",
+            "channels.layers.0: must be a mapping with round_to, min, max_removed, got 5",
         ),
         (f"{T}\nchannels: {{layers: [model.0]}}", "channels.layers: must be a mapping, got ['model.0'] (other limits"),
         (f"{T}\nrecover: {{batchnorm: -1}}", "recover.batchnorm: must be a whole number at least 0, got -1 "),
@@ -306,6 +311,12 @@ def test_recipes_that_are_not_there(source: str, message: str) -> None:
             {"schedule.curve": "one-shot", "schedule.rounds": 3},
             "schedule: curve one-shot is a single cut; set rounds to 1",
         ),
+        ({"guard.on_breach": "stop"}, "cannot be used:\n  guard.on_breach: stop needs guard.max_drop beside it"),
+        (
+            {"target.max_drop": 0.01, "schedule.curve": "one-shot"},
+            "schedule.curve: one-shot is a single cut, and target.max_drop searches",
+        ),
+        ({"channels.layers": {"model.1": 0.5}}, r"mapping with round_to, min, max_removed, got 0.5$"),
         ({"protect": "[model.0"}, r"recipe.protect='\[model.0': the value is not valid YAML: line 1, column 9"),
         ({"protect": "[" * 2000}, "the value is not valid YAML: it is nested too deeply"),
         ({"proof": "2001-13-01"}, "the value is not valid YAML: month must be"),

@@ -171,6 +171,7 @@ def test_an_interval_fits_or_the_one_that_is_named_does(count: int, start: int, 
     [
         ({}, [0]),  # the weights are refitted
         ({"recover.refit": 0}, [0, 5, 10]),
+        ({"guard.max_drop": 0.02}, [0, 5, 10]),  # there must be something to go back to
         ({"schedule.rounds": 2}, [0, 7]),
         ({"target.max_drop": 0.01}, [0, 4, 8, 12, 16, 20]),
     ],

@@ -76,13 +76,16 @@ class PruneCallback:
             resume.seed_epoch(trainer)
         if (early := run.recipe.recover.rewind) and not run.done:
             control.keep_early(trainer, early.epoch)
+        if run.recipe.limit is not None and not trainer.epoch and not run.due(0):
+            rounds.take_reference(trainer)
         while due := run.due(trainer.epoch):
             if rounds.perform(trainer, run, due):
                 break
         if due and run.exact:
             resume.seed_epoch(trainer)
         if run.done and run.recipe.recover.refit and run.recipe.recover.average:  # there is something to remember
-            control.average_over(trainer, run.recipe.recover.average)  # each time: NaN recovery makes a new average
+            share = run.recipe.recover.average
+            control.average_over(trainer, share * run.stage(trainer.epochs))  # each time: NaN recovery makes a new one
 
     def on_train_batch_start(self, trainer: BaseTrainer) -> None:
         """A resumed run takes up the cadence of the optimizer's steps."""
@@ -178,7 +181,8 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
     cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, report))
     frozen = control.frozen_modules(trainer)
     run = Run(recipe, due, report, trainer.stopper.patience, cost, frozen, done, exact)
-    if len(report.epochs_log) == trainer.start_epoch - 1:  # killed between last.pt and the report
+    cut_since = bool(record.rounds) and record.rounds[-1]["epoch"] == trainer.start_epoch
+    if len(report.epochs_log) == trainer.start_epoch - 1 and not cut_since:  # killed between last.pt and the report
         journal.log_epoch(trainer, run, trainer.start_epoch)
     return run
 

@@ -147,11 +147,13 @@ def forget_best(trainer: BaseTrainer) -> None:
     trainer.stopper.possible_stop = False
 
 
-def take_for_best(trainer: BaseTrainer, path: Path, fitness: float) -> None:
-    """Make a checkpoint kept aside the best one, which later epochs have to exceed."""
+def take_for_best(trainer: BaseTrainer, path: Path, fitness: float, ended: bool) -> None:
+    """Make a checkpoint kept aside the best one, which later epochs, if the run has not ended, have to exceed."""
     if ranks.first():
         write_bytes(trainer.best, path.read_bytes())
     trainer.best_fitness = fitness
+    if ended:  # a resumed run has to know why
+        return
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = fitness, trainer.epoch
     trainer.stopper.possible_stop = False
 
@@ -277,14 +279,14 @@ def _as_validation(trainer: BaseTrainer) -> Any:
         args.cache = cache
 
 
-def average_over(trainer: BaseTrainer, share: float) -> None:
-    """Make the moving average reach back over a share of the run.
+def average_over(trainer: BaseTrainer, epochs: float) -> None:
+    """Make the moving average reach back over some epochs.
 
     Ultralytics' own begins with hardly any memory and takes some 2000 steps to gain one, so that in a short run it is
     as noisy as the live model. After a refit there is something to remember.
     """
-    steps = trainer.epochs * len(trainer.train_loader) / max(trainer.args.nbs / trainer.batch_size, 1)
-    decay = 1 - 1 / max(share * steps, 1)
+    steps = epochs * len(trainer.train_loader) / max(trainer.args.nbs / trainer.batch_size, 1)
+    decay = 1 - 1 / max(steps, 1)
     trainer.ema.decay = lambda updates: decay
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from yolo_prune.recipe import Recipe
 
+RESOLUTION = 0.005  # of a search, as a fraction of the dense model
 EPSILON = 1e-9  # a drop of exactly the limit is allowed
 
 
@@ -77,6 +78,17 @@ def next_keep(found: Sequence[Stage], planned: float | None, floor: float, targe
         else:
             step = (good - stage.keep) / 2
     return planned if step is None else max(target, good - step)
+
+
+def is_found(found: Sequence[Stage]) -> bool:
+    """True if a search cannot come much closer to the smallest that holds."""
+    failed = [s.keep for s in found if not s.held]
+    return bool(failed) and last_good(found).keep - max(failed) < RESOLUTION
+
+
+def is_known_to_fail(found: Sequence[Stage], keep: float) -> bool:
+    """True if a model of this size, or a larger one, has failed to hold."""
+    return any(not s.held and keep <= s.keep + EPSILON for s in found)
 
 
 def is_over(recipe: Recipe, found: Sequence[Stage]) -> bool:

@@ -59,6 +59,15 @@ class Run:
         left = self.rounds[self.done :]
         return left[0] if left and epoch >= left[0].epoch else None
 
+    def stage(self, epochs: int) -> int:
+        """Epochs from the last round that is done to the next one, or to the end of the run.
+
+        Args:
+            epochs: of the run.
+        """
+        begin = self.rounds[self.done - 1].epoch if self.done else 0
+        return (self.rounds[self.done].epoch if self.done < len(self.rounds) else epochs) - begin
+
     @property
     def turns(self) -> int:
         """How often the structure of the model has changed in this run."""
@@ -121,8 +130,10 @@ def reopen(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
     if report is None:
         flops, params = planner.dense_cost(control.live(trainer), record.plan, trainer.args.imgsz)
         report = Report(**_identity(trainer, recipe, source), dense=Figures(flops=flops, params=params))
-    known = {row.plan: row for row in report.rounds}
-    report.rounds = [known.get(facts["plan"]) or RoundRow.model_validate(facts) for facts in record.rounds]
+    known = {(row.number, row.plan): row for row in report.rounds}
+    report.rounds = [
+        known.get((facts["number"], facts["plan"])) or RoundRow.model_validate(facts) for facts in record.rounds
+    ]
     for row, facts in zip(report.rounds, record.rounds, strict=True):
         row.held = facts.get("held")
         row.fitness.end = facts.get("end", row.fitness.end)

@@ -145,8 +145,7 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
             "later start, or leave it out."
         )
     check_run(settings)
-    if recipe.limit is not None and settings.get("val") is False:
-        raise RunError("A limit on the drop (max_drop) needs validation after each epoch: leave val=False out.")
+    _check_validates(recipe, settings)
     _check_teacher(model, recipe, settings)
     _check_fits(model.model, recipe, settings)
     return PruneCallback(recipe, str(settings.get("model") or model.model_name))
@@ -217,7 +216,14 @@ def _resumed(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, An
             "the pruned model further."
         )
     check_run(arguments)
-    return PruneCallback(Recipe.model_validate(record.recipe))
+    recipe = Recipe.model_validate(record.recipe)
+    _check_validates(recipe, arguments)
+    return PruneCallback(recipe)
+
+
+def _check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    if recipe.limit is not None and settings.get("val") is False:
+        raise RunError("A limit on the drop (max_drop) needs validation after each epoch: leave val=False out.")
 
 
 def _resumes_pruned(model: Any, settings: Mapping[str, Any]) -> bool:

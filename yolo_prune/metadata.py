@@ -27,6 +27,7 @@ class Record:
         widths: `{set name: channels}` of the dense model.
         rounds: plain data per finished round of the run that made this checkpoint.
         start: fraction of the dense model that this run started from, in the target's metric.
+        reference: fitness of the model that this run started from, where it was trained before the first cut.
         active: a pruning run is under way; a resumed run goes on pruning only then.
     """
 
@@ -35,6 +36,7 @@ class Record:
     widths: Mapping[str, int] = field(default_factory=dict)
     rounds: tuple[Mapping[str, Any], ...] = ()
     start: float = 1.0
+    reference: float | None = None
     active: bool = False
 
 
@@ -84,6 +86,7 @@ def _record(data: Mapping[str, Any]) -> Record:
         widths={str(name): int(width) for name, width in data["widths"].items()},
         rounds=tuple(dict(r) for r in data["rounds"]),
         start=float(data["start"]),
+        reference=data.get("reference"),
         active=bool(data["active"]),
     )
 
@@ -99,6 +102,7 @@ def write(model: nn.Module, record: Record) -> None:
         "widths": dict(record.widths),
         "rounds": [dict(r) for r in record.rounds],
         "start": record.start,
+        "reference": record.reference,
         "active": record.active,
     }
     model.yaml = yaml  # type: ignore[assignment]  # an Ultralytics attribute

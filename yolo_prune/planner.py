@@ -96,7 +96,7 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[schedule.
 
     Where the recipe does not say when to begin, what has to come before the first cut does: the weights to rewind to,
     sparse training, and in either case a quarter of the run. Where it does not say how many, and the weights are
-    refitted, it is one: the epochs are better spent after it.
+    refitted, it is one: the epochs are better spent after it. A guard needs more, to have something to go back to.
 
     Raises:
         ScheduleError: If they do not fit the epochs of the run.
@@ -105,7 +105,7 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[schedule.
     if asked.start is None and (early or sparsity(recipe)):
         start = max(schedule.quarter(epochs), early.epoch + 1 if early else 0)
         asked = asked.model_copy(update={"start": start})
-    if asked.rounds is None and recipe.recover.refit and recipe.target.keep is not None:
+    if asked.rounds is None and recipe.recover.refit and recipe.limit is None:
         asked = asked.model_copy(update={"rounds": 1})
     return schedule.rounds(asked, recipe.target.keep, epochs, present)
 
@@ -163,7 +163,13 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
     if keep is None:
         cost, metric = measure(model, graph), recipe.target.metric
         present = cost.total(metric) / cost.total(metric, _dense(model, graph)[0])
-        keep = (present + reachable(model, graph, recipe)) / 2
+        floor = reachable(model, graph, recipe)
+        if present <= floor:
+            raise NothingToRemoveError(
+                "target.max_drop: nothing may be removed from this model under channels and protect. Raise "
+                "channels.max_removed, lower channels.min or channels.round_to, or protect less."
+            )
+        keep = (present + floor) / 2
     return plan_for(model, graph, rehearsal(recipe), keep)
 
 

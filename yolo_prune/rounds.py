@@ -42,10 +42,12 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     calibration = control.calibration(trainer, images) if images and ranks.first() else None
     plan, proven, asked = ranks.agree(lambda: _decide(trainer, run, due, found, calibration))
     if plan is None:
-        LOGGER.info(f"{PREFIX}round {due.number}: the round before already went this far; nothing to remove")
+        why = "the round before already went this far" if recipe.target.keep else "no other size is left to try"
+        LOGGER.info(f"{PREFIX}round {due.number}: {why}; nothing to remove")
         run.advance(trainer)
         return went_back
     before = _fitness_before(trainer, run)
+    reference = _reference(trainer, run, record, before)
     composed = record.plan.then(plan) if record.plan else plan
     whole = proof.bare_copy(control.average(trainer)) if recipe.recover.refit and ranks.first() else None
     if recipe.limit is not None and not record.rounds and trainer.best_fitness is None:
@@ -72,8 +74,8 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     )
     facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
     facts["keep"] = plan.predicted.kept(recipe.target.metric)
-    if recipe.limit is not None:
-        facts["reference"] = _reference(trainer, record, before)
+    if reference is not None:
+        facts["reference"] = reference
     _forget_best(trainer, record)
     run.advance(trainer)
     _write(trainer, replace(record, plan=composed, rounds=(*record.rounds, facts)))
@@ -110,7 +112,11 @@ def judge(trainer: BaseTrainer, run: Run, ended: bool = False) -> tuple[Record, 
     if run.recipe.limit is None or not record.rounds or "held" in record.rounds[-1]:
         return record, False
     *earlier, last = record.rounds
-    fitness = ranks.agree(lambda: float(trainer.best_fitness or 0.0))
+    fitness = ranks.agree(lambda: None if trainer.best_fitness is None else float(trainer.best_fitness))
+    if fitness is None:
+        raise RunError(
+            "No epoch since the last cut was validated, so that its drop is not known. Resume with val=True."
+        )
     held = guard.holds(fitness, last["reference"], run.recipe.limit)
     record = replace(record, rounds=(*earlier, {**last, "end": fitness, "held": held}))
     _write(trainer, record)
@@ -132,8 +138,9 @@ def _go_back(trainer: BaseTrainer, run: Run, record: Record, good: Stage, ended:
     record = replace(record, plan=then.plan)
     _write(trainer, record)
     run.cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, run.report))
-    control.put_aside(trainer, trainer.wdir / f"round{record.rounds[-1]['number'] + 1}.pt")
-    control.take_for_best(trainer, path, good.fitness)
+    if not (aside := trainer.wdir / f"round{record.rounds[-1]['number'] + 1}.pt").exists():  # else killed after it
+        control.put_aside(trainer, aside)
+    control.take_for_best(trainer, path, good.fitness, ended)
     control.save_last(trainer, ended)
     return record
 
@@ -144,18 +151,42 @@ def _check_delivers(trainer: BaseTrainer, run: Run, found: Sequence[Stage]) -> N
     if run.recipe.limit is None or not tried or any(s.held for s in tried):
         return
     nearest = max(tried, key=lambda s: s.fitness)
+    if record := metadata.read(control.live(trainer)):
+        journal.write_front(trainer, run, record)
     raise RunError(
         f"No cut stayed within a drop of {run.recipe.limit:g}: the nearest was {nearest.keep:.3f} of the dense model, "
         f"with a fitness of {nearest.fitness:.4f} ({trainer.wdir / nearest.file}). Allow a larger drop, train longer, "
-        "or leave more rounds to the search."
+        "or give the run more rounds, for smaller steps."
     )
 
 
-def _reference(trainer: BaseTrainer, record: Record, before: float | None) -> float:
-    """Fitness that drops are counted from: the best that the run had before its first cut."""
+def take_reference(trainer: BaseTrainer) -> None:
+    """Measure the model that the run starts from, where it is trained before the first cut."""
+    record = metadata.read(control.live(trainer))
+    if record and record.reference is None:
+        measured = control.validate(trainer)
+        _write(trainer, replace(record, reference=ranks.agree(lambda: measured)))
+
+
+def _reference(trainer: BaseTrainer, run: Run, record: Record, before: float | None) -> float | None:
+    """Fitness that drops are counted from, if there is a limit: the start's, or better what became of it before cuts.
+
+    Raises:
+        RunError: If all of it may be lost.
+    """
+    limit = run.recipe.limit
+    if limit is None:
+        return None
     if record.rounds:
         return float(record.rounds[0]["reference"])
-    return ranks.agree(lambda: float(trainer.best_fitness or before or 0.0))
+    reference = ranks.agree(lambda: float(max(record.reference or 0.0, trainer.best_fitness or before or 0.0)))
+    if reference <= limit:
+        raise RunError(
+            f"Before its first cut the model has a fitness of {reference:.4f}, which is no more than the drop that is "
+            f"allowed ({limit:g}): any cut would hold. Train the model first, or longer before the first cut "
+            "(schedule.start)."
+        )
+    return reference
 
 
 def _forget_best(trainer: BaseTrainer, record: Record) -> None:
@@ -194,6 +225,9 @@ def _decide(
     ema, recipe = control.average(trainer), run.recipe
     graph = planner.survey(ema, recipe, journal.imgsz(trainer, run.report), run.frozen)
     keep = guard.next_keep(found, due.keep, planner.reachable(ema, graph, recipe), recipe.target.keep)
+    searches = recipe.target.keep is None
+    if searches and guard.is_found(found):
+        return None, None, keep
     bar = journal.bar(f"{PREFIX}round {due.number}: looking at training images", planner.images_for(recipe))
     try:
         try:
@@ -202,6 +236,8 @@ def _decide(
             LOGGER.warning(f"{PREFIX}{e} This round goes by magnitude.")
             plan = planner.plan_for(ema, graph, planner.rehearsal(recipe), keep)
     except NothingToRemoveError:
+        return None, None, keep
+    if searches and guard.is_known_to_fail(found, plan.predicted.kept(recipe.target.metric)):
         return None, None, keep
     return plan, proof.prove(ema, plan) if recipe.proof else None, keep
 

@@ -22,6 +22,7 @@ from yolo_prune.errors import GradientError
 from yolo_prune.files import write_text
 from yolo_prune.graph.structure import Group
 from yolo_prune.select import Curve, ascending, removed
+from yolo_prune.versions import installed
 
 VERSION = 1
 Gone = dict[str, dict[int, list[int]]]  # {tensor name: {dimension: indices that are to go}}
@@ -157,14 +158,17 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _key(model: nn.Module, calibration: Calibration) -> str:
-    """What a loss depends on: weights, images with labels, numbers among the settings (gains)."""
+    """What a loss depends on: weights, images with labels and texts, numbers among the settings (gains), versions."""
     found = hashlib.sha256()
     for name, tensor in (*model.state_dict().items(), *_tensors(calibration)):
         value = tensor.detach().cpu().contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    gains = {k: v for k, v in vars(calibration.settings).items() if isinstance(v, float)}
-    found.update(json.dumps(gains, sort_keys=True).encode())
+    gains = {k: float(v) for k, v in vars(calibration.settings).items() if isinstance(v, int | float)}
+    texts = [
+        [repr(v) for k, v in sorted(item.items()) if isinstance(v, str | list | tuple)] for item in calibration.items
+    ]
+    found.update(json.dumps([gains, texts, installed()], sort_keys=True).encode())
     return found.hexdigest()[:16]
 
 

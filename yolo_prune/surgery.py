@@ -135,6 +135,8 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     source = dict(other.named_modules())
     for name, layer in model.named_modules():
+        if name not in source:  # a loss with weights of its own, which no checkpoint holds
+            continue
         tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
         for key, old in tensors.items():
             new = getattr(source[name], key).detach().to(old, copy=True)

@@ -47,12 +47,14 @@ def _line(e: ErrorDetails) -> str:
     if kind == "missing":
         return f"{path}: is missing; give it, for example {MISSING.get(path, path)}"
     if kind == "value_error":
-        return f"{path}: {e['msg'].removeprefix('Value error, ')}, got {got}"
+        said = e["msg"].removeprefix("Value error, ")
+        return f"{path}: {said}, got {got}" if path else said
     field = _describe(json_schema(), where)
     names = [str(name) for option in _options(field) for name in option.get("enum", ())]
     near = get_close_matches(e["input"], names, n=1) if isinstance(e["input"], str) else []
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"{path}: must be {_allowed(field)}, got {got}{hint} ({field.get('description', 'a recipe')})"
+    meaning = field.get("description", "a recipe")
+    return f"{path}: must be {_allowed(field)}, got {got}{hint}" + (f" ({meaning})" if meaning else "")
 
 
 def _remedy(where: list[str], got: str) -> str:

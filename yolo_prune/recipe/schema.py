@@ -150,7 +150,8 @@ class Recover(_Part):
         0.25,
         ge=0,
         le=1,
-        description="after a refit: share of the run that the delivered average reaches over; 0: Ultralytics' own",
+        description="after a refit: share of the epochs up to the next cut or the end that the delivered average "
+        "reaches over; 0: Ultralytics' own",
     )
     rewind: Rewind | None = Field(
         None,
@@ -225,7 +226,11 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _one_limit(self) -> Recipe:
         if self.target.max_drop is not None and self.guard.max_drop is not None:
-            raise ValueError("target.max_drop is a limit already; leave guard.max_drop out")
+            raise ValueError("guard.max_drop: target.max_drop is a limit already; leave one of them out")
+        if self.guard.on_breach == "stop" and self.guard.max_drop is None:
+            raise ValueError("guard.on_breach: stop needs guard.max_drop beside it")
+        if self.target.max_drop is not None and self.schedule.curve == "one-shot":
+            raise ValueError("schedule.curve: one-shot is a single cut, and target.max_drop searches; leave it out")
         return self
 
     @property
