@@ -293,3 +293,11 @@ def test_draw_writes_a_slide_and_leaves_pyplot_alone(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == settings
     assert draw(make_report(), tmp_path / "again.png").read_bytes() == path.read_bytes()
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["again.png", "prune.png"]
+
+
+def test_a_way_back_is_a_step_up_in_the_cost() -> None:
+    report = make_report()
+    for row in report.epochs_log:
+        row.flops = report.rounds[-1].flops if row.epoch < 18 else 6.0e9
+    line = next(x for axes in compose(report).axes for x in axes.get_lines() if x.get_label() == "FLOPs kept")
+    assert [(x, round(y)) for x, y in zip(*line.get_data(), strict=True)][-2:] == [(17.0, 91), (30.0, 91)]

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,16 +297,20 @@ def _stretches(report: Report) -> list[tuple[list[float], list[float]]]:
 
 
 def _cost(axes: Axes, report: Report) -> list[Artist]:
-    """Draw the FLOPs of the model, in percent of the dense one, as steps at the cuts."""
+    """Draw the FLOPs of the model, in percent of the dense one, as steps at the cuts and at ways back."""
     dense = report.dense.flops
     if not dense:
         axes.set_yticks([])
         axes.set_ylabel("")
         return []
+    steps = {row.epoch: row.flops for row in report.rounds}
+    for before, after in pairwise(report.epochs_log):
+        if after.flops != before.flops:
+            steps.setdefault(before.epoch, after.flops)
     xs, ys = [axes.get_xlim()[0]], [100.0]
-    for row in report.rounds:
-        xs.append(float(row.epoch))
-        ys.append(math.nan if row.flops is None else 100 * row.flops / dense)
+    for epoch, flops in sorted(steps.items()):
+        xs.append(float(epoch))
+        ys.append(math.nan if flops is None else 100 * flops / dense)
     last = max([0, *(row.epoch for row in report.epochs_log), *(row.epoch for row in report.rounds)])
     xs.append(float(last))
     ys.append(ys[-1])
