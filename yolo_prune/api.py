@@ -62,7 +62,7 @@ def plan(
         )
     asked = asked if data else planner.rehearsal(asked)
     calibration = _calibration(model, data, imgsz, count) if data and count else None
-    bar = journal.bar("looking at training images")
+    bar = journal.bar("weighing channels")
     return planner.make_plan(_module(model), asked, imgsz, calibration=calibration, progress=bar)
 
 

@@ -16,6 +16,7 @@ from yolo_prune.cost import Cost, measure
 from yolo_prune.criteria.base import Observer
 from yolo_prune.errors import NothingToRemoveError, RecipeError
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
+from yolo_prune.graph.structure import ChannelSet
 from yolo_prune.metadata import read
 from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.recipe import AllocationSpec, CriterionSpec, LayerLimits, Recipe
@@ -145,10 +146,12 @@ def plan_for(
             f"one that looks at weights alone, as in recipe.{key}={STAND_INS[key].name}."
         )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
+    sets: Iterable[ChannelSet] = [s for g in free for s in g.sets]
     if isinstance(criterion, Observer) and calibration is not None:
         criterion.observe(model, calibration.first(criterion.images), progress)
-    tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
-    scores = {s.name: criteria.score(criterion, tensors, s) for g in free for s in g.sets}
+        sets = progress(sets)  # inverting what was observed takes minutes on large models
+    scores = {s.name: criteria.score(criterion, tensors, s) for s in sets}
     comparable = bool(getattr(criterion, "comparable", False))
     allowed = [(g, levels(g, constraints, widths)) for g in free]
     allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)

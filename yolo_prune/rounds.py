@@ -228,7 +228,7 @@ def _decide(
     searches = recipe.target.keep is None
     if searches and guard.is_found(found):
         return None, None, keep
-    bar = journal.bar(f"{PREFIX}round {due.number}: looking at training images", planner.images_for(recipe))
+    bar = journal.bar(f"{PREFIX}round {due.number}: weighing channels")
     try:
         try:
             plan = planner.plan_for(ema, graph, recipe, keep, calibration, bar)
