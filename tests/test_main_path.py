@@ -97,7 +97,7 @@ def test_prune_while_training_and_resume(pruned: Path) -> None:
     assert [r.number for r in report.rounds] == [1, 2]
     assert [e.epoch for e in report.epochs_log] == [1, 2, 3]
     assert report.pruned.params == parameters(pruned / "weights/best.pt") < parameters(pruned.parent / "dense.pt")
-    assert {p.name for p in (pruned / "weights").iterdir()} == {"best.pt", "last.pt", "round2.pt"}
+    assert {p.name for p in (pruned / "weights").iterdir()} == {"best.pt", "last.pt", "round1.pt"}
 
 
 def test_a_pruned_model_stays_pruned_and_takes_other_classes(pruned: Path, folder: Path) -> None:

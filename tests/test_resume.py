@@ -193,7 +193,7 @@ def test_integrations_find_a_tidy_folder_at_the_end(
     monkeypatch.setattr(integrations, "add_integration_callbacks", add)
     model = YOLO(folder / "dense.pt")
     model.train(**{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)})
-    assert sorted(set(found)) == ["best.pt", "last.pt", "round2.pt"]
+    assert sorted(set(found)) == ["best.pt", "last.pt", "round1.pt"]
 
 
 def test_several_devices_are_refused_where_ultralytics_would_not_prune_on_them(

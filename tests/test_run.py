@@ -128,13 +128,13 @@ def test_results_csv_is_unbroken_and_agrees_with_the_report(pruned: Path) -> Non
 
 
 def test_what_was_best_before_a_cut_is_kept_with_its_own_structure(pruned: Path) -> None:
-    before = load_checkpoint(pruned / "weights/round2.pt")[0]
+    before = load_checkpoint(pruned / "weights/round1.pt")[0]
     best = load_checkpoint(pruned / "weights/best.pt")[0]
     report = Report.load(pruned)
     assert parameters(before) == report.rounds[0].params
     assert parameters(best) == report.rounds[1].params
     assert parameters(load_checkpoint(pruned / "weights/last.pt")[0]) == report.rounds[1].params
-    assert not (pruned / "weights/round1.pt").exists()
+    assert not (pruned / "weights/round0.pt").exists()
 
 
 STRANGER = """
@@ -443,7 +443,7 @@ def killed_in_epoch(number: int) -> Any:
 
 
 def test_a_resumed_fine_tuning_of_a_pruned_model_prunes_nothing_more(pruned: Path, data: str, tmp_path: Path) -> None:
-    model = YOLO(pruned / "weights/round2.pt")  # its run went on to cut it once more
+    model = YOLO(pruned / "weights/round1.pt")  # its run went on to cut it once more
     before = parameters(model.model)
     model.add_callback("on_train_batch_end", killed_in_epoch(1))
     with pytest.raises(KeyboardInterrupt):

@@ -103,7 +103,7 @@ def test_what_has_to_come_before_the_first_cut_does() -> None:
     assert first(40, **sparse, **{"recover.rewind.epoch": 10}) == 11
     assert first(40, **sparse, **{"schedule.start": 0}) == 0
     assert first(40, criterion="bn_scale") == 0
-    with pytest.raises(ScheduleError, match="2 rounds from epoch 40 need at least 42 epochs"):
+    with pytest.raises(ScheduleError, match=r"rewind.epoch: 39, counted from 0, leaves no epoch .* at most 38"):
         first(40, **{"recover.rewind.epoch": 39})
 
 

@@ -219,7 +219,8 @@ def describe(model: Model | nn.Module | str | Path) -> str:
     ]
     for r in record.rounds:
         when = f"before epoch {r['epoch'] + 1}" if r.get("epoch") is not None else "in one shot"
-        lines.append(f"round {r['number']} {when}: plan {r['plan'][:12]}")
+        back = ", taken back" if r.get("held") is False else ""
+        lines.append(f"round {r['number']} {when}{back}: plan {r['plan'][:12]}")
     lines += ["", f"{'layer':44}{'dense':>8}{'pruned':>8}"]
     for name, width in planner.layer_widths(module):
         before = record.plan.shapes.get(f"{name}.weight", (width,))[0]

@@ -133,15 +133,20 @@ def start(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     journal.save(trainer, run.report)
     epochs = ", ".join(str(r.epoch + 1) for r in run.rounds)
     LOGGER.info(
-        f"{PREFIX}{len(run.rounds)} round{'s' * (len(run.rounds) > 1)}, before epoch {epochs}, {_aim(recipe)}"
+        f"{PREFIX}{_count(run)}, before epoch {epochs}, {_aim(recipe)}"
         + (f"; {run.done} done already" if run.done else "")
     )
     return run
 
 
+def _count(run: Run) -> str:
+    cuts = sum(not r.settles for r in run.rounds)
+    return f"{cuts} round{'s' * (cuts > 1)}{' and a last phase without a cut' * (cuts < len(run.rounds))}"
+
+
 def _aim(recipe: Recipe) -> str:
     if recipe.target.keep is None:
-        return f"the last without a cut, to find the smallest model within a drop of {recipe.limit:g}"
+        return f"to find the smallest model within a drop of {recipe.limit:g}"
     return f"down to {recipe.target.keep:g} of the dense model's {METRICS[recipe.target.metric]}"
 
 

@@ -140,8 +140,6 @@ def put_aside(trainer: BaseTrainer, aside: Path) -> None:
 
 def forget_best(trainer: BaseTrainer) -> None:
     """Start the search for the best epoch anew: what was best so far has another structure."""
-    if ranks.first():
-        trainer.best.unlink(missing_ok=True)
     trainer.best_fitness = None
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
     trainer.stopper.possible_stop = False
@@ -158,15 +156,22 @@ def take_for_best(trainer: BaseTrainer, path: Path, fitness: float, ended: bool)
     trainer.stopper.possible_stop = False
 
 
-def save_start(trainer: BaseTrainer, path: Path) -> None:
-    """Keep the model that the run starts from, as a checkpoint like those of its epochs."""
+def take_average_for_best(trainer: BaseTrainer, fitness: float) -> None:
+    """What was recovered without training is the best model so far: no run delivers less."""
+    save_average(trainer, trainer.best)
+    trainer.best_fitness = trainer.stopper.best_fitness = fitness
+
+
+def save_average(trainer: BaseTrainer, path: Path) -> None:
+    """Write the averaged model as a checkpoint like those of epochs, but for the optimizer."""
     if not ranks.first():
         return
     model = deepcopy(trainer.ema.ema).half()
     inner, running = metadata.inner(model), live(trainer)
     inner.criterion, inner.yaml = None, running.yaml  # type: ignore[assignment]  # Ultralytics' own
     buffer = io.BytesIO()
-    torch.save({"epoch": -1, "model": None, "ema": model, "train_args": vars(trainer.args)}, buffer)
+    facts = {"epoch": -1, "best_fitness": None, "updates": None, "optimizer": None}
+    torch.save({**facts, "model": None, "ema": model, "train_args": vars(trainer.args)}, buffer)
     write_bytes(path, buffer.getvalue())
 
 

@@ -21,7 +21,7 @@ class Stage:
     Attributes:
         number: of the cut; 0 is the model that the run started from.
         keep: fraction of the dense model.
-        fitness: the best of its epochs; NaN where it is not known yet.
+        fitness: the best of its epochs, or as it was recovered before them; NaN where it is not known yet.
         held: it dropped by no more than the limit.
     """
 
@@ -33,7 +33,7 @@ class Stage:
     @property
     def file(self) -> str:
         """Name of the checkpoint that its best epoch is kept in, once the run has gone on to another stage."""
-        return f"round{self.number + 1}.pt"
+        return f"round{self.number}.pt"
 
 
 def stages(start: float, rounds: Sequence[Mapping[str, Any]]) -> list[Stage]:

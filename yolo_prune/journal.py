@@ -213,7 +213,8 @@ def log_verdict(trainer: BaseTrainer, run: Run, facts: Mapping[str, Any], good: 
     row = run.report.rounds[-1]
     row.held, row.fitness.end = facts["held"], facts["end"]
     save(trainer, run.report)
-    fell = f"fitness {facts['end']:.4f}, {facts['reference'] - facts['end']:+.4f} below {facts['reference']:.4f}"
+    drop = facts["reference"] - facts["end"]
+    fell = f"fitness {facts['end']:.4f}, {abs(drop):.4f} {'below' if drop > 0 else 'above'} {facts['reference']:.4f}"
     back = f"round {good.number}" if good.number else "the start"
     LOGGER.info(
         f"{PREFIX}round {row.number} {'held' if row.held else 'cost too much'} ({fell}; limit {run.recipe.limit:g})"

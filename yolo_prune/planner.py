@@ -14,7 +14,7 @@ from yolo_prune import allocation, criteria, schedule
 from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, measure
 from yolo_prune.criteria.base import Observer
-from yolo_prune.errors import NothingToRemoveError, RecipeError
+from yolo_prune.errors import NothingToRemoveError, RecipeError, ScheduleError
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.graph.structure import ChannelSet
 from yolo_prune.metadata import read
@@ -103,6 +103,11 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[schedule.
         ScheduleError: If they do not fit the epochs of the run.
     """
     asked, early = recipe.schedule, recipe.recover.rewind
+    if early and early.epoch > epochs - 2:
+        raise ScheduleError(
+            f"recover.rewind.epoch: {early.epoch}, counted from 0, leaves no epoch for a cut and what follows in a run "
+            f"of {epochs}. It can be at most {epochs - 2}, or train longer."
+        )
     if asked.start is None and (early or sparsity(recipe)):
         start = max(schedule.quarter(epochs), early.epoch + 1 if early else 0)
         asked = asked.model_copy(update={"start": start})

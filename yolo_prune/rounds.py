@@ -51,7 +51,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     composed = record.plan.then(plan) if record.plan else plan
     whole = proof.bare_copy(control.average(trainer)) if recipe.recover.refit and ranks.first() else None
     if recipe.limit is not None and not record.rounds and trainer.best_fitness is None:
-        control.save_start(trainer, trainer.wdir / found[0].file)
+        control.save_average(trainer, trainer.wdir / found[0].file)
     early = control.recall_early(trainer, plan, composed) if recipe.recover.rewind else None
     control.cut(trainer, plan)
     _compare_ranks(trainer, composed)
@@ -77,6 +77,8 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     if reference is not None:
         facts["reference"] = reference
     _forget_best(trainer, record)
+    if recovered is not None:
+        control.take_average_for_best(trainer, recovered)
     run.advance(trainer)
     _write(trainer, replace(record, plan=composed, rounds=(*record.rounds, facts)))
     journal.log_round(trainer, run, row)
@@ -122,9 +124,21 @@ def judge(trainer: BaseTrainer, run: Run, ended: bool = False) -> tuple[Record, 
     _write(trainer, record)
     good = guard.last_good(guard.stages(record.start, record.rounds))
     journal.log_verdict(trainer, run, record.rounds[-1], good)
+    journal.write_front(trainer, run, record)
     if not held:
-        record = _go_back(trainer, run, record, good, ended)
-    return record, not held
+        return _go_back(trainer, run, record, good, ended), True
+    return record, not ended and _take_up_best(trainer, record, good)
+
+
+def _take_up_best(trainer: BaseTrainer, record: Record, good: Stage) -> bool:
+    """Go on from what was judged: the best epoch since the last cut, if that is not the last one."""
+    if ranks.agree(lambda: trainer.fitness == good.fitness) or record.plan is None:
+        return False
+    aside = trainer.wdir / good.file  # there already, if a run was killed after this
+    source, _ = load_checkpoint(aside if aside.exists() else trainer.best)
+    control.go_back(trainer, source, record.plan)
+    control.save_last(trainer)
+    return True
 
 
 def _go_back(trainer: BaseTrainer, run: Run, record: Record, good: Stage, ended: bool) -> Record:
@@ -138,7 +152,7 @@ def _go_back(trainer: BaseTrainer, run: Run, record: Record, good: Stage, ended:
     record = replace(record, plan=then.plan)
     _write(trainer, record)
     run.cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, run.report))
-    if not (aside := trainer.wdir / f"round{record.rounds[-1]['number'] + 1}.pt").exists():  # else killed after it
+    if not (aside := trainer.wdir / f"round{record.rounds[-1]['number']}.pt").exists():  # else killed after it
         control.put_aside(trainer, aside)
     control.take_for_best(trainer, path, good.fitness, ended)
     control.save_last(trainer, ended)
@@ -156,7 +170,7 @@ def _check_delivers(trainer: BaseTrainer, run: Run, found: Sequence[Stage]) -> N
     raise RunError(
         f"No cut stayed within a drop of {run.recipe.limit:g}: the nearest was {nearest.keep:.3f} of the dense model, "
         f"with a fitness of {nearest.fitness:.4f} ({trainer.wdir / nearest.file}). Allow a larger drop, train longer, "
-        "or give the run more rounds, for smaller steps."
+        "or give the run more rounds, for smaller steps. best.pt is not pruned to the target."
     )
 
 
@@ -193,7 +207,9 @@ def _forget_best(trainer: BaseTrainer, record: Record) -> None:
     """What was best so far has another structure: it is kept aside, unless it is a copy of what lies there already."""
     last = record.rounds[-1] if record.rounds else {}
     if last.get("held") is not False:
-        control.put_aside(trainer, trainer.wdir / f"round{last.get('number', 0) + 1}.pt")
+        control.put_aside(trainer, trainer.wdir / f"round{last.get('number', 0)}.pt")
+    elif ranks.first():
+        trainer.best.unlink(missing_ok=True)
     control.forget_best(trainer)
 
 
@@ -213,9 +229,9 @@ def _recover(
         control.start_from_average(trainer)
     else:
         _recalibrate(trainer, run, number)
-    return (
-        control.validate(trainer) if run.recipe.measure and (asked.refit or asked.batchnorm or asked.rewind) else None
-    )
+    changed = asked.refit or asked.batchnorm or asked.rewind
+    wanted = run.recipe.measure or run.recipe.limit is not None
+    return control.validate(trainer) if wanted and changed else None
 
 
 def _decide(

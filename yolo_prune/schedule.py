@@ -11,7 +11,7 @@ from yolo_prune.errors import ScheduleError
 from yolo_prune.recipe import Schedule
 
 DEFAULT_ROUNDS = 3
-_WITH_LAST = ", with the one that settles what was found,"
+_WITH_LAST = ", and an epoch for what they find,"
 SEARCH_ROUNDS = 5  # bisection: the size found is within 3 % of the dense model of the smallest
 
 
@@ -55,10 +55,11 @@ def rounds(schedule: Schedule, target: float | None, epochs: int, present: float
     count = (schedule.rounds or default) + search
     start = schedule.start or 0
     if count > epochs - start:
-        fit = f"at most {epochs - start} rounds fit" if epochs > start else "no round fits"
+        room = epochs - start - search
+        fit = f"at most {room} rounds fit" if room > 0 else "no round fits"
         raise ScheduleError(
-            f"schedule: {count} rounds{_WITH_LAST * search} from epoch {start} need at least {start + count} epochs, "
-            f"the run has {epochs}; {fit}. Set schedule.rounds or schedule.start, or train longer."
+            f"schedule: {count - search} rounds{_WITH_LAST * search} from epoch {start} need at least {start + count} "
+            f"epochs, the run has {epochs}; {fit}. Set schedule.rounds or schedule.start, or train longer."
         )
     cuts = _epochs(schedule, count, start, epochs, search)
     if cuts[-1] > epochs - 1:

@@ -56,7 +56,8 @@ def front(report: Report, limit: float, reference: float, start: dict[str, float
         reference: fitness that drops are counted from.
         start: "flops" and "params", as far as known, that the run started from, as fractions of the dense model.
     """
-    delivered = max((row.number for row in report.rounds if row.held), default=0)
+    good = max((row.number for row in report.rounds if row.held), default=0)
+    finished = report.status == "finished"
     points = [Point(round=0, fitness=reference, held=True, weights="", flops_kept=start.get("flops"),
                     params_kept=start.get("params"))]  # fmt: skip
     for row in report.rounds:
@@ -65,14 +66,14 @@ def front(report: Report, limit: float, reference: float, start: dict[str, float
                 round=row.number,
                 flops_kept=_share(row.flops, report.dense.flops),
                 params_kept=_share(row.params, report.dense.params),
-                fitness=report.pruned.fitness if row.number == delivered else row.fitness.end,
+                fitness=report.pruned.fitness if finished and row.number == good else row.fitness.end,
                 held=bool(row.held),
                 weights="",
             )
         )
     for point in points:
-        point.delivered = point.round == delivered > 0
-        point.weights = f"weights/{'best' if point.delivered else f'round{point.round + 1}'}.pt"
+        point.delivered = finished and point.round == good > 0
+        point.weights = f"weights/{'best' if point.round == good > 0 else f'round{point.round}'}.pt"
     return Front(limit=limit, reference=reference, points=points)
 
 
