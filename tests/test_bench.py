@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import IMGSZ, tiny
-from ultralytics import YOLO, utils
+from ultralytics import RTDETR, YOLO, utils
 from ultralytics.utils import checks
 
 import yolo_prune
@@ -316,6 +317,24 @@ def test_every_runtime_and_precision(format: str, quantize: int, folder: Path, m
     found = yolo_prune.bench(models, format, imgsz=IMGSZ, threads=1, repeats=3, quantize=quantize, data=data)
     assert [row.precision for row in found.rows] == [{32: "fp32", 16: "fp16", 8: "int8"}[quantize]] * 2
     assert all(row.parity.outputs is not None for row in found.rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["yolo26n", "yolov10n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "rtdetr-l"]
+)
+@needs("onnx", "onnxruntime", "onnxslim")
+def test_other_heads_are_compared(name: str) -> None:
+    torch.manual_seed(0)
+    kind = RTDETR if "rtdetr" in name else YOLO
+    with tempfile.TemporaryDirectory() as folder:
+        kind(f"{name}.yaml").save(Path(folder) / f"{name}.pt")
+        model = kind(Path(folder) / f"{name}.pt")
+        path = exports.export(model, "onnx", imgsz=IMGSZ, device="cpu")
+        images = np.random.default_rng(0).random((2, 3, IMGSZ, IMGSZ), dtype=np.float32)
+        found = yolo_prune.parity(model, path, images, imgsz=IMGSZ, confidence=0.0)
+    assert found.failures == []
+    assert (found.outputs is None) == ("rtdetr" in name)  # the order of its queries may differ
 
 
 @pytest.mark.parametrize("batch", [1, 3])

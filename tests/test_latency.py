@@ -59,7 +59,7 @@ def test_quartiles() -> None:
     assert latency.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
-def test_warming_up_goes_on_for_long_enough_and_tells_the_quickest_round() -> None:
+def test_warming_up_goes_on_for_long_enough_and_tells_a_usual_round() -> None:
     machine = Machine(a=[3.0] + [0.1] * 99, b=[2.0] + [0.15] * 99)
     assert latency.warm_up(machine.runs, seconds=6.0, least=3, clock=machine.clock) == pytest.approx(0.25)
     assert machine.order.count("a") == machine.order.count("b") == 5  # 5 s, then four times a quarter

@@ -60,17 +60,23 @@ class Layout:
 
         Args:
             output: `(n, 4 + classes + extra, places)` as a head without NMS puts it out, `(n, rows, 6 + extra)` as an
-                end-to-end head does, or `(n, queries, 4 + classes)`.
+                end-to-end head does, or of queries `(n, queries, 4 + classes)`, in later
+                releases `(n, queries, 6)`.
         """
         for found in output:
             if self.queries:
-                yield Detections(found[:, :4] * self.imgsz, found[:, 4:])
+                each = found.shape[1] == 4 + self.classes and bool((found[:, 5:6] % 1).any())  # else score and class
+                yield Detections(found[:, :4] * self.imgsz, found[:, 4:] if each else self._scores(found))
             elif self.ordered(output):
                 yield Detections(found[:4].T, found[4 : 4 + self.classes].T)
             else:
-                scores = np.zeros((len(found), self.classes), found.dtype)
-                scores[np.arange(len(found)), found[:, 5].astype(int).clip(0, self.classes - 1)] = found[:, 4]
-                yield Detections(found[:, :4], scores)
+                yield Detections(found[:, :4], self._scores(found))
+
+    def _scores(self, found: Array) -> Array:
+        """Scores per class of rows that hold one score and one class after the box."""
+        scores = np.zeros((len(found), self.classes), found.dtype)
+        scores[np.arange(len(found)), found[:, 5].astype(int).clip(0, self.classes - 1)] = found[:, 4]
+        return scores
 
 
 @dataclass

@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
 
 def warm_up(runs: Sequence[Run], *, seconds: float = 1.0, least: int = 3, clock: Clock = time.perf_counter) -> float:
-    """Go round for a while without looking; returns how long the quickest round took, in seconds.
+    """Go round for a while without looking; returns how long a round usually took, in seconds.
 
     Args:
         runs: one per model.
@@ -34,14 +34,13 @@ def warm_up(runs: Sequence[Run], *, seconds: float = 1.0, least: int = 3, clock:
         least: rounds, also where these take longer. Runtimes that compile on the way are through by then.
         clock: in seconds.
     """
-    began, quickest, rounds = clock(), math.inf, 0
-    while rounds < least or clock() - began < seconds:
+    began, rounds = clock(), []
+    while len(rounds) < least or clock() - began < seconds:
         start = clock()
         for run in runs:
             run()
-        quickest = min(quickest, clock() - start)
-        rounds += 1
-    return quickest
+        rounds.append(clock() - start)
+    return statistics.median(rounds)
 
 
 def rounds_for(seconds: float, budget: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -181,8 +182,11 @@ class Torch:
         self._last: Any = None
 
     def _load(self, path: Path, device: torch.device, half: bool) -> Any:
-        backend = AutoBackend(str(path), device=device, fp16=half, verbose=False).eval()
-        return backend.model
+        takes = inspect.signature(AutoBackend.__init__).parameters
+        head = (
+            {"end2end": False} if "end2end" in takes else {}
+        )  # the head that is exported where nobody asks for the other
+        return AutoBackend(str(path), device=device, fp16=half, verbose=False, **head).eval().model
 
     def prepare(self, images: Array) -> None:
         """See `Session`."""
