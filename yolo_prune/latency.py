@@ -34,7 +34,8 @@ def warm_up(runs: Sequence[Run], *, seconds: float = 1.0, least: int = 3, clock:
         least: rounds, also where these take longer. Runtimes that compile on the way are through by then.
         clock: in seconds.
     """
-    began, rounds = clock(), []
+    began = clock()
+    rounds: list[float] = []
     while len(rounds) < least or clock() - began < seconds:
         start = clock()
         for run in runs:
