@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.cfg import check_dict_alignment
 from ultralytics.data import build
-from ultralytics.data.augment import Mosaic
+from ultralytics.data.augment import LetterBox, Mosaic
 from ultralytics.data.base import BaseDataset
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
@@ -26,11 +28,11 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn import tasks
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
-from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, torch_utils
+from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, checks, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
-from yolo_prune import images
+from yolo_prune import images, runtimes
 from yolo_prune._patch import MARK
 from yolo_prune.callback import PruneCallback
 from yolo_prune.graph import blocks, rules
@@ -340,3 +342,13 @@ def test_journal_adds_its_figures_before_the_trackers_read_them() -> None:
     assert source.index("self.callbacks = copy(_callbacks)") < source.index("add_integration_callbacks")
     train = inspect.getsource(BaseTrainer._do_train)
     assert train.index("self.save_metrics(") < train.index('"on_fit_epoch_end"')
+
+
+def test_measuring_relies_on_these_names(tmp_path: Path) -> None:
+    assert hasattr(checks, "AUTOINSTALL")  # which keeps it from installing packages
+    YOLO("yolo11n.yaml").save(tmp_path / "model.pt")
+    model = runtimes.AutoBackend(
+        str(tmp_path / "model.pt"), device=torch.device("cpu"), fp16=False, verbose=False
+    ).model
+    assert isinstance(model, tasks.DetectionModel)
+    assert LetterBox((64, 64), auto=False)(image=np.zeros((32, 48, 3), np.uint8)).shape == (64, 64, 3)

@@ -98,7 +98,7 @@ def test_the_metadata(wheel: dict[str, bytes]) -> None:
     metadata = email.message_from_string(info(wheel, "METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("yolo-prune", yolo_prune.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "export", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "export", "ncnn", "onnx", "openvino", "test"}
     assert "ultralytics>=8.3.0" in metadata.get_all("Requires-Dist", [])
     assert "yolo-prune = yolo_prune.cli:main" in info(wheel, "entry_points.txt")
 

@@ -20,6 +20,9 @@ HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of a
   yolo-prune apply model=best.pt data=data.yaml [recipe=half-flops | plan=plan.json] [imgsz=640] [save=pruned.pt]
                                                                 one shot: cut and refit, no training
   yolo-prune show  model=pruned.pt | recipe=half-flops   what was done to a checkpoint; what a recipe says
+  yolo-prune bench model=dense.pt,pruned.pt [format=onnx,openvino] [imgsz=640] [batch=1] [device=cpu] [threads=N]
+                   [repeats=N] [half=True | quantize=16 | quantize=8] [data=data.yaml] [save=bench.json]
+                                                                is it really faster, and still the same model?
   yolo-prune demo  [folder=yolo-prune-demo]   everything on a small made-up dataset, in a few minutes
   yolo-prune doctor   is the start-up hook active, which versions are here
   yolo-prune schema [save=recipe.schema.json]   JSON schema of recipes, for editors
@@ -113,6 +116,27 @@ def _apply(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    known = ("model", "format", "imgsz", "batch", "device", "threads", "repeats", "half", "quantize", "data", "save")
+    values, _ = _parse("bench", arguments, known)
+    models = [name for name in _model(values).split(",") if name]
+    save = _target(values["save"], ".json") if "save" in values else None
+    numbers = {key: _whole(key, values[key]) for key in ("batch", "threads", "repeats", "quantize") if key in values}
+    if _truth("half", values.get("half", "False")) and numbers.setdefault("quantize", 16) != 16:
+        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
+    from yolo_prune import benchmark, runtimes
+    from yolo_prune.subjects import Setting
+
+    formats = runtimes.parse(values.get("format", "onnx"))
+    asked = Setting.of(_imgsz(values), device=values.get("device", "cpu"), data=values.get("data"), **numbers)
+    found = benchmark.measure(models, formats, asked)
+    print(found)
+    if save:
+        print(f"\nsaved {found.save(save)}")
+    found.check()
+    return 0
+
+
 def _show(arguments: list[str]) -> int:
     values, overrides = _parse("show", arguments, ("model", "recipe"))
     if "model" not in values:
@@ -160,6 +184,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "plan": _plan,
     "apply": _apply,
+    "bench": _bench,
     "show": _show,
     "demo": _demo,
     "doctor": _doctor,
@@ -204,6 +229,18 @@ def _imgsz(values: dict[str, str]) -> int:
     if not text.isdigit() or not 32 <= int(text) <= 8192 or int(text) % 32:
         raise PruneError(f"imgsz={text}: must be a multiple of 32 between 32 and 8192.")
     return int(text)
+
+
+def _whole(key: str, text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise PruneError(f"{key}={text}: must be a whole number of at least 1.")
+    return int(text)
+
+
+def _truth(key: str, text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise PruneError(f"{key}={text}: must be True or False.")
+    return text.lower() in ("true", "1")
 
 
 def _target(name: str, suffix: str) -> Path:

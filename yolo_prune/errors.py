@@ -42,3 +42,19 @@ class RunError(PruneError):
 
 class GradientError(PruneError):
     """The loss of the model, or its gradients, are not finite: no channel can be judged by them."""
+
+
+class BenchError(PruneError):
+    """A measurement that cannot be made here as it was asked for."""
+
+
+class ParityError(PruneError):
+    """An exported model that does not agree with its checkpoint.
+
+    Attributes:
+        measurement: all that was measured, a `Measurement` or a `Parity`.
+    """
+
+    def __init__(self, message: str, measurement: object = None) -> None:
+        super().__init__(message)
+        self.measurement = measurement

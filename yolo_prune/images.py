@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Calibration images of a dataset, for a model that is not being trained."""
+"""Images for a model that is not being trained: of a dataset, or single files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import default_collate
 from ultralytics.cfg import get_cfg
-from ultralytics.data.utils import check_cls_dataset, check_det_dataset
+from ultralytics.data.augment import LetterBox
+from ultralytics.data.utils import IMG_FORMATS, check_cls_dataset, check_det_dataset
 from ultralytics.engine.model import Model
 from ultralytics.utils import USER_CONFIG_DIR
+from ultralytics.utils.patches import imread
 
 from yolo_prune.calibration import Calibration, draw
 from yolo_prune.errors import RunError
@@ -52,3 +56,33 @@ def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: in
     dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
     collate = getattr(dataset, "collate_fn", default_collate)
     return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings, MEMORY)
+
+
+def pixels(source: Any, imgsz: int) -> npt.NDArray[np.float32]:
+    """Images as a model takes them, `(n, channels, imgsz, imgsz)`, 0 to 1.
+
+    Args:
+        source: such an array or tensor already; or a folder, a file, or a list of files, which are scaled to fit and
+            padded with grey as `yolo predict` does.
+        imgsz: in pixels.
+
+    Raises:
+        RunError: If there is no image, or one cannot be read.
+    """
+    if hasattr(source, "ndim"):
+        array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source, np.float32)
+        if array.ndim != 4 or not len(array):
+            raise RunError(f"images: an array must be (n, channels, height, width), not {array.shape}.")
+        return array
+    files = [Path(source)] if isinstance(source, str | Path) else [Path(item) for item in source]
+    if len(files) == 1 and files[0].is_dir():
+        files = sorted(f for f in files[0].iterdir() if f.suffix.lower().lstrip(".") in IMG_FORMATS)
+    if not files:
+        raise RunError("images: there is none. Pass a folder of images, a list of files, or an array.")
+    box, found = LetterBox((imgsz, imgsz), auto=False), []
+    for file in files:
+        picture = imread(str(file)) if file.is_file() else None
+        if picture is None:
+            raise RunError(f"images: '{file}' cannot be read as an image.")
+        found.append(box(image=picture)[..., ::-1].transpose(2, 0, 1))
+    return np.stack(found).astype(np.float32) / np.float32(255)

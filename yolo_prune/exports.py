@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Calling the standard exporter, without a word and without installing anything, and a look at what it wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultralytics import utils
+from ultralytics.cfg import DEFAULT_CFG_DICT
+from ultralytics.engine.model import Model
+from ultralytics.utils import checks
+
+from yolo_prune.errors import BenchError, PruneError
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How many convolutions of a graph have channel counts that hardware likes.
+
+    Attributes:
+        multiple: that input and output channels were divided by.
+        convolutions: all of them.
+        others: `{name: (input channels, output channels)}` of those where one or both are no such multiple. The first
+            convolution is one (it reads 3 channels), and often the ones that put out class scores.
+    """
+
+    multiple: int
+    convolutions: int
+    others: dict[str, tuple[int, int]]
+
+    @property
+    def aligned(self) -> int:
+        """Convolutions whose channels are such multiples."""
+        return self.convolutions - len(self.others)
+
+
+def alignment(path: str | Path, multiple: int = 8) -> Alignment:
+    """Look at the channels of every convolution of an ONNX file, such as one that TensorRT is fed with.
+
+    TensorRT pads channels to multiples of 8 (float16 on tensor cores) or more: what pruning leaves between them is
+    computed all the same.
+
+    Raises:
+        BenchError: If onnx is not installed, or the file is no ONNX model.
+    """
+    try:
+        onnx = importlib.import_module("onnx")
+        graph = onnx.load(str(path)).graph
+    except ImportError as e:
+        raise BenchError("Reading an ONNX file needs onnx: pip install 'yolo-prune[onnx]'") from e
+    except Exception as e:  # onnx raises protobuf's own errors
+        raise BenchError(f"'{path}' is not an ONNX model: {type(e).__name__}: {e}") from e
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:  # quantized or converted weights keep their shape
+        if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity") and node.input[0] in shapes:
+            shapes[node.output[0]] = shapes[node.input[0]]
+    count, others = 0, {}
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or node.input[1] not in shapes:
+            continue
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        first, second = shapes[node.input[1]][:2]
+        ins, outs = (second * groups, first) if node.op_type == "Conv" else (first, second * groups)
+        count += 1
+        if ins % multiple or outs % multiple:
+            others[node.name or node.output[0]] = (ins, outs)
+    return Alignment(multiple, count, others)
+
+
+def export(model: Model, format: str, *, quantize: int = 32, **settings: Any) -> Path:
+    """Export a model with `YOLO.export`, next to the file it was loaded from, without a word and without installing.
+
+    Args:
+        model: a `YOLO` object that was loaded from a file.
+        format: as Ultralytics calls it.
+        quantize: 32, 16 or 8; `half` and `int8` in releases that do not know it.
+        **settings: of the exporter: imgsz, batch, device, data, ...
+
+    Raises:
+        BenchError: If the exporter fails; with the last lines that it wrote.
+    """
+    if "quantize" in DEFAULT_CFG_DICT:
+        settings |= {"quantize": quantize} if quantize != 32 else {}
+    else:
+        settings |= {"half": quantize == 16, "int8": quantize == 8}
+    with quietly(f"The export to {format}"):
+        exported = model.export(format=format, **settings)
+    path = Path(exported)
+    if not path.exists():
+        raise BenchError(f"The export to {format} left nothing at '{exported}'.")
+    return path
+
+
+@contextlib.contextmanager
+def quietly(what: str) -> Iterator[None]:
+    """Keep what is written meanwhile, by this process and by programs that it starts, and show it if this fails.
+
+    Ultralytics is kept from installing packages as well.
+
+    Raises:
+        BenchError: For anything that is raised inside and is no PruneError; with the last lines that were written.
+    """
+    automatic = {module: module.AUTOINSTALL for module in (utils, checks) if hasattr(module, "AUTOINSTALL")}
+    with tempfile.TemporaryFile() as log, open(os.devnull, "w", encoding="utf-8") as nowhere:
+        failed: Exception | None = None
+        _flush()
+        before = [os.dup(1), os.dup(2)]
+        try:
+            for module in automatic:
+                module.AUTOINSTALL = False
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                yield
+        except Exception as e:
+            failed = e
+        finally:
+            _flush()
+            for number, old in enumerate(before, start=1):
+                os.dup2(old, number)
+                os.close(old)
+            for module, value in automatic.items():
+                module.AUTOINSTALL = value
+        if isinstance(failed, PruneError):
+            raise failed
+        if failed is not None:
+            log.seek(0)
+            lines = log.read().decode("utf-8", "replace").strip().splitlines()[-5:]
+            said = "".join(f"\n  {line}" for line in lines)
+            raise BenchError(f"{what} failed: {type(failed).__name__}: {failed}{said}") from failed
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a notebook's streams may have none
+            stream.flush()
