@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils import LOGGER, TQDM, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, TQDM, colorstr
 
 from yolo_prune import control, guard, planner, proof, ranks, schedule
 from yolo_prune.errors import PruneError
@@ -26,6 +26,8 @@ from yolo_prune.versions import installed
 
 PREFIX = colorstr("yolo-prune: ")
 TRACKED = "prune/"
+APART = ("model", "data", "imgsz", "epochs", "task", "mode", "name", "project", "exist_ok", "save_dir", "resume")
+"""Arguments that a report has a key for, or that say where a run lies and not what it does."""
 
 
 @dataclass
@@ -151,6 +153,11 @@ def _identity(trainer: BaseTrainer, recipe: Recipe, source: str) -> dict[str, An
         "data": str(trainer.args.data),
         "imgsz": trainer.args.imgsz,
         "epochs": trainer.epochs,
+        "arguments": {
+            key: value
+            for key, value in vars(trainer.args).items()
+            if key in DEFAULT_CFG_DICT and key not in APART and value != DEFAULT_CFG_DICT[key]
+        },
     }
 
 
@@ -180,11 +187,16 @@ def untrack(trainer: BaseTrainer) -> None:
     trainer.metrics = {k: v for k, v in (trainer.metrics or {}).items() if not k.startswith(TRACKED)}
 
 
+def log_start(trainer: BaseTrainer, report: Report, fitness: float | None) -> None:
+    """Take down how good the model was before the first cut of the run, if that was the dense one."""
+    if not report.rounds and report.dense.size_mb is not None:
+        measured = trainer.validator.metrics if fitness is not None and ranks.first() else None
+        report.dense = report.dense.model_copy(update={"fitness": fitness, "classes": class_ap(measured)})
+
+
 def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
     """Take down a round that was performed."""
     report = run.report
-    if not report.rounds and report.dense.size_mb is not None:
-        report.dense = report.dense.model_copy(update={"fitness": row.fitness.before})
     report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
     close_rounds(report, None)
     save(trainer, report)
@@ -222,7 +234,8 @@ def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan)
     """Fill in what only the delivered model can tell, and close the report."""
     flops, params = planner.present_cost(model, imgsz(trainer, report))
     fitness = float(trainer.validator.metrics.fitness)
-    report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness)
+    classes = class_ap(trainer.validator.metrics)
+    report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
     close_rounds(report, fitness)
     report.layers = _layers(model, plan, report)
     report.status = "finished"
@@ -246,6 +259,16 @@ def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:
         dense = plan.shapes.get(f"{name}.weight", (width,))[0]
         rows.append(LayerRow(name=name, dense=dense, pruned=width, protected=name in protected))
     return rows
+
+
+def class_ap(metrics: Any) -> dict[str, float]:
+    """`{class: AP}` of a validation, of masks or keypoints where the task has them; empty where there is no AP."""
+    parts = (getattr(metrics, name, None) for name in ("seg", "pose", "box"))
+    part = next((part for part in parts if part is not None and len(getattr(part, "ap_class_index", ()))), None)
+    if part is None:
+        return {}
+    names = metrics.names if isinstance(metrics.names, Mapping) else dict(enumerate(metrics.names or ()))
+    return {str(names.get(int(c), c)): float(ap) for c, ap in zip(part.ap_class_index, part.ap, strict=True)}
 
 
 def size_mb(model: nn.Module) -> float:
