@@ -21,9 +21,11 @@ MAY_IMPORT_ULTRALYTICS = {
     "cli.py",
     "compat.py",
     "demo.py",
+    "evaluate.py",
     "graph/blocks.py",
     "images.py",
     "launch.py",
+    "pages.py",
     "rounds.py",
     "trainer.py",
 }

@@ -18,6 +18,7 @@ from yolo_prune.errors import PruneError
 from yolo_prune.guard import Stage
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
+from yolo_prune.quality import class_ap
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundRow
 from yolo_prune.report.data import FILE_NAME
@@ -259,16 +260,6 @@ def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:
         dense = plan.shapes.get(f"{name}.weight", (width,))[0]
         rows.append(LayerRow(name=name, dense=dense, pruned=width, protected=name in protected))
     return rows
-
-
-def class_ap(metrics: Any) -> dict[str, float]:
-    """`{class: AP}` of a validation, of masks or keypoints where the task has them; empty where there is no AP."""
-    parts = (getattr(metrics, name, None) for name in ("seg", "pose", "box"))
-    part = next((part for part in parts if part is not None and len(getattr(part, "ap_class_index", ()))), None)
-    if part is None:
-        return {}
-    names = metrics.names if isinstance(metrics.names, Mapping) else dict(enumerate(metrics.names or ()))
-    return {str(names.get(int(c), c)): float(ap) for c, ap in zip(part.ap_class_index, part.ap, strict=True)}
 
 
 def size_mb(model: nn.Module) -> float:

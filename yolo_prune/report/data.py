@@ -126,7 +126,7 @@ class ProtectedRow(_Row):
 class Report(_Row):
     """The content of `prune.json`; fill it in while the run goes on, and save it as often as you like.
 
-    `arguments` are those of the training run that are not Ultralytics' defaults, beside the ones with a key of their own.
+    `arguments` are those of the training run that are not Ultralytics' defaults and have no key of their own.
     """
 
     version: Literal[1] = 1  # FORMAT
