@@ -60,7 +60,8 @@ class Front(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as e:
-            raise PruneError(f"{path} is damaged ({e}). Delete it, and the report goes without it.") from e
+            reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e
+            raise PruneError(f"{path} is damaged: {reason}. Delete it, and the report goes without it.") from e
 
 
 def front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:
