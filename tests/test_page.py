@@ -18,9 +18,10 @@ from browser import CHROMIUM, Browser
 from datasets import IMGSZ, tiny
 from test_report import make_report
 from ultralytics import YOLO
+from ultralytics.engine.results import Results
 
 import yolo_prune
-from yolo_prune import cli, images, pages, quality
+from yolo_prune import cli, evaluate, images, pages, quality
 from yolo_prune.errors import PruneError
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundFitness, RoundRow
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
@@ -156,7 +157,7 @@ def test_the_page_says_what_the_report_says() -> None:
     for said in (
         "dense/best pruned to 50.0 % of its FLOPs",
         *("0.600 dense 0.612 -0.012", "3.30 G dense 6.60 50.0 % kept", "7.50 ms dense 12.0 62.5 % kept"),
-        *("round 2, taken back", "limit 0.602", "taken back 1e-15"),
+        *("round 2, taken back", "limit 0.602", "0.020", "taken back 1e-15"),
         *("task output 1 layer: model.21.m.87.conv", "cell 0.700 → 0.600 -0.100", "disc 0.500 → 0.550 +0.050"),
         *("one.jpg", "dense 2 found", "pruned 1 found", "torch 2.9.9", "criterion obs", "name: obs"),
         "callbacks=prune recipe=runs/train/prune.yaml",
@@ -417,6 +418,27 @@ def test_a_dataset_or_model_that_does_not_fit_is_one_message(folder: Path, tmp_p
         pages.write_report(tmp_path)
 
 
+def test_outlines_of_every_task_become_fractions_of_the_image() -> None:
+    image, names = np.zeros((8, 16, 3), np.uint8), {0: "a"}
+    box = torch.tensor([[4.0, 2, 12, 6, 0.5, 0]])
+    corners = ((0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75))
+    (mark,) = evaluate.marks(Results(image, "", names, boxes=box))
+    assert mark == Mark("a", 0, 0.5, corners)
+    (mark,) = evaluate.marks(Results(image, "", names, obb=torch.tensor([[8.0, 4, 8, 4, 0, 0.5, 0]])))
+    assert set(mark.outline) == set(corners)
+    mask = torch.zeros(1, 8, 16)
+    mask[:, 2:6, 4:12] = 1
+    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, masks=mask))
+    assert len(mark.outline) >= 4
+    assert all(0.2 < value < 0.8 for point in mark.outline for value in point)
+    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, masks=torch.zeros(1, 8, 16)))
+    assert mark.outline == corners
+    dots = torch.tensor([[[8.0, 2, 1], [0, 0, 0]]])
+    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, keypoints=dots))
+    assert mark.dots == ((0.5, 0.25),)
+    assert evaluate.marks(Results(image, "", names, probs=torch.ones(1))) == ()
+
+
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +467,7 @@ def test_pages_fit_screens(browser: Browser, name: str, width: int, dark: bool, 
     assert browser.value("document.body.innerText.length") > 100
     assert browser.value(INK) != browser.value(PAPER)
     assert browser.value(CLIPPED) == []
+    assert browser.value("[...document.querySelectorAll('.layers')].every(l => l.scrollWidth <= l.clientWidth)")
 
 
 INK, PAPER = "getComputedStyle(document.body).color", "getComputedStyle(document.body).backgroundColor"

@@ -80,10 +80,11 @@ def _photo(file: Path, results: Sequence[Any]) -> Photo:
     done, jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 82])
     if not done:
         raise RunError(f"{file} cannot be written as JPEG.")
-    return Photo(file.name, jpeg.tobytes(), *size, tuple(_marks(result) for result in results))
+    return Photo(file.name, jpeg.tobytes(), *size, tuple(marks(result) for result in results))
 
 
-def _marks(result: Any) -> tuple[Mark, ...]:
+def marks(result: Any) -> tuple[Mark, ...]:
+    """What a model found in an image, of Ultralytics' `Results`."""
     turned = getattr(result, "obb", None)
     boxes = result.boxes if turned is None else turned
     if boxes is None:

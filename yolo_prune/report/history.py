@@ -96,8 +96,8 @@ def _fitness(plot: Plot, report: Report, lines: list[Line], x: Axis, foot: float
     dense = report.dense.fitness
     around = [(r.epoch, r.fitness.cut, r.fitness.recovered) for r in report.rounds]
     values = [value for line in lines for _, value in line]
-    values += [v for _, *pair in around for v in pair if v is not None]
-    values += [v for v in (dense, limit) if v is not None]
+    values += [v for v in (dense, limit, *(recovered for *_, recovered in around)) if v is not None]
+    values += [0.9 * max(values)]  # small changes look small
     y = axis_for(values, foot, TOP + 12)
     right = plot.width - RIGHT
     ticks = y.ticks(6 if foot - TOP > 160 else 4)
@@ -117,10 +117,13 @@ def _fitness(plot: Plot, report: Report, lines: list[Line], x: Axis, foot: float
         plot.line("fitness-line", places)
         for across, up in places if dotted else ():
             plot.add("circle", "fitness-dot", cx=across, cy=up, r=2.6)
-    for epoch, cut, recovered in around:
+    after = [*(x.at(epoch) for epoch, *_ in around[1:]), right + 60]
+    for (epoch, cut, recovered), beyond in zip(around, after, strict=False):
         if cut is not None:
-            across, up = x.at(epoch), y.at(cut)
+            across, up = x.at(epoch), min(y.at(cut), foot - 8)
             plot.add("path", "mark-cut", d=f"M{across - 6:.1f} {up - 5:.1f}h12l-6 10z")
+            if cut < y.low and beyond - across > 56:  # such values would squeeze all others: they are at the foot
+                plot.text("mark-name", across + 10, up + 4, f"{cut:.3f}")
         if recovered is not None:
             across, up = x.at(epoch), y.at(recovered)
             plot.add("path", "mark-recovered", d=f"M{across:.1f} {up - 6:.1f}l6 6l-6 6l-6 -6z")
