@@ -169,6 +169,9 @@ def test_a_failed_run_says_why() -> None:
     text = Page(PAGES["failed"]()).text
     assert "a: run failed" in text
     assert "The run ended with an error. RunError: the disk is full" in text
+    assert "Fitness 0.500 dense FLOPs 1.00 G dense Parameters 0.010 M dense" in text  # there is no pruned one
+    assert "right after a cut" not in text
+    assert "right after a cut" in Page(PAGES["full"]()).text
 
 
 def test_layers_stand_in_the_order_of_the_architecture_with_their_widths() -> None:

@@ -31,7 +31,10 @@ WIDE, NARROW = 1040.0, 350.0  # widths of plots, for desks and for phones
 
 @dataclass(frozen=True)
 class Card:
-    """A figure of the summary: after, before, and how much of it was kept (a share, for a bar) or what changed."""
+    """A figure of the summary: after, before, and how much of it was kept (a share, for a bar) or what changed.
+
+    Where there is no pruned model (yet), `value` is of the dense one and `before` is empty.
+    """
 
     label: str
     value: str
@@ -99,6 +102,8 @@ def render(
         plots=_history(report, least),
         searched=_search(front, least),
         rounds=_rounds(report),
+        cut=any(row.fitness.cut is not None for row in report.rounds),
+        recovered=any(row.fitness.recovered is not None for row in report.rounds),
         judged=any(row.held is not None for row in report.rounds),
         taken_back=sum(row.held is False for row in report.rounds),
         modules=_modules(report.layers),
@@ -173,7 +178,7 @@ def _cards(report: Report) -> list[Card]:
         tone = "" if change == MISSING else "worse" if change.startswith("-") else "better"
         value = fitness(pruned.fitness if pruned.fitness is not None else dense.fitness)
         note = "" if change == MISSING else change.replace("-", MINUS)
-        cards.append(Card("Fitness", value, "", fitness(dense.fitness), note, None, tone))
+        cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))
     for label, unit, before, after, scale in (
         ("FLOPs", "G", dense.flops, pruned.flops, 1e9),
         ("Parameters", "M", dense.params, pruned.params, 1e6),
@@ -185,8 +190,14 @@ def _cards(report: Report) -> list[Card]:
         kept = after / before if after is not None and before else None
         note = "" if kept is None else f"{percent(after, before)} kept"
         shown = after if after is not None else before
-        cards.append(Card(label, number(shown, scale), unit, number(before, scale), note, kept))
+        cards.append(Card(label, number(shown, scale), unit, _before(before, after, scale), note, kept))
     return cards
+
+
+def _before(dense: float | None, pruned: float | None, scale: float = 0.0) -> str:
+    if pruned is None:
+        return ""
+    return number(dense, scale) if scale else fitness(dense)
 
 
 def _history(report: Report, least: float | None) -> list[Plot]:
