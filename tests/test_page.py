@@ -344,6 +344,19 @@ def test_the_page_of_a_run_can_be_made_again(folder: Path, capsys: pytest.Captur
     assert "images" not in sections
 
 
+def test_a_model_that_the_run_has_written_over_is_not_shown_as_the_dense_one(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(folder / "run", own)
+    report = Report.load(own)
+    report.model = str(own / "weights/best.pt")
+    report.save(own / "prune.json")
+    assert "images" not in Page(pages.write_report(own).read_text(encoding="utf-8")).sections
+    shutil.copy(folder / "dense.pt", own / "weights/round1.pt")
+    page = Page(pages.write_report(own).read_text(encoding="utf-8"))
+    assert "images" in page.sections
+    assert "dense" in page.text
+
+
 def test_what_an_older_run_did_not_measure_is_measured_where_data_is_given(folder: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(folder / "run", old)

@@ -127,7 +127,8 @@ def _look(report: Report, models: list[Model], data: str, measure: bool) -> tupl
 def _start(folder: Path, report: Report) -> Path | None:
     """The checkpoint that a run started from, if it is here."""
     known = [folder / FIRST, Path(report.model)]
-    return next((path for path in known if path.suffix == ".pt" and path.is_file()), None)
+    own = [(folder / "weights" / name).resolve() for name in ("best.pt", "last.pt")]  # written over by the run
+    return next((p for p in known if p.suffix == ".pt" and p.is_file() and p.resolve() not in own), None)
 
 
 def _delivered(folder: Path) -> Path:
