@@ -23,12 +23,13 @@ from ultralytics.data.base import BaseDataset
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.model import Model
+from ultralytics.engine.results import Results
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn import tasks
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
-from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, checks, torch_utils
+from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, checks, metrics, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
@@ -352,3 +353,35 @@ def test_measuring_relies_on_these_names(tmp_path: Path) -> None:
     ).model
     assert isinstance(model, tasks.DetectionModel)
     assert LetterBox((64, 64), auto=False)(image=np.zeros((32, 48, 3), np.uint8)).shape == (64, 64, 3)
+
+
+def test_journal_tells_arguments_from_defaults() -> None:
+    assert {"model", "data", "imgsz", "epochs", "batch", "optimizer", "device", "plots"} <= DEFAULT_CFG_DICT.keys()
+
+
+def test_quality_finds_ap_by_class() -> None:
+    for name, part in (
+        ("DetMetrics", "box"),
+        ("SegmentMetrics", "seg"),
+        ("PoseMetrics", "pose"),
+        ("OBBMetrics", "box"),
+    ):
+        measured = getattr(metrics, name)(names={0: "a"})
+        found = getattr(measured, part)
+        assert measured.names == {0: "a"}
+        assert len(found.ap_class_index) == len(found.ap) == 0
+        assert found.map == found.map50 == 0
+
+
+def test_evaluate_finds_outlines_in_results() -> None:
+    image, names = np.zeros((8, 16, 3), np.uint8), {0: "a"}
+    plain = Results(image, "", names, boxes=torch.tensor([[4.0, 2, 12, 6, 0.9, 0]]))
+    assert (plain.masks, plain.keypoints, plain.obb) == (None, None, None)
+    assert plain.boxes.xyxyn.tolist() == [[0.25, 0.25, 0.75, 0.75]]
+    turned = Results(image, "", names, obb=torch.tensor([[8.0, 4, 8, 4, 0, 0.9, 0]]))
+    assert turned.boxes is None
+    assert turned.obb.xyxyxyxyn.shape == (1, 4, 2)
+    mask = Results(image, "", names, boxes=plain.boxes.data, masks=torch.ones(1, 8, 16)).masks
+    assert mask.xyn[0].shape[1] == 2
+    dots = Results(image, "", names, boxes=plain.boxes.data, keypoints=torch.ones(1, 5, 3)).keypoints
+    assert dots.xyn.shape == (1, 5, 2)

@@ -23,6 +23,8 @@ START = b"yolo_prune._startup:install\n"
 
 pytest.importorskip("hatchling", reason="hatchling, the build backend, is not installed: pip install '.[test]'")
 
+TEMPLATES = ("base.html.j2", "parts.html.j2", "report.html.j2", "compare.html.j2", "style.css.j2")
+
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -78,6 +80,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: dict[str, bytes]) -
     recipes = {f"yolo_prune/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
     code = {name for name in wheel if ".dist-info/" not in name}
     assert "yolo_prune/py.typed" in expected
+    assert {f"yolo_prune/report/templates/{name}" for name in TEMPLATES} <= expected
     assert "yolo_prune/recipes/half-flops.yaml" in recipes
     assert code == expected | recipes | {"yolo_prune.pth", "yolo_prune.start"}
 
@@ -116,6 +119,7 @@ def test_the_source_archive_can_be_built_from(build: Callable[[str], Path]) -> N
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "yolo_prune/yolo_prune.pth"} <= names
     assert {"yolo_prune/yolo_prune.start", "recipes/half-flops.yaml", "tests/conftest.py"} <= names
+    assert {f"yolo_prune/report/templates/{name}" for name in TEMPLATES} <= names
 
 
 def test_the_wheel_alone_installs_the_hook_at_start(build: Callable[[str], Path], tmp_path: Path) -> None:

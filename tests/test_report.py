@@ -90,7 +90,8 @@ def test_a_report_survives_the_file(report: Report, tmp_path: Path) -> None:
 def test_the_file_has_the_documented_keys_in_order(tmp_path: Path) -> None:
     data = json.loads(make_report().save(tmp_path / "prune.json").read_text())
     assert list(data) == [
-        *("version", "yolo_prune", "versions", "recipe", "model", "data", "imgsz", "epochs", "status", "error"),
+        *("version", "yolo_prune", "versions", "recipe", "model", "data", "imgsz", "epochs", "arguments"),
+        *("status", "error"),
         *("dense", "pruned", "rounds", "epochs_log", "layers", "protected"),
     ]
     assert list(data["rounds"][0]) == [

@@ -115,6 +115,12 @@ def test_the_report_holds_every_round_and_every_epoch(pruned: Path) -> None:
         assert r.proof.error <= 1e-8
     assert {"ultralytics", "torch", "python"} <= set(report.versions)
     assert yolo_prune.load_recipe(pruned / "prune.yaml").to_dict() == report.recipe
+    names = {"disc", "ring", "square", "triangle", "cross"}
+    for figures in (report.dense, report.pruned):
+        assert figures.classes.keys() <= names
+        assert sum(figures.classes.values()) / len(figures.classes) == pytest.approx(figures.fitness, abs=1e-3)
+    assert {"batch": 8, "nbs": 8, "optimizer": "AdamW", "warmup_epochs": 0}.items() <= report.arguments.items()
+    assert not {"model", "data", "epochs", "imgsz", "project", "name", "seed"} & report.arguments.keys()
     assert (pruned / "prune.png").stat().st_size > 10_000
     assert any("DFL" in p.reason for p in report.protected)
 

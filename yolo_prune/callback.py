@@ -10,7 +10,7 @@ from typing import Any
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_prune import control, guard, journal, metadata, planner, ranks, resume, rounds, surgery
+from yolo_prune import control, guard, journal, metadata, pages, planner, ranks, resume, rounds, surgery
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import RunError
 from yolo_prune.files import write_text
@@ -21,6 +21,7 @@ from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.report import Report, rounds_table, summary_table
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.front import FRONT
+from yolo_prune.report.page import PAGE
 from yolo_prune.report.picture import draw
 
 METRICS = {"flops": "FLOPs", "params": "parameters"}
@@ -218,6 +219,7 @@ def finish(trainer: BaseTrainer, run: Run) -> None:
     _draw(trainer, run.report)
     for aside in trainer.wdir.glob("round*.pt"):
         trainer.strip(aside)
+    _write_page(trainer, run.report)
     LOGGER.info(f"\n{rounds_table(run.report)}\n\n{summary_table(run.report)}")
     LOGGER.info(f"{PREFIX}pruned model {colorstr('bold', delivered)}, report {colorstr('bold', trainer.save_dir)}")
 
@@ -227,3 +229,15 @@ def _draw(trainer: BaseTrainer, report: Report) -> None:
         draw(report, trainer.save_dir / "prune.png")
     except Exception as e:  # a picture must not cost a finished run
         LOGGER.warning(f"{PREFIX}prune.png could not be drawn: {type(e).__name__}: {e}")
+
+
+def _write_page(trainer: BaseTrainer, report: Report) -> None:
+    try:
+        pages.at_end(
+            Path(trainer.save_dir),
+            report,
+            dataset=trainer.test_loader.dataset if trainer.args.plots else None,
+            device=trainer.device,
+        )
+    except Exception as e:  # nor must a page
+        LOGGER.warning(f"{PREFIX}{PAGE} could not be written: {type(e).__name__}: {e}")

@@ -23,6 +23,10 @@ HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of a
   yolo-prune bench model=dense.pt,pruned.pt [format=onnx,openvino] [imgsz=640] [batch=1] [device=cpu] [threads=N]
                    [repeats=N] [half=True | quantize=16 | quantize=8] [data=data.yaml] [save=bench.json]
                                                                 is it really faster, and still the same model?
+  yolo-prune report  runs/detect/train [data=data.yaml] [model=dense.pt] [save=report.html]
+                                                                what a run did, on one page
+  yolo-prune compare dense.pt pruned.pt ... data=data.yaml [imgsz=640] [save=compare.html]
+                                                                checkpoints side by side, validated anew
   yolo-prune demo  [folder=yolo-prune-demo]   everything on a small made-up dataset, in a few minutes
   yolo-prune doctor   is the start-up hook active, which versions are here
   yolo-prune schema [save=recipe.schema.json]   JSON schema of recipes, for editors
@@ -150,6 +154,35 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
+def _report(arguments: list[str]) -> int:
+    runs, rest = _places(arguments)
+    values, _ = _parse("report", rest, ("data", "model", "save"))
+    if len(runs) != 1:
+        given = f"{len(runs)} runs were named" if runs else "no run was named"
+        raise PruneError(f"{given}; pass the folder of one, as in 'yolo-prune report runs/detect/train'.")
+    save = _target(values["save"], ".html") if "save" in values else None
+    from yolo_prune import pages
+
+    print(f"saved {pages.write_report(runs[0], data=values.get('data'), model=values.get('model'), save=save)}")
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    models, rest = _places(arguments)
+    values, _ = _parse("compare", rest, ("data", "imgsz", "save"))
+    if len(models) < 2:
+        raise PruneError(f"pass two or more checkpoints to compare. {_usage('compare')}")
+    if again := next((m for m in models if models.count(m) > 1), None):
+        raise PruneError(f"'{again}' is named twice. Name every checkpoint once.")
+    if "data" not in values:
+        raise PruneError("data= is missing: pass the dataset to validate on, for example data=data.yaml.")
+    save, imgsz = _target(values.get("save", "compare.html"), ".html"), _imgsz(values)
+    from yolo_prune import pages
+
+    print(f"{pages.compare(models, values['data'], imgsz, save)}\nsaved {save}")
+    return 0
+
+
 def _demo(arguments: list[str]) -> int:
     values, _ = _parse("demo", arguments, ("folder",))
     from yolo_prune import demo
@@ -186,6 +219,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "apply": _apply,
     "bench": _bench,
     "show": _show,
+    "report": _report,
+    "compare": _compare,
     "demo": _demo,
     "doctor": _doctor,
     "schema": _schema,
@@ -212,6 +247,12 @@ def _parse(command: str, arguments: list[str], known: tuple[str, ...]) -> tuple[
                 + (f"It takes {', '.join(known)}." if known else "It takes none.")
             )
     return values, overrides
+
+
+def _places(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The files and folders among the arguments, and the others."""
+    places = [a for a in arguments if "=" not in a or Path(a).exists()]
+    return places, [a for a in arguments if a not in places]
 
 
 def _usage(command: str) -> str:

@@ -120,7 +120,7 @@ def _conclude(report: Report, folder: Path, exported: Path, difference: float, s
     run = folder / "pruned"
     print(f"\n{rounds_table(report)}\n\n{summary_table(report)}\n")
     print(f"onnxruntime agrees with torch to {difference:.0e} (relative) on {exported}")
-    print(f"The report is in {run}: look at {run / 'prune.png'}; the figures are in prune.json.")
+    print(f"The report is in {run}: open {run / 'report.html'}; the figures are in prune.json.")
     print(f"The pruned model is {run / 'weights/best.pt'}. Took {seconds / 60:.1f} minutes.")
     print("\nOn your own model: yolo train model=best.pt data=data.yaml epochs=60 callbacks=prune recipe=half-flops")
 

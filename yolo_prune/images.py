@@ -37,6 +37,29 @@ def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: in
     Raises:
         RunError: If the dataset cannot be read, or does not have the model's classes.
     """
+    dataset, validator, settings = _dataset(model, data, imgsz, "train")
+    collate = getattr(dataset, "collate_fn", default_collate)
+    return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings, MEMORY)
+
+
+def spread(dataset: Any, count: int) -> list[Path]:
+    """At most `count` image files of a dataset, from all over it."""
+    files = getattr(dataset, "im_files", None) or [sample[0] for sample in dataset.samples]
+    shown = min(count, len(files))
+    return [Path(files[i * len(files) // shown]) for i in range(shown)]
+
+
+def validation_files(model: Model, data: str | Path, imgsz: int, count: int) -> list[Path]:
+    """At most `count` validation images of a dataset, from all over it.
+
+    Raises:
+        RunError: If the dataset cannot be read, or does not have the model's classes.
+    """
+    return spread(_dataset(model, data, imgsz, "val")[0], count)
+
+
+def _dataset(model: Model, data: str | Path, imgsz: int, split: str) -> tuple[Any, Any, Any]:
+    """A part of a dataset as validation would show it, the validator and its settings."""
     module: Any = model.model
     device = next(module.parameters()).device
     overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": imgsz, "batch": 1, "workers": 0}
@@ -52,10 +75,9 @@ def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: in
     with tempfile.TemporaryDirectory() as folder:
         validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=settings)
     validator.data, validator.stride, validator.device = found, stride(module), device
-    path = found["train"]
+    path = found[split]
     dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
-    collate = getattr(dataset, "collate_fn", default_collate)
-    return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings, MEMORY)
+    return dataset, validator, settings
 
 
 def pixels(source: Any, imgsz: int) -> npt.NDArray[np.float32]:

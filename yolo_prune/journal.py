@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
-from ultralytics.utils import LOGGER, TQDM, colorstr
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, TQDM, colorstr
 
 from yolo_prune import control, guard, planner, proof, ranks, schedule
 from yolo_prune.errors import PruneError
 from yolo_prune.guard import Stage
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
+from yolo_prune.quality import class_ap
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundRow
 from yolo_prune.report.data import FILE_NAME
@@ -26,6 +27,8 @@ from yolo_prune.versions import installed
 
 PREFIX = colorstr("yolo-prune: ")
 TRACKED = "prune/"
+APART = ("model", "data", "imgsz", "epochs", "task", "mode", "name", "project", "exist_ok", "save_dir", "resume")
+"""Arguments that a report has a key for, or that say where a run lies and not what it does."""
 
 
 @dataclass
@@ -162,6 +165,11 @@ def _identity(trainer: BaseTrainer, recipe: Recipe, source: str) -> dict[str, An
         "data": str(trainer.args.data),
         "imgsz": trainer.args.imgsz,
         "epochs": trainer.epochs,
+        "arguments": {
+            key: value
+            for key, value in vars(trainer.args).items()
+            if key in DEFAULT_CFG_DICT and key not in APART and value != DEFAULT_CFG_DICT[key]
+        },
     }
 
 
@@ -191,11 +199,16 @@ def untrack(trainer: BaseTrainer) -> None:
     trainer.metrics = {k: v for k, v in (trainer.metrics or {}).items() if not k.startswith(TRACKED)}
 
 
+def log_start(trainer: BaseTrainer, report: Report, fitness: float | None) -> None:
+    """Take down how good the model was before the first cut of the run, if that was the dense one."""
+    if not report.rounds and report.dense.size_mb is not None:
+        measured = trainer.validator.metrics if fitness is not None and ranks.first() else None
+        report.dense = report.dense.model_copy(update={"fitness": fitness, "classes": class_ap(measured)})
+
+
 def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
     """Take down a round that was performed."""
     report = run.report
-    if not report.rounds and report.dense.size_mb is not None:
-        report.dense = report.dense.model_copy(update={"fitness": row.fitness.before})
     report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
     close_rounds(report, None)
     save(trainer, report)
@@ -234,7 +247,8 @@ def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan)
     """Fill in what only the delivered model can tell, and close the report."""
     flops, params = planner.present_cost(model, imgsz(trainer, report))
     fitness = float(trainer.validator.metrics.fitness)
-    report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness)
+    classes = class_ap(trainer.validator.metrics)
+    report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
     close_rounds(report, fitness)
     report.layers = _layers(model, plan, report)
     report.status = "finished"

@@ -273,7 +273,9 @@ def _fitness_before(trainer: BaseTrainer, run: Run) -> float | None:
     known = trainer.fitness if trainer.epoch > trainer.start_epoch else None
     known = ranks.agree(lambda: None if known is None else float(known))  # later ranks do not know it
     wanted = run.recipe.measure or run.recipe.limit is not None
-    return control.validate(trainer) if known is None and wanted else known
+    before = control.validate(trainer) if known is None and wanted else known
+    journal.log_start(trainer, run.report, before)
+    return before
 
 
 def _refit(trainer: BaseTrainer, run: Run, number: int, whole: nn.Module, plan: Plan, calibration: Calibration) -> None:

@@ -52,12 +52,14 @@ class _Row(BaseModel):
 
 
 class Figures(_Row):
-    """What one model costs and how good it is."""
+    """What one model costs and how good it is; `classes` is the AP (mAP50-95) of every class that was validated."""
 
     flops: _Float = None
     params: _Int = None
     size_mb: _Float = None
+    latency_ms: _Float = None
     fitness: _Float = None
+    classes: Annotated[dict[str, float], BeforeValidator(_plain)] = Field(default_factory=dict)
 
 
 class RoundFitness(_Row):
@@ -122,7 +124,10 @@ class ProtectedRow(_Row):
 
 
 class Report(_Row):
-    """The content of `prune.json`; fill it in while the run goes on, and save it as often as you like."""
+    """The content of `prune.json`; fill it in while the run goes on, and save it as often as you like.
+
+    `arguments` are those of the training run that are not Ultralytics' defaults and have no key of their own.
+    """
 
     version: Literal[1] = 1  # FORMAT
     yolo_prune: str = __version__
@@ -132,6 +137,7 @@ class Report(_Row):
     data: _Text = ""
     imgsz: Annotated[int | list[int] | None, BeforeValidator(_plain)] = None
     epochs: _Int = None
+    arguments: _Mapping = Field(default_factory=dict)
     status: Literal["running", "finished", "failed"] = "running"
     error: str | None = None
     dense: Figures = Field(default_factory=Figures)

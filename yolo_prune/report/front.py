@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from yolo_prune.errors import PruneError
 from yolo_prune.files import write_text
 from yolo_prune.report.data import Report
 
@@ -45,6 +46,22 @@ class Front(BaseModel):
     def save(self, folder: str | Path) -> Path:
         """Write `front.json` into a run's folder."""
         return write_text(Path(folder) / FRONT, json.dumps(self.model_dump(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Front | None:
+        """Read `front.json` of a run's folder; None if the run had no limit and left none.
+
+        Raises:
+            PruneError: If the file is damaged.
+        """
+        path = Path(folder) / FRONT
+        if not path.exists():
+            return None
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as e:
+            reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e
+            raise PruneError(f"{path} is damaged: {reason}. Delete it, and the report goes without it.") from e
 
 
 def front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:

@@ -17,7 +17,7 @@ from yolo_prune._version import __version__
 from yolo_prune.errors import BenchError, ParityError, PruneError
 from yolo_prune.files import write_text
 from yolo_prune.report.data import _Count, _Float, _Int, _plain, _Row
-from yolo_prune.report.table import MISSING, _align, number
+from yolo_prune.report.table import MISSING, align, number
 
 FORMAT = 1
 PRECISIONS = {None: "fp32", 32: "fp32", 16: "fp16", 8: "int8"}
@@ -262,7 +262,7 @@ def _timing_table(rows: Sequence[TimingRow], rounds: int) -> str:
     first = rows[0]
     rest = ", the rest" if first.precision == "int8" else ""
     computed = f"{rest} computed as {first.computed}" if first.computed not in (None, first.precision) else ""
-    return f"{first.format}, {first.precision}{computed}, {first.runtime}, {rounds} rounds\n{_align(table, left=1)}"
+    return f"{first.format}, {first.precision}{computed}, {first.runtime}, {rounds} rounds\n{align(table, left=1)}"
 
 
 def _parity_table(rows: Sequence[TimingRow]) -> str:
@@ -281,7 +281,7 @@ def _parity_table(rows: Sequence[TimingRow]) -> str:
             f"{parity.quality - parity.quality_torch:+.4f}" if known else MISSING,  # type: ignore[operator]
             "FAILS" if parity.failures else "agrees",
         ])  # fmt: skip
-    return _align(table, left=1)
+    return align(table, left=1)
 
 
 def _range(pair: tuple[float, float], text: Any) -> str:

@@ -59,9 +59,9 @@ def compose(report: Report) -> Figure:
 
 
 def _header(figure: Figure, report: Report) -> None:
-    title = _title(report)
-    size = min(21.0, 0.44 * WIDTH * 72 / (len(title) * 0.68))
-    figure.text(LEFT, 0.936, title, fontsize=size, weight="bold", color=INK, va="center")
+    heading = title(report)
+    size = min(21.0, 0.44 * WIDTH * 72 / (len(heading) * 0.68))
+    figure.text(LEFT, 0.936, heading, fontsize=size, weight="bold", color=INK, va="center")
     figure.text(LEFT, 0.889, _subtitle(report), fontsize=12, color=QUIET, va="center")
     dense, pruned = report.dense, report.pruned
     change = difference(pruned.fitness, dense.fitness).replace("-", "\N{MINUS SIGN}")
@@ -83,8 +83,9 @@ def _tile(label: str, before: float | None, after: float | None, scale: float) -
     return label, number(before, scale), number(after, scale), f"{percent(after, before)} kept"
 
 
-def _title(report: Report) -> str:
-    name = _shorten(_model_name(report.model), 24)
+def title(report: Report) -> str:
+    """What the run did to which model, in a few words."""
+    name = _shorten(model_name(report.model), 24)
     if report.status == "failed":
         return f"{name}: run failed"
     if report.status == "running":
@@ -93,7 +94,7 @@ def _title(report: Report) -> str:
     return f"{name} pruned" if kept == MISSING else f"{name} pruned to {kept} of its FLOPs"
 
 
-def _model_name(path: str) -> str:
+def model_name(path: str) -> str:
     """`yolo11n` for yolo11n.pt, but `train3/best` for runs/train3/weights/best.pt."""
     parts = Path(path.replace("\\", "/"))
     run = f"{parts.parts[-3]}/" if parts.parent.name == "weights" and len(parts.parts) > 2 else ""

@@ -47,7 +47,7 @@ def summary_table(report: Report) -> str:
         rows.append([label, number(before, scale), number(after, scale), percent(after, before)])
     change = difference(pruned.fitness, dense.fitness)
     rows.append(["fitness", fitness(dense.fitness), fitness(pruned.fitness), change])
-    return _align(rows, left=1)
+    return align(rows, left=1)
 
 
 HELD = {True: "yes", False: "no", None: MISSING}
@@ -71,7 +71,7 @@ def rounds_table(report: Report) -> str:
     if any(item.held is not None for item in report.rounds):
         verdicts = ["", "held", MISSING, *(HELD[item.held] for item in report.rounds)]
         rows = [[*row, verdict] for row, verdict in zip(rows, verdicts, strict=True)]
-    return _align(rows, left=1)
+    return align(rows, left=1)
 
 
 def target_text(row: RoundRow, unit: bool = True) -> str:
@@ -95,7 +95,7 @@ def _round_line(row: RoundRow, report: Report) -> list[str]:
     ]
 
 
-def _align(rows: Sequence[Sequence[str]], left: int) -> str:
+def align(rows: Sequence[Sequence[str]], left: int) -> str:
     """Columns two spaces apart, the first `left` of them left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`compare.html`: several checkpoints on the same dataset, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolo_prune.report.data import Figures
+from yolo_prune.report.page import NARROW, ClassRow, class_rows, legend, write
+from yolo_prune.report.photos import Photo
+from yolo_prune.report.picture import model_name
+from yolo_prune.report.plot import Plot
+from yolo_prune.report.scatter import Dot, scatter
+from yolo_prune.report.table import align, fitness, number, percent
+
+HALF = 500.0  # width of one of two plots side by side
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was validated; `accuracy` is mAP50-95 and `map50` mAP50 where the task has them."""
+
+    name: str
+    figures: Figures
+    map: float | None = None
+    map50: float | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """What models are compared by: mAP50-95, and the fitness for tasks that have none."""
+        return self.figures.fitness if self.map is None else self.map
+
+
+def render_comparison(
+    candidates: Sequence[Candidate], data: str, imgsz: int, photos: Sequence[Photo] = (), words: str = ""
+) -> str:
+    """The page that compares models; the first is what the others are measured by.
+
+    Args:
+        candidates: one or more.
+        data: the dataset.
+        imgsz: image size in pixels.
+        photos: images with what each of the models found.
+        words: the command that made the page.
+    """
+    first = candidates[0]
+    classes: list[ClassRow] = class_rows([c.figures.classes for c in candidates])
+    return write(
+        "compare.html.j2",
+        title=f"{len(candidates)} models on {Path(data).stem or data}",
+        facts=[Path(data).name, f"imgsz {imgsz}"],
+        candidates=candidates,
+        first=first,
+        measure=measure_name(candidates),
+        plots=_plots(candidates),
+        classes=classes,
+        photos=photos,
+        names=[c.name for c in candidates],
+        legend=legend(photos),
+        command=words,
+    )
+
+
+def measure_name(candidates: Sequence[Candidate]) -> str:
+    """What `Candidate.accuracy` is."""
+    return "mAP50-95" if any(c.map is not None for c in candidates) else "fitness"
+
+
+def comparison_table(candidates: Sequence[Candidate]) -> str:
+    """The same for the terminal."""
+    first = candidates[0].figures
+    rows = [["", measure_name(candidates), "mAP50", "GFLOPs", "of first", "M params", "of first", "size, MB"]]
+    for c in candidates:
+        f = c.figures
+        rows.append(
+            [c.name, fitness(c.accuracy), fitness(c.map50), number(f.flops, 1e9), percent(f.flops, first.flops)]
+        )
+        rows[-1] += [number(f.params, 1e6), percent(f.params, first.params), number(f.size_mb)]
+    return align(rows, left=1)
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each checkpoint: as short as tells them apart."""
+    short = [model_name(str(path)) for path in paths]
+    return [name if short.count(name) == 1 else _longer(path, paths) for name, path in zip(short, paths, strict=True)]
+
+
+def _longer(path: Path, paths: Sequence[Path]) -> str:
+    """The end of a path that no other one ends with."""
+    others = [other.parts for other in paths if other != path]
+    parts = path.parts
+    for count in range(1, len(parts) + 1):
+        if not any(other[-count:] == parts[-count:] for other in others):
+            return "/".join(part for part in parts[-count:] if part not in ("weights", "/")).removesuffix(".pt")
+    return path.as_posix()
+
+
+def _plots(candidates: Sequence[Candidate]) -> list[list[Plot]]:
+    """Accuracy against FLOPs, and against parameters, each for wide and for narrow screens."""
+    found = []
+    for what, unit, scale in (("flops", "GFLOPs", 1e9), ("params", "million parameters", 1e6)):
+        dots = [
+            Dot(getattr(c.figures, what) / scale, c.accuracy, f"dot m{i % 8 + 1}", str(i + 1))
+            for i, c in enumerate(candidates)
+            if c.accuracy is not None and getattr(c.figures, what)
+        ]
+        if len(dots) > 1:
+            name = measure_name(candidates)
+            look: dict[str, Any] = {"title": f"{name} against {unit}", "across": unit, "up": name}
+            found.append([scatter(dots, width=w, height=330.0, **look) for w in (HALF, NARROW)])
+    return found
+
+
+__all__ = ["Candidate", "comparison_table", "measure_name", "render_comparison", "short_names"]

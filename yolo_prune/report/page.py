@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`report.html`: what a run did, on one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from yolo_prune._version import __version__
+from yolo_prune.report.data import LayerRow, Report, RoundRow
+from yolo_prune.report.front import Front
+from yolo_prune.report.history import history
+from yolo_prune.report.photos import Photo
+from yolo_prune.report.picture import model_name, title
+from yolo_prune.report.plot import Plot
+from yolo_prune.report.scatter import cost_metric, front_dots, scatter
+from yolo_prune.report.table import MISSING, difference, fitness, number, percent, target_text
+
+PAGE = "report.html"
+MINUS = "\N{MINUS SIGN}"
+WIDE, NARROW = 1040.0, 350.0  # widths of plots, for desks and for phones
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure of the summary: after, before, and how much of it was kept (a share, for a bar) or what changed.
+
+    Where there is no pruned model (yet), `value` is of the dense one and `before` is empty.
+    """
+
+    label: str
+    value: str
+    unit: str
+    before: str
+    note: str
+    kept: float | None = None
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A layer: its name within its module, its channels, and what of the bars they fill, in percent."""
+
+    name: str
+    dense: int
+    pruned: int | None
+    before: float
+    after: float
+    protected: bool
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class and the AP that each model has on it; None where it was not validated."""
+
+    name: str
+    values: tuple[float | None, ...]
+
+    @property
+    def change(self) -> str:
+        """The last model against the first."""
+        return difference(self.values[-1], self.values[0]).replace("-", MINUS)
+
+    @property
+    def worse(self) -> bool:
+        """Whether the last model is worse than the first."""
+        first, last = self.values[0], self.values[-1]
+        return first is not None and last is not None and last < first
+
+
+def render(
+    report: Report,
+    front: Front | None = None,
+    photos: Sequence[Photo] = (),
+    folder: str | Path | None = None,
+    names: Sequence[str] = ("dense", "pruned"),
+) -> str:
+    """The page of a run; parts whose data is missing are left out.
+
+    Args:
+        report: of the run.
+        front: the models that a run with a limit has been at.
+        photos: images with what two models found, before and after.
+        folder: of the run, for the command that reproduces it.
+        names: of these two models.
+    """
+    least = None if front is None else front.reference - front.limit
+    return write(
+        "report.html.j2",
+        title=title(report),
+        report=report,
+        facts=_facts(report),
+        cards=_cards(report),
+        plots=_history(report, least),
+        searched=_search(front, least),
+        rounds=_rounds(report),
+        cut=any(row.fitness.cut is not None for row in report.rounds),
+        recovered=any(row.fitness.recovered is not None for row in report.rounds),
+        judged=any(row.held is not None for row in report.rounds),
+        taken_back=sum(row.held is False for row in report.rounds),
+        modules=_modules(report.layers),
+        protected=report.protected,
+        classes=class_rows([report.dense.classes, report.pruned.classes]),
+        photos=photos,
+        names=names,
+        legend=legend(photos),
+        command=command(report, folder),
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False) if report.recipe else "",
+        versions={"yolo-prune": report.yolo_prune, **report.versions},
+    )
+
+
+def write(template: str, **content: Any) -> str:
+    """A template filled in; everything in it is escaped."""
+    return _environment().get_template(template).render(version=__version__, **content)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["fitness"] = fitness
+    environment.filters["percent"] = percent
+    environment.filters["difference"] = lambda after, before: difference(after, before).replace("-", MINUS)
+    return environment
+
+
+def class_rows(classes: Sequence[Mapping[str, float]]) -> list[ClassRow]:
+    """Every class that a model was validated on, in order; empty where only one model, or none, was."""
+    if sum(map(bool, classes)) < min(2, len(classes)):
+        return []
+    names = dict.fromkeys(name for one in classes for name in one)
+    return [ClassRow(name, tuple(one.get(name) for one in classes)) for name in names]
+
+
+def legend(photos: Iterable[Photo]) -> list[tuple[int, str]]:
+    """`(number, name)` of the classes that occur in photos."""
+    return sorted({(m.kind, m.name) for photo in photos for marks in photo.found for m in marks})
+
+
+def command(report: Report, folder: str | Path | None) -> str:
+    """What to type to do the run again."""
+    recipe = Path(folder, "prune.yaml") if folder else Path("prune.yaml")
+    values = {"model": report.model, "data": report.data, "epochs": report.epochs, "imgsz": report.imgsz}
+    given = {k: v for k, v in {**values, **report.arguments}.items() if v not in (None, "")}
+    words = ["yolo", "train", *(f"{k}={v}" for k, v in given.items()), "callbacks=prune", f"recipe={recipe}"]
+    return shlex.join(words)
+
+
+def _facts(report: Report) -> list[str]:
+    rounds = len(report.rounds)
+    facts = [Path(report.data).name, "" if report.imgsz is None else f"imgsz {report.imgsz}"]
+    facts += ["" if report.epochs is None else f"{report.epochs} epoch{'s' * (report.epochs != 1)}"]
+    facts += [f"{rounds} round{'s' * (rounds != 1)}" if rounds else ""]
+    facts += [f"criterion {name}" if (name := (report.recipe.get("criterion") or {}).get("name")) else ""]
+    return [fact for fact in facts if fact]
+
+
+def _cards(report: Report) -> list[Card]:
+    dense, pruned = report.dense, report.pruned
+    cards = []
+    if dense.fitness is not None or pruned.fitness is not None:
+        change = difference(pruned.fitness, dense.fitness)
+        tone = "" if change == MISSING else "worse" if change.startswith("-") else "better"
+        value = fitness(pruned.fitness if pruned.fitness is not None else dense.fitness)
+        note = "" if change == MISSING else change.replace("-", MINUS)
+        cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))
+    for label, unit, before, after, scale in (
+        ("FLOPs", "G", dense.flops, pruned.flops, 1e9),
+        ("Parameters", "M", dense.params, pruned.params, 1e6),
+        ("Checkpoint", "MB", dense.size_mb, pruned.size_mb, 1.0),
+        ("Latency", "ms", dense.latency_ms, pruned.latency_ms, 1.0),
+    ):
+        if before is None and after is None:
+            continue
+        kept = after / before if after is not None and before else None
+        note = "" if kept is None else f"{percent(after, before)} kept"
+        shown = after if after is not None else before
+        cards.append(Card(label, number(shown, scale), unit, _before(before, after, scale), note, kept))
+    return cards
+
+
+def _before(dense: float | None, pruned: float | None, scale: float = 0.0) -> str:
+    if pruned is None:
+        return ""
+    return number(dense, scale) if scale else fitness(dense)
+
+
+def _history(report: Report, least: float | None) -> list[Plot]:
+    if not report.epochs_log:
+        return []
+    return [
+        history(report, least, width=WIDE, height=430.0),
+        history(report, least, width=NARROW, height=380.0),
+    ]
+
+
+def _search(front: Front | None, least: float | None) -> list[Plot]:
+    dots = front_dots(front) if front else []
+    if len(dots) < 2 or front is None:
+        return []
+    what = "FLOPs" if cost_metric(front) == "flops_kept" else "parameters"
+    look: dict[str, Any] = {"title": f"Fitness against {what} of the models that were tried", "up": "fitness"}
+    look |= {"across": f"{what} kept, %", "limit": least}
+    return [
+        scatter(dots, width=WIDE, height=380.0, **look),
+        scatter(dots, width=NARROW, height=320.0, **look),
+    ]
+
+
+def _rounds(report: Report) -> list[dict[str, Any]]:
+    dense = report.dense
+    return [
+        {
+            "number": row.number,
+            "epoch": row.epoch + 1,
+            "target": target_text(row) or MISSING,
+            "gflops": number(row.flops, 1e9),
+            "flops_kept": percent(row.flops, dense.flops),
+            "params": number(row.params, 1e6),
+            "params_kept": percent(row.params, dense.params),
+            "around": [fitness(v) for v in (row.fitness.before, row.fitness.cut, row.fitness.recovered)],
+            "end": fitness(row.fitness.end),
+            "held": row.held,
+            "proof": _proof(row),
+        }
+        for row in report.rounds
+    ]
+
+
+def _proof(row: RoundRow) -> str:
+    error = row.proof.error if row.proof else None
+    return MISSING if error is None else "exact" if error == 0 else f"{error:.0e}".replace("-", MINUS)
+
+
+def _modules(layers: Sequence[LayerRow]) -> list[tuple[str, list[Bar]]]:
+    """Bars of the layers by top-level module, in the order of the architecture."""
+    widest = max((row.dense for row in layers), default=1) or 1
+    return [
+        (name, [_bar(row, name, widest) for row in rows]) for name, rows in groupby(layers, lambda r: _module(r.name))
+    ]
+
+
+def _module(name: str) -> str:
+    """`model.23` for `model.23.cv2.0.2`; of other names the first part."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+
+
+def _bar(row: LayerRow, module: str, widest: int) -> Bar:
+    name = row.name.removeprefix(module).strip(".").removesuffix(".conv") or row.name.rpartition(".")[2]
+    after = row.dense if row.pruned is None else row.pruned
+    return Bar(name, row.dense, row.pruned, 100 * row.dense / widest, 100 * after / widest, row.protected)
+
+
+__all__ = ["PAGE", "Card", "class_rows", "command", "legend", "model_name", "render", "write"]
