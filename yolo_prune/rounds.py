@@ -77,10 +77,10 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     if reference is not None:
         facts["reference"] = reference
     _forget_best(trainer, record)
-    if recovered is not None:
-        control.take_average_for_best(trainer, recovered)
     run.advance(trainer)
     _write(trainer, replace(record, plan=composed, rounds=(*record.rounds, facts)))
+    if recovered is not None:
+        control.take_average_for_best(trainer, recovered)
     journal.log_round(trainer, run, row)
     control.save_last(trainer)
     return True
