@@ -157,9 +157,9 @@ def take_for_best(trainer: BaseTrainer, path: Path, fitness: float, ended: bool)
 
 
 def take_average_for_best(trainer: BaseTrainer, fitness: float) -> None:
-    """What was recovered without training is the best model so far: no run delivers less."""
+    """What was recovered without training is the best model so far: no run delivers less. Patience is for epochs."""
     save_average(trainer, trainer.best)
-    trainer.best_fitness = trainer.stopper.best_fitness = fitness
+    trainer.best_fitness = fitness
 
 
 def save_average(trainer: BaseTrainer, path: Path) -> None:
