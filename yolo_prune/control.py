@@ -133,8 +133,11 @@ def go_back(trainer: BaseTrainer, source: nn.Module, plan: Plan) -> None:
 
 
 def put_aside(trainer: BaseTrainer, aside: Path) -> None:
-    """Move the best checkpoint so far out of the way of one with another structure."""
-    if ranks.first() and trainer.best.exists() and trainer.best_fitness is not None:
+    """Move the best checkpoint so far out of the way of one with another structure.
+
+    What lies there already stays: a run that was killed after this may have another best checkpoint by now.
+    """
+    if ranks.first() and trainer.best.exists() and trainer.best_fitness is not None and not aside.exists():
         trainer.best.replace(aside)
 
 

@@ -152,8 +152,7 @@ def _go_back(trainer: BaseTrainer, run: Run, record: Record, good: Stage, ended:
     record = replace(record, plan=then.plan)
     _write(trainer, record)
     run.cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, run.report))
-    if not (aside := trainer.wdir / f"round{record.rounds[-1]['number']}.pt").exists():  # else killed after it
-        control.put_aside(trainer, aside)
+    control.put_aside(trainer, trainer.wdir / f"round{record.rounds[-1]['number']}.pt")
     control.take_for_best(trainer, path, good.fitness, ended)
     control.save_last(trainer, ended)
     return record
