@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from models import scaled
+from quick import QUICK
 from ultralytics import YOLO
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import load_checkpoint
@@ -26,10 +27,7 @@ RUN: dict[str, Any] = {
     "imgsz": 64,
     "batch": 8,
     "nbs": 8,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
     "optimizer": "AdamW",
 }
 PRUNE: dict[str, Any] = {

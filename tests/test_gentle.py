@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import QUICK
 from ultralytics import YOLO
 
 from yolo_prune.scenes import make_dataset
@@ -16,10 +17,7 @@ RUN: dict[str, Any] = {
     "imgsz": 32,
     "epochs": 2,
     "batch": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
 }
 PRUNE: dict[str, Any] = {"callbacks": "prune", "recipe.schedule.rounds": 1, "recipe.criterion": "magnitude"}
 

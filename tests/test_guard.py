@@ -13,6 +13,7 @@ import datasets
 import models
 import pytest
 import torch
+from quick import QUICK
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -148,10 +149,7 @@ RUN: dict[str, Any] = {
     "imgsz": 64,
     "batch": 4,
     "nbs": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
     "optimizer": "AdamW",
     "exist_ok": True,
     "name": "run",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from quick import QUICK
 from ultralytics import YOLO
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import ROOT
@@ -32,10 +33,7 @@ RUN: dict[str, Any] = {
     "imgsz": 64,
     "batch": 4,
     "nbs": 12,  # three batches a step, five batches an epoch: gradients wait from one epoch to the next
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
     "optimizer": "MuSGD" if NEW else "SGD",
     "lr0": 0.01,
     "close_mosaic": 2,

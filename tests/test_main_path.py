@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import ultralytics
+from quick import QUICK
 from torch import nn
 from ultralytics import YOLO
 
@@ -30,10 +31,7 @@ RUN: dict[str, Any] = {
     "imgsz": 64,
     "batch": 4,
     "nbs": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
     "optimizer": "AdamW",
 }
 RECIPE = {

@@ -13,6 +13,7 @@ import torch
 import yaml
 from models import build, plan_of, scaled
 from PIL import Image
+from quick import QUICK
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
@@ -27,10 +28,7 @@ RUN: dict[str, Any] = {
     "imgsz": 64,
     "batch": 4,
     "nbs": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
     "optimizer": "AdamW",
     "lr0": 1e-6,
 }

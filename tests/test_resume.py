@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from quick import QUICK
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -24,10 +25,7 @@ RUN: dict[str, Any] = {
     "imgsz": 64,
     "batch": 4,
     "nbs": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
     "optimizer": "SGD",
     "exist_ok": True,
     "name": "run",

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from quick import QUICK
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -26,11 +27,8 @@ RUN: dict[str, Any] = {
     "imgsz": 32,
     "batch": 4,
     "nbs": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
+    **QUICK,
     "val": False,
-    "device": "cpu",
     "optimizer": "SGD",
     "lr0": 0.01,
     "lrf": 0.1,

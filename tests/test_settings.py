@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from quick import QUICK
 from ultralytics import YOLO
 from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.nn.tasks import load_checkpoint
@@ -25,10 +26,7 @@ RUN: dict[str, Any] = {
     "imgsz": 64,
     "batch": 4,
     "nbs": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
-    "device": "cpu",
+    **QUICK,
     "optimizer": "AdamW",
     "callbacks": "prune",
     "recipe": {

@@ -10,6 +10,7 @@ import datasets
 import models
 import pytest
 import torch
+from quick import QUICK
 from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
@@ -23,11 +24,8 @@ RUN: dict[str, Any] = {
     "imgsz": 32,
     "batch": 4,
     "nbs": 8,  # two batches a step
-    "workers": 0,
-    "amp": False,
-    "plots": False,
+    **QUICK,
     "val": False,
-    "device": "cpu",
     "lr0": 0.01,
     "warmup_epochs": 1.0,
     "exist_ok": True,

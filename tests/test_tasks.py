@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 import zoo
+from quick import QUICK
 from ultralytics import RTDETR, YOLO, YOLOWorld
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
@@ -23,11 +24,8 @@ TINY: dict[str, Any] = {
     "imgsz": 64,
     "batch": 4,
     "nbs": 4,
-    "workers": 0,
-    "amp": False,
-    "plots": False,
+    **QUICK,
     "verbose": False,
-    "device": "cpu",
     "optimizer": "AdamW",
     "lr0": 0.001,
 }

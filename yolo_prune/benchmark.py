@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ultralytics.utils import TQDM
 
 from yolo_prune import comparison, latency, runtimes, subjects
 from yolo_prune.agreement import Array
 from yolo_prune.errors import BenchError
 from yolo_prune.exports import alignment
+from yolo_prune.journal import bar
 from yolo_prune.report.latency import PRECISIONS, Measurement, TimingRow
 from yolo_prune.runtimes import Session
 from yolo_prune.subjects import Setting, Source, Subject
@@ -111,7 +111,7 @@ def measure(models: Sequence[Source], formats: Sequence[str], setting: Setting) 
 def _measure_format(
     format: str, found: list[Subject], pictures: list[Array], setting: Setting, result: Measurement
 ) -> None:
-    show = _bar(f"exporting to {format}") if format != "torch" else iter
+    show = bar(f"exporting to {format}") if format != "torch" else iter
     paths = [subjects.exported(format, subject, setting) for subject in show(found)]
     sessions = [subjects.session(format, path, setting) for path in paths]
     for subject, session in zip(found, sessions, strict=True):
@@ -122,10 +122,10 @@ def _measure_format(
     rounds = setting.repeats or latency.rounds_for(latency.warm_up(runs), BUDGET)
     if setting.repeats:
         latency.warm_up(runs)
-    times = latency.interleave(runs, _bar(f"timing {format}")(range(rounds)))
+    times = latency.interleave(runs, bar(f"timing {format}")(range(rounds)))
     result.rounds[format] = rounds
     checked = bool(pictures) and format != "torch"
-    look = _bar(f"comparing {format} with torch") if checked else iter
+    look = bar(f"comparing {format} with torch") if checked else iter
     for index, subject in enumerate(look(found)):
         row = _row(format, subject, paths[index], sessions[index], setting)
         _fill(row, times[index], times[0])
@@ -176,7 +176,3 @@ def _busy() -> float | None:
         time.sleep(0.5)  # what was busy with the export may come to rest all the same
         return None
     return float(psutil.cpu_percent(interval=0.5)) / 100 * (psutil.cpu_count() or 1)
-
-
-def _bar(what: str) -> Callable[[Any], Iterable[Any]]:
-    return lambda items: TQDM(items, total=len(items), desc=what)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,11 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
     present = plan.predicted.present(recipe.target.metric)
-    metadata.write(model, Record(recipe.to_dict(), past, widths, (), present, active=True))
+    control.write_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
     if ranks.first():
-        for old in (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern)):
+        weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
+        for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
             old.unlink(missing_ok=True)  # of an earlier run in the same folder
-        for old in (trainer.csv, trainer.save_dir / FRONT):
-            old.unlink(missing_ok=True)
     due = planner.rounds(recipe, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
@@ -216,28 +216,22 @@ def finish(trainer: BaseTrainer, run: Run) -> None:
     surgery.check_applied(model, found.plan)
     journal.complete(trainer, run.report, model, found.plan)
     journal.write_front(trainer, run, wanted)
-    _draw(trainer, run.report)
+    _spare("prune.png could not be drawn", lambda: draw(run.report, trainer.save_dir / "prune.png"))
     for aside in trainer.wdir.glob("round*.pt"):
         trainer.strip(aside)
-    _write_page(trainer, run.report)
+    _spare(f"{PAGE} could not be written", lambda: _write_page(trainer, run.report))
     LOGGER.info(f"\n{rounds_table(run.report)}\n\n{summary_table(run.report)}")
     LOGGER.info(f"{PREFIX}pruned model {colorstr('bold', delivered)}, report {colorstr('bold', trainer.save_dir)}")
 
 
-def _draw(trainer: BaseTrainer, report: Report) -> None:
-    try:
-        draw(report, trainer.save_dir / "prune.png")
-    except Exception as e:  # a picture must not cost a finished run
-        LOGGER.warning(f"{PREFIX}prune.png could not be drawn: {type(e).__name__}: {e}")
-
-
 def _write_page(trainer: BaseTrainer, report: Report) -> None:
+    shown = trainer.test_loader.dataset if trainer.args.plots else None
+    pages.at_end(Path(trainer.save_dir), report, dataset=shown, device=trainer.device)
+
+
+def _spare(failure: str, make: Callable[[], object]) -> None:
+    """Make what shows a finished run, which must not be lost for it."""
     try:
-        pages.at_end(
-            Path(trainer.save_dir),
-            report,
-            dataset=trainer.test_loader.dataset if trainer.args.plots else None,
-            device=trainer.device,
-        )
-    except Exception as e:  # nor must a page
-        LOGGER.warning(f"{PREFIX}{PAGE} could not be written: {type(e).__name__}: {e}")
+        make()
+    except Exception as e:
+        LOGGER.warning(f"{PREFIX}{failure}: {type(e).__name__}: {e}")

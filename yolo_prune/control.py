@@ -24,6 +24,7 @@ from yolo_prune import images, metadata, ranks, surgery
 from yolo_prune.calibration import Batch, Calibration, draw
 from yolo_prune.compat import unwrap_model
 from yolo_prune.files import write_bytes
+from yolo_prune.metadata import Record
 from yolo_prune.plans import Keep, Plan, Shapes
 from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.recover.rewind import Early
@@ -46,6 +47,12 @@ def _student(model: nn.Module) -> nn.Module:
     return metadata.inner(model)
 
 
+def write_record(trainer: BaseTrainer, record: Record) -> None:
+    """Put the record into the live model and its average."""
+    metadata.write(live(trainer), record)
+    average(trainer).yaml = live(trainer).yaml
+
+
 def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:
     """Names of the modules that this run does not train (`freeze=`); the box distribution never is."""
     return tuple(
@@ -59,11 +66,18 @@ def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:
 
 def cut(trainer: BaseTrainer, plan: Plan) -> None:
     """Apply a plan to the live model, its average and the optimizer, between two batches."""
+    with _making_parameters_anew(trainer):
+        _cut_and_follow(trainer, plan, live(trainer), average(trainer))
+        if projection := _projection(trainer, plan):
+            _cut_and_follow(trainer, projection, unwrap_model(trainer.model).projector, trainer.ema.ema.projector)
+
+
+@contextmanager
+def _making_parameters_anew(trainer: BaseTrainer) -> Iterator[None]:
+    """Let go of what holds the old parameters."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.loss = None  # holds the last batch's graph, and with it the old parameters
-    _cut_and_follow(trainer, plan, live(trainer), average(trainer))
-    if projection := _projection(trainer, plan):
-        _cut_and_follow(trainer, projection, unwrap_model(trainer.model).projector, trainer.ema.ema.projector)
+    trainer.loss = None  # holds the last batch's graph
+    yield
     trainer.ema._pairs = None  # caches the old tensors; left alone, the average would silently freeze
     _wrap_again(trainer)
 
@@ -117,19 +131,16 @@ def go_back(trainer: BaseTrainer, source: nn.Module, plan: Plan) -> None:
         source: the checkpoint's model, cut less.
         plan: everything that was removed from the model as it is.
     """
-    trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.loss = None
     whole, other = unwrap_model(trainer.model), metadata.inner(source)
-    replaced = surgery.become(live(trainer), other, plan)
-    surgery.become(average(trainer), other, plan)
-    if hasattr(whole, "projector"):
-        projector = source.get_submodule("projector")
-        replaced |= surgery.become(whole.projector, projector, Plan({}, {}, {}))
-        surgery.become(trainer.ema.ema.projector, projector, Plan({}, {}, {}))
-    surgery.start_optimizer_anew(trainer.optimizer, replaced)
-    trainer.ema._pairs = None
+    with _making_parameters_anew(trainer):
+        replaced = surgery.become(live(trainer), other, plan)
+        surgery.become(average(trainer), other, plan)
+        if hasattr(whole, "projector"):
+            projector = source.get_submodule("projector")
+            replaced |= surgery.become(whole.projector, projector, Plan({}, {}, {}))
+            surgery.become(trainer.ema.ema.projector, projector, Plan({}, {}, {}))
+        surgery.start_optimizer_anew(trainer.optimizer, replaced)
     trainer.fitness = None  # was that of another model
-    _wrap_again(trainer)
 
 
 def put_aside(trainer: BaseTrainer, aside: Path) -> None:
@@ -144,7 +155,12 @@ def put_aside(trainer: BaseTrainer, aside: Path) -> None:
 def forget_best(trainer: BaseTrainer) -> None:
     """Start the search for the best epoch anew: what was best so far has another structure."""
     trainer.best_fitness = None
-    trainer.stopper.best_fitness, trainer.stopper.best_epoch = 0.0, trainer.epoch
+    _wait_from_here(trainer, 0.0)
+
+
+def _wait_from_here(trainer: BaseTrainer, fitness: float) -> None:
+    """Early stopping counts from this epoch on, for epochs that do not exceed a fitness."""
+    trainer.stopper.best_fitness, trainer.stopper.best_epoch = fitness, trainer.epoch
     trainer.stopper.possible_stop = False
 
 
@@ -153,10 +169,8 @@ def take_for_best(trainer: BaseTrainer, path: Path, fitness: float, ended: bool)
     if ranks.first():
         write_bytes(trainer.best, path.read_bytes())
     trainer.best_fitness = fitness
-    if ended:  # a resumed run has to know why
-        return
-    trainer.stopper.best_fitness, trainer.stopper.best_epoch = fitness, trainer.epoch
-    trainer.stopper.possible_stop = False
+    if not ended:  # else a resumed run has to know why
+        _wait_from_here(trainer, fitness)
 
 
 def take_average_for_best(trainer: BaseTrainer, fitness: float) -> None:
@@ -170,8 +184,7 @@ def save_average(trainer: BaseTrainer, path: Path) -> None:
     if not ranks.first():
         return
     model = deepcopy(trainer.ema.ema).half()
-    inner, running = metadata.inner(model), live(trainer)
-    inner.criterion, inner.yaml = None, running.yaml  # type: ignore[assignment]  # Ultralytics' own
+    metadata.inner(model).criterion = None  # type: ignore[assignment]  # Ultralytics' own
     buffer = io.BytesIO()
     facts = {"epoch": -1, "best_fitness": None, "updates": None, "optimizer": None}
     torch.save({**facts, "model": None, "ema": model, "train_args": vars(trainer.args)}, buffer)

@@ -33,7 +33,12 @@ class Stage:
     @property
     def file(self) -> str:
         """Name of the checkpoint that its best epoch is kept in, once the run has gone on to another stage."""
-        return f"round{self.number}.pt"
+        return checkpoint(self.number)
+
+
+def checkpoint(number: int) -> str:
+    """Name of the file with the best model after a round; 0 is before the first."""
+    return f"round{number}.pt"
 
 
 def stages(start: float, rounds: Sequence[Mapping[str, Any]]) -> list[Stage]:

@@ -257,7 +257,7 @@ def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan)
 
 def write_front(trainer: BaseTrainer, run: Run, record: Record) -> None:
     """Write front.json, if the run had a limit on the drop."""
-    if run.recipe.limit is None or not record.rounds:
+    if run.recipe.limit is None or not record.rounds or not ranks.first():
         return
     start: dict[str, float] = {run.recipe.target.metric: record.start}
     if record.start == 1.0:

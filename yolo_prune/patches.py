@@ -43,12 +43,12 @@ def width(layer: Layer, value: Tensor) -> int:
     return (value.shape[-1] + 2 * padding(layer)[1] - reach - 1) // layer.stride[1] + 1
 
 
-def groups(layer: Layer) -> int:
-    """Of a convolution; a linear layer has one."""
+def groups(layer: nn.Module) -> int:
+    """Of a convolution; another layer has one."""
     return layer.groups if isinstance(layer, nn.Conv2d) else 1
 
 
-def positions(name: str, output: Tensor, layer: Layer, count: int) -> Tensor:
+def positions(name: str, output: Tensor, layer: nn.Module, count: int) -> Tensor:
     """A sample of positions of a layer's output, the same for the same name.
 
     Args:
@@ -93,7 +93,7 @@ def read(layer: Layer, value: Tensor, where: Tensor, width: int) -> Tensor:
     return found.permute(1, 2, 0, 3).reshape(layer.groups, -1, where.numel())
 
 
-def written(layer: Layer, value: Tensor, where: Tensor | None = None) -> Tensor:
+def written(layer: nn.Module, value: Tensor, where: Tensor | None = None) -> Tensor:
     """A layer's output at some positions, or at all of them: `(groups, outputs, images * positions)`."""
     found = _flat(value, layer)
     if where is not None:
@@ -101,7 +101,7 @@ def written(layer: Layer, value: Tensor, where: Tensor | None = None) -> Tensor:
     return found.permute(1, 0, 2).reshape(groups(layer), -1, len(found) * found.shape[2])
 
 
-def _flat(value: Tensor, layer: Layer) -> Tensor:
+def _flat(value: Tensor, layer: nn.Module) -> Tensor:
     """`(images, channels, positions)`."""
     if isinstance(layer, nn.Linear):
         value = value if value.ndim > 2 else value[:, None]

@@ -32,12 +32,12 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
     """
     began = time.perf_counter()
     recipe = run.recipe
-    record, went_back = judge(trainer, run)
+    record, changed = judge(trainer, run)
     found = guard.stages(record.start, record.rounds)
     if due.settles or guard.is_over(recipe, found):
         _check_delivers(trainer, run, found)
         run.advance(trainer)
-        return went_back
+        return changed
     images = max(planner.images_for(recipe), recipe.recover.refit)
     calibration = control.calibration(trainer, images) if images and ranks.first() else None
     plan, proven, asked = ranks.agree(lambda: _decide(trainer, run, due, found, calibration))
@@ -45,7 +45,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
         why = "the round before already went this far" if recipe.target.keep else "no other size is left to try"
         LOGGER.info(f"{PREFIX}round {due.number}: {why}; nothing to remove")
         run.advance(trainer)
-        return went_back
+        return changed
     before = _fitness_before(trainer, run)
     reference = _reference(trainer, run, record, before)
     composed = record.plan.then(plan) if record.plan else plan
@@ -78,7 +78,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
         facts["reference"] = reference
     _forget_best(trainer, record)
     run.advance(trainer)
-    _write(trainer, replace(record, plan=composed, rounds=(*record.rounds, facts)))
+    control.write_record(trainer, replace(record, plan=composed, rounds=(*record.rounds, facts)))
     if recovered is not None:
         control.take_average_for_best(trainer, recovered)
     journal.log_round(trainer, run, row)
@@ -121,7 +121,7 @@ def judge(trainer: BaseTrainer, run: Run, ended: bool = False) -> tuple[Record, 
         )
     held = guard.holds(fitness, last["reference"], run.recipe.limit)
     record = replace(record, rounds=(*earlier, {**last, "end": fitness, "held": held}))
-    _write(trainer, record)
+    control.write_record(trainer, record)
     good = guard.last_good(guard.stages(record.start, record.rounds))
     journal.log_verdict(trainer, run, record.rounds[-1], good)
     journal.write_front(trainer, run, record)
@@ -150,9 +150,9 @@ def _go_back(trainer: BaseTrainer, run: Run, record: Record, good: Stage, ended:
         raise RunError(f"{path} is not of this run. Put back the one that is, or start the run anew.")
     control.go_back(trainer, source, record.plan)
     record = replace(record, plan=then.plan)
-    _write(trainer, record)
+    control.write_record(trainer, record)
     run.cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, run.report))
-    control.put_aside(trainer, trainer.wdir / f"round{record.rounds[-1]['number']}.pt")
+    control.put_aside(trainer, trainer.wdir / guard.checkpoint(record.rounds[-1]["number"]))
     control.take_for_best(trainer, path, good.fitness, ended)
     control.save_last(trainer, ended)
     return record
@@ -164,8 +164,6 @@ def _check_delivers(trainer: BaseTrainer, run: Run, found: Sequence[Stage]) -> N
     if run.recipe.limit is None or not tried or any(s.held for s in tried):
         return
     nearest = max(tried, key=lambda s: s.fitness)
-    if record := metadata.read(control.live(trainer)):
-        journal.write_front(trainer, run, record)
     raise RunError(
         f"No cut stayed within a drop of {run.recipe.limit:g}: the nearest was {nearest.keep:.3f} of the dense model, "
         f"with a fitness of {nearest.fitness:.4f} ({trainer.wdir / nearest.file}). Allow a larger drop, train longer, "
@@ -178,7 +176,7 @@ def take_reference(trainer: BaseTrainer) -> None:
     record = metadata.read(control.live(trainer))
     if record and record.reference is None:
         measured = control.validate(trainer)
-        _write(trainer, replace(record, reference=ranks.agree(lambda: measured)))
+        control.write_record(trainer, replace(record, reference=ranks.agree(lambda: measured)))
 
 
 def _reference(trainer: BaseTrainer, run: Run, record: Record, before: float | None) -> float | None:
@@ -206,15 +204,10 @@ def _forget_best(trainer: BaseTrainer, record: Record) -> None:
     """What was best so far has another structure: it is kept aside, unless it is a copy of what lies there already."""
     last = record.rounds[-1] if record.rounds else {}
     if last.get("held") is not False:
-        control.put_aside(trainer, trainer.wdir / f"round{last.get('number', 0)}.pt")
+        control.put_aside(trainer, trainer.wdir / guard.checkpoint(last.get("number", 0)))
     elif ranks.first():
         trainer.best.unlink(missing_ok=True)
     control.forget_best(trainer)
-
-
-def _write(trainer: BaseTrainer, record: Record) -> None:
-    metadata.write(control.live(trainer), record)
-    control.average(trainer).yaml = control.live(trainer).yaml
 
 
 def _recover(
@@ -239,8 +232,9 @@ def _decide(
     """The proved plan of a round, and what it aims at; no plan where the rounds before went this far already."""
     ema, recipe = control.average(trainer), run.recipe
     graph = planner.survey(ema, recipe, journal.imgsz(trainer, run.report), run.frozen)
-    keep = guard.next_keep(found, due.keep, planner.reachable(ema, graph, recipe), recipe.target.keep)
     searches = recipe.target.keep is None
+    floor = planner.reachable(ema, graph, recipe) if searches else 0.0
+    keep = guard.next_keep(found, due.keep, floor, recipe.target.keep)
     if searches and guard.is_found(found):
         return None, None, keep
     bar = journal.bar(f"{PREFIX}round {due.number}: weighing channels")

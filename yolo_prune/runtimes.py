@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from ultralytics.nn.autobackend import AutoBackend
 
+from yolo_prune.agreement import Array
 from yolo_prune.errors import BenchError
-
-Array = npt.NDArray[Any]
 
 
 class Session(Protocol):

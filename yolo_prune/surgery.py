@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
     for layer_name, values in plan.attributes.items():
         layer = model.get_submodule(layer_name)
         for key, value in values.items():
-            setattr(layer, key, list(value) if isinstance(value, list) else value)
+            setattr(layer, key, copy(value))
     return replaced
 
 
@@ -108,8 +109,7 @@ def apply_to_optimizer(
         plan: the plan that was applied.
     """
     names = {new: name for name, new in model.named_parameters()}
-    for group in optimizer.param_groups:
-        group["params"] = [replaced.get(p, p) for p in group["params"]]
+    _point_to(optimizer, replaced)
     for old, new in replaced.items():
         if old not in optimizer.state:
             continue
@@ -150,16 +150,19 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
             _follow(layer)
     for layer_name, values in plan.attributes.items():
         for key in values:
-            value = getattr(source[layer_name], key)
-            setattr(model.get_submodule(layer_name), key, list(value) if isinstance(value, list) else value)
+            setattr(model.get_submodule(layer_name), key, copy(getattr(source[layer_name], key)))
     return replaced
 
 
 def start_optimizer_anew(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Point `optimizer` to the new parameters, in the old order; it starts anew, without momenta."""
+    _point_to(optimizer, replaced)
+    optimizer.state.clear()
+
+
+def _point_to(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
     for group in optimizer.param_groups:
         group["params"] = [replaced.get(p, p) for p in group["params"]]
-    optimizer.state.clear()
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -145,17 +144,16 @@ class _Targets:
         self._calls[name] += 1
         if kept := self.plan.keep.get(f"{name}.weight", {}).get(1):
             output = output[:, list(kept)]
-        spots = F.pixel_unshuffle(output, layer.stride[0]).flatten(2)
-        where = torch.randperm(spots.shape[2], generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        where = where[: max(1, POSITIONS // len(spots))].to(output.device)
-        self.wanted[name] = where, spots[:, :, where].transpose(0, 1).flatten(1)
+        pixels = F.pixel_unshuffle(output, layer.stride[0])
+        where = patches.positions(name, pixels, layer, max(1, POSITIONS // len(output)))
+        self.wanted[name] = where, patches.written(layer, pixels, where)[0]
 
 
 def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wanted: Tensor) -> None:
     """A linear layer on pixels, with an output for each channel and place in the patch; a channel has one bias."""
     inputs, outputs, *patch = layer.weight.shape
-    device = layer.weight.device if layer.weight.device.type != "mps" else torch.device("cpu")
-    read = value.flatten(2)[:, :, where].transpose(0, 1).flatten(1).to(device, torch.float64)
+    device = _precise(layer.weight.device)
+    read = patches.written(layer, value, where)[0].to(device, torch.float64)
     old = layer.weight.permute(1, 2, 3, 0).reshape(-1, inputs).to(device, torch.float64)
     missing = (wanted.to(device, torch.float64) - old @ read).reshape(outputs, -1, read.shape[1])
     moment = read @ read.T / read.shape[1]
@@ -197,7 +195,7 @@ def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tu
     Returns:
         The weight, in the shape of `old`, and the offset `(outputs,)` that goes with it.
     """
-    device = old.device if old.device.type != "mps" else torch.device("cpu")  # which has no double precision
+    device = _precise(old.device)
     groups, columns, samples = read.shape
     wanted = wanted.reshape(groups, -1, samples)
     weight = old.to(device, torch.float64).reshape(groups, -1, columns)
@@ -211,6 +209,11 @@ def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tu
     weight = weight + torch.cholesky_solve(cross.transpose(1, 2), torch.linalg.cholesky(moment)).transpose(1, 2)
     offset = middle.to(device) - weight @ centre.to(device)
     return weight.reshape(old.shape).to(old), offset.flatten().to(old)
+
+
+def _precise(device: torch.device) -> torch.device:
+    """Where to solve; mps has no double precision."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _restate(norm: nn.BatchNorm2d, given: tuple[Tensor, ...]) -> None:

@@ -45,6 +45,11 @@ _Text = Annotated[str, BeforeValidator(_plain)]
 _Mapping = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 
+def first_known(*values: float | None) -> float | None:
+    """The first of some figures that was measured."""
+    return next((value for value in values if value is not None), None)
+
+
 class _Row(BaseModel):
     """Mutable, checked on construction and on assignment; unknown keys of a newer release are left out."""
 

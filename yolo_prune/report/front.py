@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from yolo_prune.errors import PruneError
 from yolo_prune.files import write_text
+from yolo_prune.guard import checkpoint
 from yolo_prune.report.data import Report
 
 FRONT = "front.json"
@@ -90,7 +91,7 @@ def front(report: Report, limit: float, reference: float, start: dict[str, float
         )
     for point in points:
         point.delivered = finished and point.round == good > 0
-        point.weights = f"weights/{'best' if point.round == good > 0 else f'round{point.round}'}.pt"
+        point.weights = f"weights/{'best.pt' if point.round == good > 0 else checkpoint(point.round)}"
     return Front(limit=limit, reference=reference, points=points)
 
 

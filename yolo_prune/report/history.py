@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from yolo_prune.report.data import Report, RoundRow
+from yolo_prune.report.data import Report, RoundRow, first_known
 from yolo_prune.report.plot import LETTER, SMALL, Axis, Plot, axis_for, tick_text
 
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 18.0, 44.0, 42.0  # room around the panels
@@ -46,7 +46,7 @@ def history(report: Report, limit: float | None, *, width: float, height: float)
 
 def fitness_lines(report: Report) -> list[Line]:
     """The fitness over the epochs, interrupted wherever the model became another one, or was not measured."""
-    starts = {row.epoch: _first(row.fitness.recovered, row.fitness.cut) for row in report.rounds}
+    starts = {row.epoch: first_known(row.fitness.recovered, row.fitness.cut) for row in report.rounds}
     lines: list[Line] = []
     current: Line = []
     if 0 not in starts and report.dense.fitness is not None and report.epochs_log:
@@ -161,7 +161,3 @@ def _cuts(plot: Plot, report: Report, x: Axis, foot: float) -> None:
         if text and left > free:
             plot.text("cut-name back" if row.held is False else "cut-name", left, TOP - 11, text)
             free = left + wide
-
-
-def _first(*values: float | None) -> float | None:
-    return next((value for value in values if value is not None), None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yolo_prune.files import write_bytes
-from yolo_prune.report.data import LayerRow, Report, RoundRow
+from yolo_prune.report.data import LayerRow, Report, RoundRow, first_known
 from yolo_prune.report.table import MISSING, difference, fitness, number, percent, target_text
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ def _stretches(report: Report) -> list[tuple[list[float], list[float]]]:
     """The fitness line from cut to cut, as x (epochs finished) and y (NaN where not measured)."""
     log = {row.epoch: row.fitness for row in report.epochs_log}
     edges = [(0, report.dense.fitness)]
-    edges += [(row.epoch, _first(row.fitness.recovered, row.fitness.cut)) for row in report.rounds]
+    edges += [(row.epoch, first_known(row.fitness.recovered, row.fitness.cut)) for row in report.rounds]
     if len(edges) > 1 and edges[1][0] == 0:
         edges = edges[1:]  # the first cut was made before the first epoch
     stretches = []
@@ -387,7 +387,3 @@ def _legend(axes: Axes, handles: Sequence[Artist], pad: float) -> None:
 
 def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=13, color=QUIET)
-
-
-def _first(*values: float | None) -> float | None:
-    return next((value for value in values if value is not None), None)
