@@ -20,7 +20,7 @@ from yolo_prune import criteria, surgery
 from yolo_prune.cost import Cost, measure
 from yolo_prune.graph import Graph, trace
 from yolo_prune.metadata import Record, read, write
-from yolo_prune.planner import build_plan
+from yolo_prune.planner import ROUND_TO, build_plan
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.select import Constraints, Goal, select
@@ -77,7 +77,7 @@ def plan_of(name: str, **fields: Any) -> Plan:
     scores = {s.name: criterion(shared(name).state_dict(), s) for g in graph.groups for s in g.sets}
     whole = cost.flops() if asked.target.metric == "flops" else cost.parameters()
     goal = Goal(asked.target.metric, asked.target.keep * whole, whole)
-    constraints = Constraints(c.round_to, c.min, c.max_removed)
+    constraints = Constraints(c.round_to or ROUND_TO, c.min, c.max_removed)
     return build_plan(graph, cost, select(graph.groups, cost, scores, goal, constraints, graph.widths), {})
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from yolo_prune import surgery
 from yolo_prune.errors import PlanError
+from yolo_prune.forecast import Forecast
 from yolo_prune.planner import make_plan
-from yolo_prune.plans import Forecast, GroupWidth, Plan, Protected
+from yolo_prune.plans import GroupWidth, Plan, Protected
 
 SMALL = Plan(
     keep={"a.weight": {0: (0, 1, 2, 5)}, "a.bias": {0: (0, 1, 2, 5)}, "b.weight": {0: (1,), 1: (0, 1, 2, 5)}},

@@ -15,6 +15,8 @@ from yolo_prune.errors import RecipeError
 from yolo_prune.recipe import CriterionSpec, Recipe, bundled_names, json_schema, load_recipe
 
 T = "target: {flops: 0.5}"
+FIELDS = "flops, params, max_drop, latency, format, device, imgsz, batch, threads, quantize, profile"
+ONE = "target: give exactly one of flops, params, latency and max_drop"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -52,7 +54,7 @@ def test_a_criterion_is_a_name_or_a_flat_mapping(given: object, name: str, optio
 def test_a_recipe_needs_no_more_than_a_target() -> None:
     recipe = load_recipe({"target": {"params": 0.4}})
     assert (recipe.target.metric, recipe.target.keep) == ("params", 0.4)
-    assert (recipe.channels.round_to, recipe.recover.batchnorm, recipe.proof) == (8, 32, True)
+    assert (recipe.channels.min, recipe.recover.batchnorm, recipe.proof) == (8, 32, True)
 
 
 def test_weights_that_are_rewound_are_not_refitted() -> None:
@@ -89,11 +91,11 @@ def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
         ({"proof": "false"}, "proof", False),
         ({"protect": "*.cv2"}, "protect", ["*.cv2"]),
         ({"target": "{params: 0.6}"}, "target", {"params": 0.6}),
+        ({"target.latency": "0.6", "target.device": "0"}, "target", {"latency": 0.6, "device": "0"}),
         (
             {"channels.layers": "{model.0: {max_removed: 0.25}, '*.cv1': {round_to: 16, min: 16}}"},
             "channels",
             {
-                "round_to": 8,
                 "min": 8,
                 "max_removed": 0.75,
                 "attention": "dims",
@@ -126,13 +128,33 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         ("target: {flops: 0}", "target.flops: must be a number above 0 and below 1, got 0 "),
         ("target: {params: .nan}", "target.params: must be a number above 0 and below 1, got nan "),
         ("target: {flops: true}", "target.flops: must be a number above 0 and below 1, got True "),
-        ("target: 0.5", "target: must be a mapping with flops, params, max_drop, got 0.5 "),
+        (
+            "target: 0.5",
+            f"target: must be a mapping with {FIELDS}, got 0.5 ",
+        ),
         (
             "target: {flops: 0.5, params: 0.4}",
-            "target: give exactly one of flops, params and max_drop, for example {flops: 0.5}, "
+            "target: give exactly one of flops, params, latency and max_drop, for example {flops: 0.5}, "
             "got {'flops': 0.5, 'params': 0.4}",
         ),
-        ("target: {}", "target: give exactly one of flops, params and max_drop, for example {flops: 0.5}, got {}"),
+        (
+            "target: {flops: 0.5, format: onnx}",
+            "target: format says how a latency is measured; give latency beside it, or leave it out",
+        ),
+        (
+            "target: {latency: 0.5, format: onnx, profile: pi.json}",
+            "target: format is what the profile was measured with; leave it out beside profile",
+        ),
+        (
+            "target: {latency: 0.5, imgsz: 100}",
+            "target.imgsz: must be a whole number at least 32 and a multiple of 32, got 100",
+        ),
+        ("target: {latency: 0.5, format: tflite}", "target.format: must be one of torch, torchscript, onnx, openvino"),
+        ("target: {latency: 0.5, quantize: 8}", "target.quantize: must be one of 16, 32, got 8"),
+        (
+            "target: {}",
+            "target: give exactly one of flops, params, latency and max_drop, for example {flops: 0.5}, got {}",
+        ),
         ("schedule: {rounds: 3}", "target: is missing; give it, for example 'target: {flops: 0.5}'"),
         (
             f"{T}\nschedule: {{rounds: 0}}",
@@ -198,7 +220,10 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         (f"{T}\nproof: maybe", "proof: must be true or false, got 'maybe' (prove each cut"),
         (f"{T}\nprotect: [1]", "protect.0: must be a text or a list of texts, got 1 (modules that are never"),
         (f"{T}\nprotect: {{a: b}}", "protect: must be a text or a list of texts, got {'a': 'b'} "),
-        (f"target: [0x{'f' * 9999}]", "target: must be a mapping with flops, params, max_drop, got [a huge number] "),
+        (
+            f"target: [0x{'f' * 9999}]",
+            f"target: must be a mapping with {FIELDS}, got [a huge number] ",
+        ),
         (
             f"{T}\nschedule: {{curve: 0x{'f' * 9999}}}",
             "schedule.curve: must be one of one-shot, linear, cubic, got a h",
@@ -306,7 +331,10 @@ def test_recipes_that_are_not_there(source: str, message: str) -> None:
             {"channels.layers.model.0.min": 2},
             r"recipe.channels.layers.model.0.min': names of layers have dots of their own",
         ),
-        ({"target.flops": 0.4, "target.params": 0.3}, "target: give exactly one of flops, params and max_drop"),
+        (
+            {"target.flops": 0.4, "target.params": 0.3},
+            "target: give exactly one of flops, params, latency and max_drop",
+        ),
         (
             {"schedule.curve": "one-shot", "schedule.rounds": 3},
             "schedule: curve one-shot is a single cut; set rounds to 1",
@@ -357,3 +385,16 @@ def test_bundled_recipes_say_what_each_field_does() -> None:
         text = path.read_text(encoding="utf-8")
         assert set(yaml.safe_load(text)) == set(Recipe.model_fields)
         assert [line for line in text.splitlines() if "#" not in line] == []
+
+
+def test_a_target_keeps_what_an_override_does_not_exclude() -> None:
+    ncnn = {"target": {"latency": 0.6, "format": "ncnn", "imgsz": 320}}
+
+    def target(**fields: object) -> dict[str, object]:
+        found: dict[str, object] = load_recipe(ncnn, {f"target.{k}": v for k, v in fields.items()}).to_dict()["target"]
+        return found
+
+    assert target(latency=0.5) == {"latency": 0.5, "format": "ncnn", "imgsz": 320}
+    assert target(imgsz=640) == {"latency": 0.6, "format": "ncnn", "imgsz": 640}
+    assert target(profile="pi.json") == {"latency": 0.6, "profile": "pi.json"}
+    assert target(flops=0.5) == {"flops": 0.5}

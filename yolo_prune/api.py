@@ -3,26 +3,26 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from ultralytics import RTDETR, YOLO
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
 from yolo_prune import _startup, images, journal, metadata, planner, proof, recipe, recover, surgery
 from yolo_prune.calibration import Calibration
-from yolo_prune.compat import DAMAGED
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
-from yolo_prune.files import write_bytes
 from yolo_prune.metadata import Record
+from yolo_prune.models import open_model, save
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
+from yolo_prune.timing import target as latency
+
+__all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save"]
 
 DESCRIPTIVE = ("train_args", "date", "version", "license", "docs", "git")
 
@@ -61,9 +61,14 @@ def plan(
             f"large, but made with the {key} {planner.STAND_INS[key].name}."
         )
     asked = asked if data else planner.rehearsal(asked)
+    module, target = _module(model), asked.target
+    timing = latency.find(module, target, imgsz)
     calibration = _calibration(model, data, imgsz, count) if data and count else None
     bar = journal.bar("weighing channels")
-    return planner.make_plan(_module(model), asked, imgsz, calibration=calibration, progress=bar)
+    if timing is None:
+        return planner.make_plan(module, asked, imgsz, calibration=calibration, progress=bar)
+    weighed = planner.weigh(module, planner.survey(module, asked, imgsz), asked, calibration, bar, timing)
+    return latency.settle(module, weighed, target, imgsz).plan
 
 
 def apply(
@@ -159,47 +164,6 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
         model: a `YOLO` object, its module, or a path to a checkpoint.
     """
     return metadata.is_pruned(_module(model))
-
-
-def open_model(path: str | Path) -> Model:
-    """A `YOLO` (or `RTDETR`, ...) object for a checkpoint or YAML file.
-
-    Raises:
-        PruneError: If the file is missing or is not a checkpoint that can be pruned.
-    """
-    path = Path(path)
-    if path.suffix not in (".pt", ".yaml", ".yml"):
-        raise UnsupportedModelError(
-            f"'{path}' cannot be pruned: pass a .pt checkpoint (an exported model has to be exported anew)."
-        )
-    try:
-        return RTDETR(str(path)) if "rtdetr" in path.stem.lower() else YOLO(str(path))  # as `yolo` does
-    except FileNotFoundError as e:
-        raise RunError(f"The model '{path}' does not exist.") from e
-    except TypeError as e:
-        raise UnsupportedModelError(
-            f"'{path}' holds no Ultralytics YOLO model (SAM, YOLO-NAS and plain state dicts do not). Pass a checkpoint "
-            "that 'yolo train' wrote, or one of Ultralytics' own such as yolo26n.pt."
-        ) from e
-    except ImportError as e:
-        raise UnsupportedModelError(
-            f"'{path}' cannot be loaded here: {e}. "
-            + (
-                "It is quantized (quantize=8 in training): prune the checkpoint that it was quantized from instead."
-                if "modelopt" in str(e)
-                else "It holds a block of your own: run where its module can be imported (PYTHONPATH)."
-            )
-        ) from e
-    except DAMAGED as e:
-        raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
-
-
-def save(model: Model, path: str | Path) -> Path:
-    """Save a model as Ultralytics does; the file appears whole or not at all."""
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / "model.pt"
-        model.save(temporary)
-        return write_bytes(path, temporary.read_bytes())
 
 
 def describe(model: Model | nn.Module | str | Path) -> str:

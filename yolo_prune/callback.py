@@ -24,8 +24,9 @@ from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.front import FRONT
 from yolo_prune.report.page import PAGE
 from yolo_prune.report.picture import draw
+from yolo_prune.timing import target as latency
 
-METRICS = {"flops": "FLOPs", "params": "parameters"}
+METRICS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
 
 
 class PruneCallback:
@@ -159,7 +160,8 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     model, frozen = control.live(trainer), control.frozen_modules(trainer)
     record = metadata.read(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
-    plan = planner.trial(model, graph, recipe)
+    timing = ranks.agree(lambda: latency.find(model, recipe.target, trainer.args.imgsz))
+    plan = planner.trial(model, graph, recipe, timing)
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
     present = plan.predicted.present(recipe.target.metric)
@@ -171,7 +173,8 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     due = planner.rounds(recipe, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
-    return Run(recipe, due, report, trainer.stopper.patience, cost, frozen, exact=bool(trainer.args.deterministic))
+    exact = bool(trainer.args.deterministic)
+    return Run(recipe, due, report, trainer.stopper.patience, cost, frozen, timing=timing, exact=exact)
 
 
 def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Run:
@@ -186,7 +189,8 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
     report = journal.reopen(trainer, recipe, source, record)
     cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, report))
     frozen = control.frozen_modules(trainer)
-    run = Run(recipe, due, report, trainer.stopper.patience, cost, frozen, done, exact)
+    timing = ranks.agree(lambda: latency.find(control.live(trainer), recipe.target, journal.imgsz(trainer, report)))
+    run = Run(recipe, due, report, trainer.stopper.patience, cost, frozen, timing, done, exact)
     cut_since = bool(record.rounds) and record.rounds[-1]["epoch"] == trainer.start_epoch
     if len(report.epochs_log) == trainer.start_epoch - 1 and not cut_since:  # killed between last.pt and the report
         journal.log_epoch(trainer, run, trainer.start_epoch)

@@ -23,6 +23,8 @@ HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of a
   yolo-prune bench model=dense.pt,pruned.pt [format=onnx,openvino] [imgsz=640] [batch=1] [device=cpu] [threads=N]
                    [repeats=N] [half=True | quantize=16 | quantize=8] [data=data.yaml] [save=bench.json]
                                                                 is it really faster, and still the same model?
+  yolo-prune profile model=best.pt format=ncnn [imgsz=640] [batch=1] [device=cpu] [threads=N] [half=True]
+                   [save=profile.json]   on the target device: what recipe.target.profile reads elsewhere
   yolo-prune report  runs/detect/train [data=data.yaml] [model=dense.pt] [save=report.html]
                                                                 what a run did, on one page
   yolo-prune compare dense.pt pruned.pt ... data=data.yaml [imgsz=640] [save=compare.html]
@@ -125,9 +127,7 @@ def _bench(arguments: list[str]) -> int:
     values, _ = _parse("bench", arguments, known)
     models = [name for name in _model(values).split(",") if name]
     save = _target(values["save"], ".json") if "save" in values else None
-    numbers = {key: _whole(key, values[key]) for key in ("batch", "threads", "repeats", "quantize") if key in values}
-    if _truth("half", values.get("half", "False")) and numbers.setdefault("quantize", 16) != 16:
-        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
+    numbers = _numbers(values)
     from yolo_prune import benchmark, runtimes
     from yolo_prune.subjects import Setting
 
@@ -139,6 +139,33 @@ def _bench(arguments: list[str]) -> int:
         print(f"\nsaved {found.save(save)}")
     found.check()
     return 0
+
+
+def _profile(arguments: list[str]) -> int:
+    known = ("model", "format", "imgsz", "batch", "device", "threads", "half", "quantize", "save")
+    values, _ = _parse("profile", arguments, known)
+    source, save = _model(values), _target(values.get("save", "profile.json"), ".json")
+    numbers = _numbers(values)
+    from yolo_prune import api, runtimes
+    from yolo_prune.subjects import Setting
+    from yolo_prune.timing import target
+
+    formats = runtimes.parse(values.get("format", "onnx"))
+    if len(formats) > 1:
+        raise PruneError(f"format={values['format']}: a profile is of one runtime. Write one file for each.")
+    asked = Setting.of(_imgsz(values), device=values.get("device", "cpu"), **numbers)
+    print(f"saved {target.profile(api.open_model(source), formats[0], asked, save)}")
+    return 0
+
+
+def _numbers(values: dict[str, str]) -> dict[str, Any]:
+    """What says how a model is timed, of the arguments that are whole numbers."""
+    numbers: dict[str, Any] = {
+        key: _whole(key, values[key]) for key in ("batch", "threads", "repeats", "quantize") if key in values
+    }
+    if _truth("half", values.get("half", "False")) and numbers.setdefault("quantize", 16) != 16:
+        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
+    return numbers
 
 
 def _show(arguments: list[str]) -> int:
@@ -218,6 +245,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "apply": _apply,
     "bench": _bench,
+    "profile": _profile,
     "show": _show,
     "report": _report,
     "compare": _compare,

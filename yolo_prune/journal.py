@@ -14,6 +14,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, TQDM, colorstr
 
 from yolo_prune import control, guard, planner, proof, ranks, schedule
+from yolo_prune.cost import Timing
 from yolo_prune.errors import PruneError
 from yolo_prune.guard import Stage
 from yolo_prune.metadata import Record
@@ -42,6 +43,7 @@ class Run:
         patience: the early stopping patience to restore after the last round.
         cost: FLOPs and parameters of the model as it is.
         frozen: modules that this run does not train (`freeze=`).
+        timing: what takes how long, where the target is a latency.
         done: rounds that are finished.
         exact: a resumed run goes on bit for bit (`deterministic=`).
         epoch_open: an epoch was trained and is not yet in the report.
@@ -53,6 +55,7 @@ class Run:
     patience: float
     cost: tuple[float, int]
     frozen: tuple[str, ...] = ()
+    timing: Timing | None = None
     done: int = 0
     exact: bool = True
     epoch_open: bool = False
@@ -218,6 +221,7 @@ def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
         f"{PREFIX}round {row.number} of {len(run.rounds)}: {kept:.1%} of the FLOPs, {row.params:,} parameters; "
         + (f"fitness {', '.join(steps)}" if steps else "not measured")
         + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved")
+        + (f"; {row.latency}" if row.latency else "")
     )
 
 
@@ -249,6 +253,8 @@ def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan)
     fitness = float(trainer.validator.metrics.fitness)
     classes = class_ap(trainer.validator.metrics)
     report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
+    if (measured := next((row.latency for row in reversed(report.rounds) if row.held is not False), None)) is not None:
+        report.dense.latency_ms, report.pruned.latency_ms = measured.dense_ms, measured.ms
     close_rounds(report, fitness)
     report.layers = _layers(model, plan, report)
     report.status = "finished"

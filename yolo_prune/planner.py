@@ -5,28 +5,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from yolo_prune import allocation, criteria, schedule
 from yolo_prune.calibration import Calibration, Progress
-from yolo_prune.cost import Cost, measure
+from yolo_prune.cost import Cost, Timing, measure
 from yolo_prune.criteria.base import Observer
 from yolo_prune.errors import NothingToRemoveError, RecipeError, ScheduleError
+from yolo_prune.forecast import Forecast
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.graph.structure import ChannelSet
 from yolo_prune.metadata import read
-from yolo_prune.plans import Attributes, Forecast, GroupWidth, Keep, Plan, Protected, Scale, Shapes
+from yolo_prune.plans import Attributes, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.recipe import AllocationSpec, CriterionSpec, LayerLimits, Recipe
-from yolo_prune.select import Constraints, Goal, least, levels, select
+from yolo_prune.select import Allocation, Constraints, Goal, least, levels, select
 
 STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
     "criterion": CriterionSpec(name="magnitude"),
     "allocation": AllocationSpec(),
 }
 """What takes the place of a criterion or an allocation that looks at training images where there are none."""
+ROUND_TO = 8
 
 
 def make_plan(
@@ -37,6 +39,7 @@ def make_plan(
     frozen: Sequence[str] = (),
     calibration: Calibration | None = None,
     progress: Progress = iter,
+    timing: Timing | None = None,
 ) -> Plan:
     """Plan one cut.
 
@@ -48,6 +51,7 @@ def make_plan(
         frozen: names of modules that are not trained, and so are not cut.
         calibration: training images, for criteria and allocations that look at data.
         progress: wraps what these go through, to show how far it is.
+        timing: what takes how long, for a latency target.
 
     Raises:
         TargetError: If the target is out of reach.
@@ -56,7 +60,7 @@ def make_plan(
         RecipeError: If a pattern of protect or channels.layers matches nothing, or the criterion is unknown.
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
     """
-    return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep, calibration, progress)
+    return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep, calibration, progress, timing)
 
 
 def rehearsal(recipe: Recipe) -> Recipe:
@@ -121,6 +125,44 @@ def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] =
     return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """Everything that a plan follows from, once it is said how far the cut goes.
+
+    Attributes:
+        graph: of the model.
+        cost: of the model.
+        dense: shapes in the dense model of the tensors that earlier cuts made smaller.
+        widths: `{set name: channels in the dense model}`.
+        constraints: on the widths.
+        scores: `{set name: (size,)}`.
+        comparable: scores are amounts of the loss.
+        share_out: how the removal is shared out over groups.
+    """
+
+    graph: Graph
+    cost: Cost
+    dense: Shapes
+    widths: Mapping[str, int]
+    constraints: Constraints
+    scores: Mapping[str, Tensor]
+    comparable: bool
+    share_out: Allocation
+
+    def plan(self, metric: str, keep: float) -> Plan:
+        """The plan that leaves a fraction of the dense model, in "flops", "params" or "latency".
+
+        Raises:
+            TargetError: If it is out of reach.
+            NothingToRemoveError: If the model already meets it.
+        """
+        goal = _goal(self.cost, self.dense, metric, keep)
+        free = [g for g in self.graph.groups if not g.protected]
+        limits = self.constraints, self.widths
+        kept = select(free, self.cost, self.scores, goal, *limits, self.comparable, self.share_out)
+        return build_plan(self.graph, self.cost, kept, self.dense)
+
+
 def plan_for(
     model: nn.Module,
     graph: Graph,
@@ -128,23 +170,30 @@ def plan_for(
     keep: float | None = None,
     calibration: Calibration | None = None,
     progress: Progress = iter,
+    timing: Timing | None = None,
 ) -> Plan:
     """`make_plan` for a model that was traced before."""
-    cost = measure(model, graph)
-    dense, widths = _dense(model, graph)
-    metric, wanted = recipe.target.metric, recipe.target.keep if keep is None else keep
+    wanted = recipe.target.keep if keep is None else keep
     if wanted is None:
         raise RecipeError(
             "target.max_drop: how small the model can get is found while training (callbacks=prune). To plan or apply "
-            "one cut, say how far it goes: target.flops or target.params."
+            "one cut, say how far it goes: target.flops, target.params or target.latency."
         )
-    whole, present = cost.total(metric, dense), cost.total(metric)
-    if present <= wanted * whole:
-        raise NothingToRemoveError(
-            f"target.{metric}: the model already is at {present / whole:.3f} of its dense size; "
-            f"a target of {wanted:g} leaves nothing to remove. Ask for less."
-        )
-    constraints = _constraints(model, graph, recipe)
+    _goal(measure(model, graph, timing), _dense(model, graph)[0], recipe.target.metric, wanted)  # before any weighing
+    return weigh(model, graph, recipe, calibration, progress, timing).plan(recipe.target.metric, wanted)
+
+
+def weigh(
+    model: nn.Module,
+    graph: Graph,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    progress: Progress = iter,
+    timing: Timing | None = None,
+) -> Weighed:
+    """Score all channels; see `make_plan`."""
+    dense, widths = _dense(model, graph)
+    constraints = _constraints(model, graph, recipe, timing)
     for key in looks(recipe) if calibration is None else ():
         raise RecipeError(
             f"{key} {getattr(recipe, key).name} looks at training images: say which, as in data=coco8.yaml; or take "
@@ -161,11 +210,11 @@ def plan_for(
     allowed = [(g, levels(g, constraints, widths)) for g in free]
     allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
     share_out = allocate(allocation.Subject(model, allowed, scores, calibration, progress))
-    goal = Goal(metric, wanted * whole, whole)
-    return build_plan(graph, cost, select(free, cost, scores, goal, constraints, widths, comparable, share_out), dense)
+    cost = measure(model, graph, timing)
+    return Weighed(graph, cost, dense, widths, constraints, scores, comparable, share_out)
 
 
-def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
+def trial(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> Plan:
     """What a run by this recipe would do at once, but without data; of a search for the size, its first step."""
     keep = recipe.target.keep
     if keep is None:
@@ -178,29 +227,34 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
                 "channels.max_removed, lower channels.min or channels.round_to, or protect less."
             )
         keep = (present + floor) / 2
-    return plan_for(model, graph, rehearsal(recipe), keep)
+    return plan_for(model, graph, rehearsal(recipe), keep, timing=timing)
 
 
-def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
+def reachable(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> float:
     """The least fraction of the dense model that the recipe's constraints can leave, in its target's metric.
 
     Args:
         model: dense, or pruned before.
         graph: its trace.
         recipe: for the metric and the constraints.
+        timing: what takes how long, for a latency target.
     """
-    cost, metric = measure(model, graph), recipe.target.metric
+    cost, metric = measure(model, graph, timing), recipe.target.metric
     dense, widths = _dense(model, graph)
-    return least(graph.groups, cost, metric, _constraints(model, graph, recipe), widths) / cost.total(metric, dense)
+    constraints = _constraints(model, graph, recipe, timing)
+    return least(graph.groups, cost, metric, constraints, widths) / cost.total(metric, dense)
 
 
-def _constraints(model: nn.Module, graph: Graph, recipe: Recipe) -> Constraints:
+def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> Constraints:
     """Limits on widths as a recipe gives them: for all layers, and for those that its patterns name.
+
+    Where the target is a latency, a width between two steps of the runtime would cost accuracy and save nothing.
 
     Raises:
         RecipeError: If a pattern names no layer.
     """
-    channels = recipe.channels
+    channels, multiple = recipe.channels, timing.multiple if timing else 1
+    everywhere = multiple if timing and channels.round_to is None else channels.round_to or ROUND_TO
     found: dict[str, list[LayerLimits]] = {}
     for pattern, limits in channels.layers.items():
         modules = set(named(model, pattern, "channels.layers"))
@@ -214,19 +268,33 @@ def _constraints(model: nn.Module, graph: Graph, recipe: Recipe) -> Constraints:
             found.setdefault(name, []).append(limits)
 
     def given(key: str, of: list[LayerLimits]) -> list[Any]:
-        return [v for v in (getattr(limits, key) for limits in of) if v is not None] or [getattr(channels, key)]
+        return [v for v in (getattr(limits, key) for limits in of) if v is not None]
 
     def strictest(of: list[LayerLimits]) -> Constraints:
-        return Constraints(math.lcm(*given("round_to", of)), max(given("min", of)), min(given("max_removed", of)))
+        return Constraints(
+            math.lcm(multiple, *given("round_to", of) or [everywhere]),
+            max(given("min", of), default=channels.min),
+            min(given("max_removed", of), default=channels.max_removed),
+        )
 
     each = {name: strictest(limits) for name, limits in found.items()}
-    return Constraints(channels.round_to, channels.min, channels.max_removed, each)
+    return Constraints(math.lcm(multiple, everywhere), channels.min, channels.max_removed, each)
 
 
 def _around(layer: str) -> Iterator[str]:
     """Names of the modules that a layer is in."""
     while layer := layer.rpartition(".")[0]:
         yield layer
+
+
+def _goal(cost: Cost, dense: Shapes, metric: str, keep: float) -> Goal:
+    whole, present = cost.total(metric, dense), cost.total(metric)
+    if present <= keep * whole:
+        raise NothingToRemoveError(
+            f"target.{metric}: the model already is at {present / whole:.3f} of its dense size; "
+            f"a target of {keep:g} leaves nothing to remove. Ask for less."
+        )
+    return Goal(metric, keep * whole, whole)
 
 
 def _dense(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:
@@ -289,8 +357,16 @@ def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], de
         dense_params=cost.parameters(dense),
         params_before=cost.parameters(),
         params_after=cost.parameters(after),
+        **_milliseconds(cost, dense, after),
     )
     return replace(plan, forecast=forecast)
+
+
+def _milliseconds(cost: Cost, dense: Shapes, after: Shapes) -> dict[str, float]:
+    if cost.timing is None:
+        return {}
+    found = {"dense_ms": dense, "ms_before": {}, "ms_after": after}
+    return {key: cost.total("latency", shapes) for key, shapes in found.items()}
 
 
 def protected_parts(graph: Graph) -> tuple[Protected, ...]:

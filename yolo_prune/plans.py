@@ -14,6 +14,7 @@ from typing import Any
 
 from yolo_prune.errors import PlanError
 from yolo_prune.files import write_text
+from yolo_prune.forecast import Forecast
 
 VERSION = 1
 MAX_BYTES = 64 * 2**20  # far more than the plan of any model takes
@@ -41,37 +42,6 @@ class Protected:
 
     layers: tuple[str, ...]
     reason: str
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What the plan does to the cost of the model, at one image size. FLOPs are 2 x MACs for one image."""
-
-    imgsz: int
-    dense_flops: float
-    flops_before: float
-    flops_after: float
-    dense_params: int
-    params_before: int
-    params_after: int
-
-    def present(self, metric: str) -> float:
-        """Fraction of the dense model's "flops" or "params" that is left before the plan is applied."""
-        return self.flops_before / self.dense_flops if metric == "flops" else self.params_before / self.dense_params
-
-    def kept(self, metric: str) -> float:
-        """Fraction of the dense model's "flops" or "params" that is left after the plan is applied."""
-        return self.flops_kept if metric == "flops" else self.params_kept
-
-    @property
-    def flops_kept(self) -> float:
-        """FLOPs kept, as a fraction of the dense model."""
-        return self.flops_after / self.dense_flops
-
-    @property
-    def params_kept(self) -> float:
-        """Parameters kept, as a fraction of the dense model."""
-        return self.params_after / self.dense_params
 
 
 @dataclass(frozen=True)
@@ -161,7 +131,7 @@ class Plan:
             groups[g.name] = replace(g, before=groups[g.name].before) if g.name in groups else g
         forecast, first = later.forecast, self.forecast
         if forecast and first and forecast.imgsz == first.imgsz:
-            forecast = replace(forecast, flops_before=first.flops_before, params_before=first.params_before)
+            forecast = first.then(forecast)
         return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale)
 
     def since(self, earlier: Plan) -> Plan:
@@ -207,7 +177,7 @@ class Plan:
         if self.scale:
             data["scale"] = {n: _to_runs(v) for n, v in sorted(self.scale.items())}
         if self.forecast:
-            data["forecast"] = dict(vars(self.forecast))
+            data["forecast"] = self.forecast.to_dict()
         return data
 
     @classmethod
@@ -232,7 +202,7 @@ class Plan:
                 shapes=shapes,
                 groups=tuple(_group(*g) for g in data.get("groups", ())),
                 protected=tuple(Protected(tuple(map(str, ls)), str(r)) for ls, r in data.get("protected", ())),
-                forecast=_forecast(data["forecast"]) if data.get("forecast") else None,
+                forecast=Forecast.from_dict(data["forecast"]) if data.get("forecast") else None,
                 scale={n: _from_runs(v) for n, v in data.get("scale", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
@@ -318,6 +288,11 @@ class Plan:
                 f"{f.flops_after / 1e9:12.3f}{f.flops_kept:10.1%}   at imgsz {f.imgsz}",
                 f"{'parameters':12}{f.dense_params:12,}{f.params_before:12,}{f.params_after:12,}{f.params_kept:10.1%}",
             ]
+            if f.dense_ms is not None and f.ms_before is not None and f.ms_after is not None:
+                lines.append(
+                    f"{'latency, ms':12}{f.dense_ms:12.3f}{f.ms_before:12.3f}{f.ms_after:12.3f}"
+                    f"{f.kept('latency'):10.1%}   predicted"
+                )
         return "\n".join(lines)
 
 
@@ -326,14 +301,6 @@ def _group(name: object, layers: Iterable[object], before: Any, after: Any) -> G
     if not 1 <= group.after <= group.before:
         raise ValueError(f"group '{name}' goes from {before} to {after} channels")
     return group
-
-
-def _forecast(data: Mapping[str, Any]) -> Forecast:
-    numbers: dict[str, Any] = {key: (float if "flops" in key else int)(value) for key, value in data.items()}
-    forecast = Forecast(**numbers)
-    if not all(0 < value < math.inf for value in vars(forecast).values()):
-        raise ValueError("a forecast holds positive numbers only")
-    return forecast
 
 
 def _width(value: Any) -> int | list[int]:

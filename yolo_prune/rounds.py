@@ -15,11 +15,15 @@ from yolo_prune import control, guard, journal, metadata, planner, proof, ranks,
 from yolo_prune.calibration import Calibration
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import GradientError, NothingToRemoveError, RunError
+from yolo_prune.graph import Graph
 from yolo_prune.guard import Stage
 from yolo_prune.journal import PREFIX, Run
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
+from yolo_prune.recipe import Recipe
 from yolo_prune.report import Proof, RoundFitness, RoundRow
+from yolo_prune.report.data import LatencyRow
+from yolo_prune.timing import target
 
 
 def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
@@ -40,7 +44,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
         return changed
     images = max(planner.images_for(recipe), recipe.recover.refit)
     calibration = control.calibration(trainer, images) if images and ranks.first() else None
-    plan, proven, asked = ranks.agree(lambda: _decide(trainer, run, due, found, calibration))
+    plan, proven, asked, latency = ranks.agree(lambda: _decide(trainer, run, due, found, calibration))
     if plan is None:
         why = "the round before already went this far" if recipe.target.keep else "no other size is left to try"
         LOGGER.info(f"{PREFIX}round {due.number}: {why}; nothing to remove")
@@ -68,12 +72,13 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
         params=plan.predicted.params_after,
         size_mb=journal.size_mb(control.average(trainer)),
         plan=plan.hash,
+        latency=latency,
         proof=Proof(**vars(proven)) if proven else None,
         fitness=RoundFitness(before=before, cut=after_cut, recovered=recovered),
         seconds=time.perf_counter() - began,
     )
-    facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan"})
-    facts["keep"] = plan.predicted.kept(recipe.target.metric)
+    facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan", "latency"})
+    facts["keep"] = latency.ratio if latency else plan.predicted.kept(recipe.target.metric)
     if reference is not None:
         facts["reference"] = reference
     _forget_best(trainer, record)
@@ -228,27 +233,46 @@ def _recover(
 
 def _decide(
     trainer: BaseTrainer, run: Run, due: schedule.Round, found: Sequence[Stage], calibration: Calibration | None
-) -> tuple[Plan | None, proof.Proof | None, float]:
-    """The proved plan of a round, and what it aims at; no plan where the rounds before went this far already."""
+) -> tuple[Plan | None, proof.Proof | None, float, LatencyRow | None]:
+    """The proved plan of a round, what it aims at, and how fast it makes the model where that is the target.
+
+    No plan where the rounds before went this far already.
+    """
     ema, recipe = control.average(trainer), run.recipe
     graph = planner.survey(ema, recipe, journal.imgsz(trainer, run.report), run.frozen)
     searches = recipe.target.keep is None
-    floor = planner.reachable(ema, graph, recipe) if searches else 0.0
+    floor = planner.reachable(ema, graph, recipe, run.timing) if searches else 0.0
     keep = guard.next_keep(found, due.keep, floor, recipe.target.keep)
     if searches and guard.is_found(found):
-        return None, None, keep
-    bar = journal.bar(f"{PREFIX}round {due.number}: weighing channels")
+        return None, None, keep, None
     try:
-        try:
-            plan = planner.plan_for(ema, graph, recipe, keep, calibration, bar)
-        except GradientError as e:  # such a model has little to lose, and its run must not end here
-            LOGGER.warning(f"{PREFIX}{e} This round goes by magnitude.")
-            plan = planner.plan_for(ema, graph, planner.rehearsal(recipe), keep)
+        plan, latency = _plan(trainer, run, due, graph, keep, calibration)
     except NothingToRemoveError:
-        return None, None, keep
+        return None, None, keep, None
     if searches and guard.is_known_to_fail(found, plan.predicted.kept(recipe.target.metric)):
-        return None, None, keep
-    return plan, proof.prove(ema, plan) if recipe.proof else None, keep
+        return None, None, keep, None
+    return plan, proof.prove(ema, plan) if recipe.proof else None, keep, latency
+
+
+def _plan(
+    trainer: BaseTrainer, run: Run, due: schedule.Round, graph: Graph, keep: float, calibration: Calibration | None
+) -> tuple[Plan, LatencyRow | None]:
+    """The plan of a round; for a latency, corrected by what is measured."""
+    ema, recipe = control.average(trainer), run.recipe
+    bar = journal.bar(f"{PREFIX}round {due.number}: weighing channels")
+
+    def plan(recipe: Recipe, calibration: Calibration | None) -> tuple[Plan, LatencyRow | None]:
+        if run.timing is None:
+            return planner.plan_for(ema, graph, recipe, keep, calibration, bar), None
+        weighed = planner.weigh(ema, graph, recipe, calibration, bar, run.timing)
+        hit = target.settle(ema, weighed, recipe.target, journal.imgsz(trainer, run.report), keep)
+        return hit.plan, hit.row
+
+    try:
+        return plan(recipe, calibration)
+    except GradientError as e:  # such a model has little to lose, and its run must not end here
+        LOGGER.warning(f"{PREFIX}{e} This round goes by magnitude.")
+        return plan(planner.rehearsal(recipe), None)
 
 
 def _compare_ranks(trainer: BaseTrainer, plan: Plan) -> None:

@@ -158,33 +158,35 @@ def open_session(format: str, path: Path, device: torch.device, threads: int, qu
     if device.type == "cpu":
         torch.set_num_threads(threads)
     if format == "torch":
-        return Torch(path, device, half=quantize == 16 and device.type != "cpu")
+        half = quantize == 16 and device.type != "cpu"
+        return Torch(_backend(path, device, half).eval().model, device, half)
     if format == "torchscript":
-        return TorchScript(path, device)
+        importlib.import_module("torchvision")  # its operators may be in the file
+        traced: Any = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+        return Torch(traced.eval(), device, any(p.dtype == torch.float16 for p in traced.parameters()))
     if format == "engine":
-        return Engine(path, device)
+        return Torch(_backend(path, device, half=False), device)
     if format == "openvino":
         return OpenVino(path, threads)
     return Ncnn(path, threads) if format == "ncnn" else OnnxRuntime(path, device, threads)
 
 
+def _backend(path: Path, device: torch.device, half: bool) -> Any:
+    """Ultralytics' own, with the head that is exported where nobody asks for the other."""
+    takes = inspect.signature(AutoBackend.__init__).parameters
+    head = {"end2end": False} if "end2end" in takes and path.suffix == ".pt" else {}
+    return AutoBackend(str(path), device=device, fp16=half, verbose=False, **head)
+
+
 class Torch:
-    """The checkpoint itself, eager and fused, as Ultralytics predicts with it."""
+    """What torch itself runs: a module, fused as Ultralytics predicts with it, traced, or around a TensorRT engine."""
 
     computed: str | None = None
 
-    def __init__(self, path: Path, device: torch.device, half: bool = False) -> None:
-        self._backend = self._load(path, device, half)
-        self._device, self._half = device, half
+    def __init__(self, model: Any, device: torch.device, half: bool = False) -> None:
+        self._model, self._device, self._half = model, device, half
         self._images = torch.empty(0)
         self._last: Any = None
-
-    def _load(self, path: Path, device: torch.device, half: bool) -> Any:
-        takes = inspect.signature(AutoBackend.__init__).parameters
-        head = (
-            {"end2end": False} if "end2end" in takes else {}
-        )  # the head that is exported where nobody asks for the other
-        return AutoBackend(str(path), device=device, fp16=half, verbose=False, **head).eval().model
 
     def prepare(self, images: Array) -> None:
         """See `Session`."""
@@ -194,33 +196,13 @@ class Torch:
     def run(self) -> None:
         """See `Session`."""
         with torch.inference_mode():
-            self._last = self._backend(self._images)
+            self._last = self._model(self._images)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def outputs(self) -> list[Array]:
         """See `Session`."""
         return [tensor.float().cpu().numpy() for tensor in _tensors(self._last)]
-
-
-class TorchScript(Torch):
-    """A traced model in torch's own interpreter."""
-
-    def _load(self, path: Path, device: torch.device, half: bool) -> Any:
-        importlib.import_module("torchvision")  # its operators may be in the file
-        model = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
-        return model
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        super().__init__(path, device)
-        self._half = next((p.dtype == torch.float16 for p in self._backend.parameters()), False)
-
-
-class Engine(Torch):
-    """A TensorRT engine, through Ultralytics' own backend for it."""
-
-    def _load(self, path: Path, device: torch.device, half: bool) -> Any:
-        return AutoBackend(str(path), device=device, fp16=half)
 
 
 class OnnxRuntime:

@@ -26,7 +26,7 @@ class Goal:
     """What the selection has to reach.
 
     Attributes:
-        metric: "flops" or "params".
+        metric: "flops", "params" or "latency".
         limit: the most that may be left, in that metric's unit.
         dense: the same metric of the dense model; messages speak in fractions of it.
     """
@@ -139,25 +139,31 @@ def least(
 
 
 class _Ledger:
-    """Cost of the model as channels go: `sum(weight * d0 * d1 * rest)` over tensors."""
+    """Cost of the model as channels go: the sum of the terms of its tensors."""
 
     def __init__(self, cost: Cost, metric: str) -> None:
-        weights = {n: 2 * w for n, w in cost.macs.items()} if metric == "flops" else dict.fromkeys(cost.params, 1.0)
-        self.fixed = 2 * cost.fixed if metric == "flops" else 0.0
-        names = sorted(weights)
+        self.fixed, terms = cost.terms(metric)
+        names = sorted(terms)
         shapes = [(*cost.shapes[n], 1, 1)[:2] for n in names]
         self.row = {n: i for i, n in enumerate(names)}
-        self.dims = np.array(shapes, dtype=np.float64).T.copy()
-        rest = [math.prod(cost.shapes[n][2:]) for n in names]
-        self.weight = np.array([weights[n] for n in names]) * np.array(rest, dtype=np.float64)
+        self.dims = np.array(shapes, dtype=np.float64).reshape(-1, 2).T.copy()
+        factors = [(t.both, t.first, t.second) for t in map(terms.__getitem__, names)]
+        self.factors = np.array(factors, dtype=np.float64).reshape(-1, 3).T.copy()
+        self.steps = np.array([terms[n].steps for n in names], dtype=np.float64).reshape(-1, 2).T.copy()
 
     def total(self) -> float:
-        return self.fixed + float(np.sum(self.weight * self.dims[0] * self.dims[1]))
+        return self.fixed + float(np.sum(self._cost(self.dims, slice(None))))
 
-    def change(self, rows: NDArray[np.intp], d0: NDArray[np.float64], d1: NDArray[np.float64]) -> float:
-        """Cost saved by making `rows` smaller by `d0` and `d1`."""
-        a, b = self.dims[0][rows], self.dims[1][rows]
-        return float(np.sum(self.weight[rows] * (a * b - (a - d0) * (b - d1))))
+    def change(self, rows: NDArray[np.intp], less: NDArray[np.float64]) -> float:
+        """Cost saved by making `rows` smaller by `less`, `(2, rows)`."""
+        now = self.dims[:, rows]
+        return float(np.sum(self._cost(now, rows) - self._cost(now - less, rows)))
+
+    def _cost(self, dims: NDArray[np.float64], rows: NDArray[np.intp] | slice) -> NDArray[np.float64]:
+        steps, (both, first, second) = self.steps[:, rows], self.factors[:, rows]
+        d0, d1 = np.ceil(dims / steps) * steps
+        found: NDArray[np.float64] = both * d0 * d1 + first * d0 + second * d1
+        return found
 
 
 class _Move:
@@ -206,7 +212,7 @@ class _Move:
     def saving(self, start: int) -> float:
         """Cost saved (or spent again) between level `start` and the next."""
         steps = self.levels[start] - self.levels[start + 1]
-        return self.ledger.change(self.rows, *(self.shrink * steps))
+        return self.ledger.change(self.rows, self.shrink * steps)
 
     def price(self) -> tuple[float, float]:
         """Score lost per cost saved by the next step; of what costs the same, the more goes, the dearer."""
@@ -233,7 +239,7 @@ class _Move:
     def refund(self) -> float:
         """Cost that going back up one level adds."""
         delta = self.levels[self.at] - self.levels[self.at - 1]
-        return -self.ledger.change(self.rows, *(self.shrink * delta))
+        return -self.ledger.change(self.rows, self.shrink * delta)
 
     def kept(self) -> dict[str, tuple[int, ...]]:
         level = self.levels[self.at]
@@ -286,7 +292,7 @@ class _Class:
             price, i = self.queue[0]
             now = self.moves[i].price()
             if now <= price:
-                return self.moves[i]
+                return self.moves[i] if math.isfinite(now[0]) else None  # what saves nothing is not removed
             heapq.heapreplace(self.queue, (now, i))
         return None
 

@@ -15,7 +15,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import get_cpu_info
 
-from yolo_prune import api, planner, runtimes
+from yolo_prune import models, planner, runtimes
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.exports import export, quietly
 from yolo_prune.report.latency import PRECISIONS
@@ -117,7 +117,7 @@ def open_source(source: Source) -> Model:
         return source
     if Path(source).suffix not in (".pt", ".yaml", ".yml"):
         raise BenchError(f"'{source}' is no checkpoint: pass the .pt file; it is exported here.")
-    return api.open_model(source)
+    return models.open_model(source)
 
 
 def reopen(model: Model, path: Path) -> Model:
@@ -127,11 +127,11 @@ def reopen(model: Model, path: Path) -> Model:
     return kind(str(path), **named)
 
 
-def names(models: Sequence[Source]) -> list[str]:
+def names(sources: Sequence[Source]) -> list[str]:
     """Short names that differ."""
     given = [
         str(item) if isinstance(item, str | Path) else str(item.ckpt_path or item.model_name or "model")
-        for item in models
+        for item in sources
     ]
     short = [Path(name).name for name in given]
     found = given if len(set(short)) < len(short) and len(set(given)) == len(given) else short
@@ -141,7 +141,7 @@ def names(models: Sequence[Source]) -> list[str]:
 def subject(model: Model, name: str, folder: Path) -> Subject:
     """Save a model where it may be exported: the exporter writes beside the file that a model was loaded from."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = api.save(model, folder / f"{Path(name).stem or 'model'}.pt")
+    path = models.save(model, folder / f"{Path(name).stem or 'model'}.pt")
     return Subject(name, reopen(model, path), path)
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from yolo_prune.errors import RecipeError
 from yolo_prune.recipe.messages import explain, short
-from yolo_prune.recipe.schema import NAMED, Recipe
+from yolo_prune.recipe.schema import METRICS, NAMED, WHERE, Recipe
 from yolo_prune.recipe.strict_yaml import read_yaml
 
 DEFAULT = "half-flops"
@@ -26,15 +26,15 @@ def load_recipe(
 
     Args:
         source: a bundled name, a path to a YAML file, a mapping, or a `Recipe`; the default recipe where None.
-        overrides: `{"target.flops": 0.4}`; a text value is read as YAML. A target replaces the other metric's.
+        overrides: `{"target.flops": 0.4}`; a text value is read as YAML. A target replaces the other metrics'.
 
     Raises:
         RecipeError: One message with every problem: where, what was given, what is allowed.
     """
     data, origin = _read(source)
     overrides = overrides or {}
-    if any(str(key).startswith("target.") for key in overrides):
-        data["target"] = {}  # the metrics exclude one another
+    if named := {str(key).removeprefix("target.") for key in overrides if str(key).startswith("target.")}:
+        data["target"] = _compatible(data.get("target"), named)
     for key, value in overrides.items():
         _override(data, key, value)
     if overrides:
@@ -94,6 +94,18 @@ def _parse(path: Path) -> dict[str, Any]:
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise RecipeError(f"The recipe '{path}' must be a mapping such as 'target: {{flops: 0.5}}', found {found}.")
     return data
+
+
+def _compatible(target: Any, named: set[str]) -> dict[str, Any]:
+    """What is left of a target where some of its fields are given anew: they may exclude others."""
+    out: set[str] = set()
+    if metrics := named & set(METRICS):
+        out |= {*METRICS, *(() if "latency" in metrics else (*WHERE, "profile"))}
+    if "profile" in named:
+        out |= set(WHERE)
+    elif named & set(WHERE):
+        out.add("profile")
+    return {key: value for key, value in target.items() if key not in out} if isinstance(target, Mapping) else {}
 
 
 def _override(data: dict[str, Any], dotted: str, value: Any) -> None:

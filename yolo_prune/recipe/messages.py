@@ -113,6 +113,7 @@ def _allowed(node: dict[str, Any]) -> str:
         return "one of " + ", ".join(map(str, node["enum"]))
     words = {"boolean": "true or false", "string": "a text", "integer": "a whole number", "number": "a number"}
     bounds = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "above", "exclusiveMaximum": "below"}
+    bounds["multipleOf"] = "a multiple of"
     limits = " and ".join(f"{word} {node[key]:g}" for key, word in bounds.items() if key in node)
     if node["type"] == "object":
         return f"a mapping with {', '.join(node['properties'])}" if "properties" in node else "a mapping"

@@ -18,31 +18,64 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+METRICS = ("flops", "params", "latency", "max_drop")
+"""Fields of a target that exclude one another."""
+WHERE = ("format", "device", "imgsz", "batch", "threads", "quantize")
+"""What says how a latency is measured."""
+
+
 class Target(_Part):
     """How much of the dense model is kept: a fraction of it, or as little as a drop of the fitness allows."""
 
-    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
     flops: Fraction | None = Field(None, description="fraction of the dense model's FLOPs to keep")
     params: Fraction | None = Field(None, description="fraction of the dense model's parameters to keep")
     max_drop: Fraction | None = Field(
         None, description="find the fewest FLOPs at which the fitness drops by no more than this while training"
     )
 
+    latency: Fraction | None = Field(None, description="fraction of the dense model's measured latency to keep")
+    format: Literal["torch", "torchscript", "onnx", "openvino", "ncnn", "engine"] | None = Field(
+        None, description="latency: runtime that it is measured in; onnx (ONNX Runtime) where left out"
+    )
+    device: str | None = Field(None, description="latency: cpu, or the number of a GPU; cpu where left out")
+    imgsz: int | None = Field(None, ge=32, multiple_of=32, description="latency: image size; the run's where left out")
+    batch: int | None = Field(None, ge=1, description="latency: images per pass; 1 where left out")
+    threads: int | None = Field(None, ge=1, description="latency: that a runtime may use; one per core where left out")
+    quantize: Literal[16, 32] | None = Field(
+        None, description="latency: 16 exports in half precision; 32 where left out"
+    )
+    profile: str | None = Field(
+        None, description="latency: file that 'yolo-prune profile' wrote on the target device, instead of this machine"
+    )
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @model_validator(mode="after")
     def _one(self) -> Target:
-        if sum(value is not None for value in (self.flops, self.params, self.max_drop)) != 1:
-            raise ValueError("give exactly one of flops, params and max_drop, for example {flops: 0.5}")
+        if sum(getattr(self, metric) is not None for metric in METRICS) != 1:
+            raise ValueError("give exactly one of flops, params, latency and max_drop, for example {flops: 0.5}")
+        where = [key for key in (*WHERE, "profile") if getattr(self, key) is not None]
+        if where and self.latency is None:
+            raise ValueError(f"{where[0]} says how a latency is measured; give latency beside it, or leave it out")
+        if self.profile is not None and len(where) > 1:
+            raise ValueError(f"{where[0]} is what the profile was measured with; leave it out beside profile")
         return self
 
     @property
-    def metric(self) -> Literal["flops", "params"]:
+    def metric(self) -> Literal["flops", "params", "latency"]:
         """What is counted."""
+        if self.latency is not None:
+            return "latency"
         return "flops" if self.params is None else "params"
 
     @property
     def keep(self) -> float | None:
         """Fraction of the dense model to keep, in `metric`; None where the run has to find it."""
-        return self.params if self.flops is None else self.flops
+        return next((value for value in (self.flops, self.params, self.latency) if value is not None), None)
 
 
 class Schedule(_Part):
@@ -108,7 +141,12 @@ class LayerLimits(_Part):
 class Channels(_Part):
     """Constraints on the widths of layers."""
 
-    round_to: int = Field(8, ge=1, le=1024, description="widths are multiples of this")
+    round_to: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="widths are multiples of this; left out: of 8, or of what the latency was seen to go in steps of",
+    )
     min: int = Field(8, ge=1, description="no layer gets narrower than this")
     max_removed: Fraction = Field(
         0.75, description="most that is removed of any layer, as a fraction of its dense width"

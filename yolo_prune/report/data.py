@@ -84,6 +84,21 @@ class Proof(_Row):
     seconds: _Float = None
 
 
+class LatencyRow(_Row):
+    """What a cut left and the dense model, timed in turn: medians in ms, the ratio with its interval, and where."""
+
+    place: str = ""
+    imgsz: _Int = None
+    dense_ms: _Float = None
+    ms: _Float = None
+    ratio: _Float = None
+    interval: Annotated[list[float], BeforeValidator(_plain)] = Field(default_factory=list)
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.ms:.2f} ms of {self.dense_ms:.2f} ms ({self.ratio:.3f}; {self.place})"
+
+
 class RoundRow(_Row):
     """One round: `epoch` is the 0-based epoch at whose start the cut is made, `target` the fraction kept.
 
@@ -98,6 +113,7 @@ class RoundRow(_Row):
     size_mb: _Float = None
     plan: str | None = None
     held: bool | None = None
+    latency: LatencyRow | None = None
     proof: Proof | None = None
     fitness: RoundFitness = Field(default_factory=RoundFitness)
     seconds: _Float = None

@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""How long a model takes as a function of its widths, and cuts that are corrected until they take as long as wanted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from datasets import IMGSZ, tiny
+from quick import QUICK
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.utils.torch_utils import get_flops
+
+import yolo_prune
+from yolo_prune import cli, images, latency, planner
+from yolo_prune.cost import Cost, Term, Timing
+from yolo_prune.errors import BenchError, TargetError
+from yolo_prune.graph import ChannelSet, Group, Slot
+from yolo_prune.latency import Interval
+from yolo_prune.metadata import Record
+from yolo_prune.recipe.schema import Target
+from yolo_prune.report import Report
+from yolo_prune.select import Constraints, Goal, select
+from yolo_prune.subjects import Setting
+from yolo_prune.timing import probe, target, whole
+from yolo_prune.timing.fit import Point, formula, steps
+from yolo_prune.timing.layers import Layer, distinct, layers_of
+from yolo_prune.timing.table import Place, Table, Whole, model_key
+from yolo_prune.timing.whole import Measured, dense_twin
+
+PLACE = Place(format="torch", runtime="torch", hardware="somewhere", device="cpu", threads=1, batch=1, quantize=32)
+SMALL = {"criterion": "magnitude", "channels.round_to": 2, "channels.min": 2}
+
+
+def made_up(layer: Layer, each: tuple[int, int], noise: float = 0.0) -> list[Point]:
+    """Times of a runtime that works in multiples: 0.01 ms, and 1e-9 ms a multiplication, 1e-7 a value moved."""
+    pixels = int(np.prod(layer.size)) * (int(np.prod(layer.kernel)) if layer.kernel else 1)
+    rng, found = np.random.default_rng(len(layer.key)), []
+    for ins, outs in layer.widths():
+        i, o = (-(-width // step) * step for width, step in zip((ins, outs), each, strict=True))
+        work = o if layer.depthwise else i * o
+        time = 0.01 + pixels * (1e-8 * work + 1e-7 * (0 if layer.depthwise else i) + 1e-7 * o)
+        found.append((ins, outs, float(time * (1 + noise * rng.standard_normal()))))
+    return found
+
+
+@functools.cache
+def layers(name: str = "yolo11n") -> dict[str, list[Layer]]:
+    return layers_of(models.shared(name), IMGSZ)
+
+
+def table(each: tuple[int, int] = (1, 1), name: str = "yolo11n", noise: float = 0.0) -> Table:
+    return Table(place=PLACE, layers={layer.key: made_up(layer, each, noise) for layer in distinct(layers(name))})
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("each", [(1, 1), (1, 8), (8, 8), (1, 16), (4, 32)])
+def test_the_steps_of_a_runtime_are_found_through_noise(each: tuple[int, int]) -> None:
+    found = table(each, noise=0.03)
+    assert steps({layer.key: (found.layers[layer.key], layer.depthwise) for layer in distinct(layers())}) == each
+
+
+def test_a_formula_is_found_again_and_is_never_negative() -> None:
+    exact = [
+        (i, o, 0.5 + 0.25 * i + 0.125 * o + 0.01 * i * o) for i, o in ((64, 32), (32, 32), (64, 16), (16, 8), (8, 8))
+    ]
+    assert formula(exact) == pytest.approx((0.5, 0.25, 0.125, 0.01))
+    shrinking = [(64, 32, 1.0), (32, 32, 1.5), (64, 16, 1.5), (16, 8, 2.0)]  # longer the thinner: noise
+    found = formula(shrinking)
+    assert found.base > 1
+    assert found[1:] == pytest.approx((0, 0, 0), abs=1e-4)
+    assert min(found) >= 0
+    assert formula([(16, 16, 0.6), (8, 8, 0.4), (4, 4, 0.3)], depthwise=True) == pytest.approx((0.2, 0, 0.025, 0))
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n", "yolov9t", "yolov10n", "yolov8n-seg"])
+def test_the_layers_are_all_that_a_deployed_model_computes(name: str) -> None:
+    model = YOLO(f"{name}.yaml").model
+    found = layers_of(model, IMGSZ)
+    assert set(found) <= {n for n, _ in model.named_parameters()}
+    macs = 0
+    for same in found.values():
+        for layer in same:
+            size = np.prod([-(-s // d) for s, d in zip(layer.size, layer.stride, strict=True)])
+            size = size if layer.kind == "conv" else np.prod(layer.size)
+            macs += size * np.prod(layer.kernel) * layer.outs * (1 if layer.depthwise else layer.ins / layer.groups)
+    deployed = model.fuse(verbose=False)
+    flops = get_flops(deployed, IMGSZ)
+    assert 2e-9 * macs == pytest.approx(flops, rel=0.05)  # what is left is attention
+
+
+def test_a_layer_at_other_widths_is_the_same_layer_thinner() -> None:
+    for layer in distinct(layers("yolov8n")):
+        for ins, outs in layer.widths():
+            module, x = layer.at(ins, outs).probe(batch=2)
+            with torch.inference_mode():
+                assert module(x).shape[:2] == (2, outs)
+            weights = [p for n, p in module.named_parameters() if n.endswith("weight")]
+            assert len(weights) == 4
+
+
+@pytest.mark.parametrize("name", ["yolo11n", "yolov8n"])
+def test_times_add_up_for_the_dense_model_and_for_a_cut_one(name: str) -> None:
+    found = table((1, 1), name)
+    timing = found.sums(layers(name))
+    dense = models.shared(name)
+    assert timing.total(shapes(dense)) == pytest.approx(
+        sum(made_up(layer, (1, 1))[0][2] for same in layers(name).values() for layer in same)
+    )
+    thin = models.build(name)
+    models.cut(thin, models.plan_of(name, target_flops=0.5))
+    again = layers_of(thin, IMGSZ)
+    expected = sum(made_up(layer, (1, 1))[0][2] for same in again.values() for layer in same)
+    assert timing.total(shapes(thin)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_deconvolution_reads_along_its_first_dimension() -> None:
+    layer = Layer("deconv", 16, 24, (8, 8), (2, 2), (2, 2), (0, 0), (1, 1))
+    found = Table(place=PLACE, layers={layer.key: made_up(layer, (1, 1))}).sums({"up.weight": [layer]})
+    for ins, outs in ((16, 24), (16, 12), (8, 24)):
+        wanted = made_up(layer.at(ins, outs), (1, 1))
+        exact = next(ms for i, o, ms in wanted if (i, o) == (ins, outs))
+        assert found.total({"up.weight": (ins, outs, 2, 2)}) == pytest.approx(exact)
+
+
+def test_whole_models_set_the_sums_right() -> None:
+    found, key, dense = table(), model_key(layers(), IMGSZ), shapes(models.shared("yolo11n"))
+    sums = found.sums(layers()).total(dense)
+    assert found.timing(layers(), dense, key).total(dense) == pytest.approx(sums)  # nothing is known yet
+    found.wholes[key] = [Whole(layers=sums, measured=2 * sums), Whole(layers=sums / 2, measured=1.6 * sums)]
+    timing = found.timing(layers(), dense, key)
+    assert timing.total(dense) == pytest.approx(2 * sums)
+    fixed = timing.fixed / (2 * sums)
+    assert fixed > 0.5  # halving the layers saves a fifth only
+    found.wholes[key] = [Whole(layers=sums, measured=sums / 2), Whole(layers=sums / 2, measured=sums / 4)]
+    assert found.timing(layers(), dense, key).total(dense) == pytest.approx(sums / 2)
+
+
+def two_layers(timing: Timing) -> tuple[list[Group], Cost]:
+    """Two convolutions 1 x 1 of 32 channels side by side, both of which read an image."""
+    shapes_: dict[str, tuple[int, ...]] = {"a.weight": (32, 3, 1, 1), "b.weight": (32, 3, 1, 1)}
+    groups = [Group((ChannelSet(n, 32, (Slot(f"{n}.weight", 0, tuple(range(32))),)),)) for n in "ab"]
+    return groups, Cost(dict.fromkeys(shapes_, 1.0), frozenset(shapes_), shapes_, 64, timing=timing)
+
+
+def test_what_saves_no_time_stays() -> None:
+    timing = Timing({"a.weight": Term(0.0), "b.weight": Term(0.0, 1.0)}, 10.0, 1)
+    groups, cost = two_layers(timing)
+    scores = {"a": torch.zeros(32, dtype=torch.float64), "b": torch.ones(32, dtype=torch.float64)}
+    limits, widths = Constraints(8, 8, 0.75), {"a": 32, "b": 32}
+    kept = select(groups, cost, scores, Goal("latency", 26.0, 42.0), limits, widths)
+    assert {name: len(channels) for name, channels in kept.items()} == {"b": 16}  # though all of a are worth nothing
+    with pytest.raises(TargetError, match=r"target\.latency: 0\.2.* leaves 0\.429"):
+        select(groups, cost, scores, Goal("latency", 0.2 * 42, 42.0), limits, widths)
+
+
+def test_widths_between_two_steps_cost_as_much_as_the_next() -> None:
+    timing = Timing({"a.weight": Term(0.0, 1.0, steps=(16, 1)), "b.weight": Term(0.0, 1.0, steps=(1, 1))}, 0.0, 16)
+    assert timing.total({"a.weight": (17, 3), "b.weight": (17, 3)}) == 32 + 17
+    groups, cost = two_layers(timing)
+    scores = {"a": torch.zeros(32, dtype=torch.float64), "b": torch.ones(32, dtype=torch.float64)}
+    kept = select(groups, cost, scores, Goal("latency", 40.0, 64.0), Constraints(16, 8, 0.75), {"a": 32, "b": 32})
+    assert {name: len(channels) for name, channels in kept.items()} == {"a": 16} or len(kept) == 2
+    assert all(len(channels) % 16 == 0 for channels in kept.values())
+
+
+def test_widths_follow_the_steps_of_the_runtime_unless_the_user_wants_more() -> None:
+    model, found = models.build("yolo11n"), table((1, 16))
+    timing = found.sums(layers())
+
+    def multiples(**fields: Any) -> int:
+        recipe = models.recipe(target_latency=0.8, **fields)
+        plan = planner.make_plan(model, recipe, IMGSZ, timing=timing)
+        assert plan.predicted.kept("latency") <= 0.8
+        return int(np.gcd.reduce([g.after for g in plan.groups]))
+
+    assert multiples() == 16
+    assert multiples(channels_round_to=4) == 16  # four of sixteen would save no time
+    assert multiples(channels_round_to=32) == 32
+
+
+class Clock:
+    """Stands in for the stopwatch: a model takes as long as its FLOPs say, by a law of its own."""
+
+    def __init__(self, law: Any) -> None:
+        self.law, self.asked = law, 0
+
+    def __call__(self, dense: nn.Module, format: str, setting: Setting) -> Clock:
+        self.dense = planner.present_cost(dense, IMGSZ)[0]
+        return self
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def measure(self, cuts: Sequence[nn.Module]) -> list[Measured]:
+        self.asked += 1
+        ratios = [float(self.law(planner.present_cost(cut, IMGSZ)[0] / self.dense)) for cut in cuts]
+        return [Measured(10.0, 10 * ratio, Interval(ratio, ratio, ratio)) for ratio in ratios]
+
+
+def settled(monkeypatch: pytest.MonkeyPatch, law: Any, keep: float) -> tuple[target.Hit, Clock]:
+    clock = Clock(law)
+    monkeypatch.setattr(target, "Stopwatch", clock)
+    model, recipe = models.build("yolo11n"), models.recipe(target_latency=keep, channels_round_to=2, channels_min=2)
+    graph = planner.survey(model, recipe, IMGSZ)
+    before = models.snapshot(model)
+    weighed = planner.weigh(model, graph, recipe, timing=table().sums(layers()))
+    hit = target.settle(model, weighed, recipe.target.model_copy(update={"format": "torch"}), IMGSZ)
+    assert models.same_bits(before, models.snapshot(model))
+    return hit, clock
+
+
+@pytest.mark.parametrize("law", [lambda f: f, lambda f: 0.3 + 0.7 * f, lambda f: f**0.5, lambda f: f**2])
+def test_a_cut_is_corrected_until_it_takes_as_long_as_wanted(monkeypatch: pytest.MonkeyPatch, law: Any) -> None:
+    hit, clock = settled(monkeypatch, law, 0.6)
+    assert hit.measured
+    assert abs(hit.measured.ratio.median / 0.6 - 1) <= target.TOLERANCE
+    assert clock.asked <= target.ATTEMPTS
+    assert hit.row
+    assert (hit.row.dense_ms, hit.row.imgsz) == (10.0, IMGSZ)
+
+
+def test_what_cannot_be_hit_comes_as_near_as_it_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hit, _ = settled(monkeypatch, lambda f: 0.8 + 0.2 * f, 0.6)
+    assert hit.measured
+    assert 0.8 < hit.measured.ratio.median < 0.9
+    assert "is as near to 0.6 as the widths of this model allow" in caplog.text
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing takes long, and nothing is known of other runs."""
+    warm_up = latency.warm_up
+    monkeypatch.setattr(latency, "warm_up", lambda runs, **_: warm_up(runs, seconds=0.0, least=1))
+    monkeypatch.setattr(latency, "rounds_for", lambda *_: 3)
+    monkeypatch.setattr(images, "MEMORY", tmp_path / "memory")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("timing"), train=4)
+
+
+SETTING = Setting.of(IMGSZ, threads=1)
+
+
+@pytest.mark.usefixtures("brief")
+def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = YOLO(folder / "dense.pt").model
+    asked = Target(latency=0.8, format="torch", threads=1)
+    first = target.find(model, asked, IMGSZ)
+    assert first
+    assert first.total(shapes(model)) > 0
+
+    def again(*_: object, **__: object) -> Any:
+        raise AssertionError("measured once more")
+
+    with monkeypatch.context() as m:
+        m.setattr(probe, "_time", again)
+        m.setattr(whole.Stopwatch, "__enter__", again)
+        assert target.find(model, asked, IMGSZ) == first
+        thin = YOLO(folder / "dense.pt")
+        yolo_prune.apply(thin, yolo_prune.plan(thin, imgsz=IMGSZ, **SMALL))
+        assert target.find(thin.model, asked, IMGSZ) == first  # of the dense model, whatever became of it
+        with pytest.raises(AssertionError, match="measured once more"):
+            target.find(model, asked, 2 * IMGSZ)
+    kept = next((tmp_path / "memory").glob("latency-*.json"))
+    kept.write_text("{")
+    assert target.find(model, asked, IMGSZ) is not None  # a damaged file is measured anew
+    assert Table.load(kept).place.threads == 1
+
+
+def test_other_targets_need_no_times() -> None:
+    assert target.find(models.shared("yolo11n"), Target(flops=0.5), IMGSZ) is None
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_profile_of_another_device(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f"model={folder / 'dense.pt'}", f"imgsz={IMGSZ}"]
+    assert cli.main(["profile", *arguments, "format=torch", "threads=1", "save=pi.json"]) == 0
+    assert "saved pi.json" in capsys.readouterr().out
+    small = [f"recipe.{key}={value}" for key, value in SMALL.items()]
+    wanted = [*arguments, *small, "recipe.target.latency=0.9", "recipe.target.profile=pi.json"]
+    assert cli.main(["plan", *wanted]) == 0
+    assert "predicted" in capsys.readouterr().out
+    assert cli.main(["plan", *wanted, f"imgsz={2 * IMGSZ}"]) == 1
+    error = capsys.readouterr().err
+    assert f"is not of this model at imgsz {2 * IMGSZ}" in error
+    assert "yolo-prune profile model=... format=torch" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "is no profile that"),
+        ('{"version": 1}', r"\(place: Field required"),
+    ],
+)
+def test_a_profile_that_is_none(content: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "pi.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BenchError, match=message):
+        Table.load(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("format=onnx,ncnn",), "a profile is of one runtime"),
+        (("format=onxn",), "Did you mean 'onnx'?"),
+        (("format=torch", "quantize=8"), "quantize=8 cannot be profiled"),
+        (("format=torch", "imgsz=100"), "imgsz"),
+        (("format=torch", "device=0"), "device=0 is not here"),
+        (("format=torch", "save=pi.txt"), ".json"),
+    ],
+)
+def test_bad_arguments_of_profile(
+    arguments: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["profile", f"model={folder / 'dense.pt'}", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_dense_model_of_a_pruned_one_is_built_anew() -> None:
+    dense, thin = models.shared("yolo26n"), models.pruned("yolo26n", target_flops=0.5)
+    state = torch.random.get_rng_state()
+    twin = dense_twin(thin)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert shapes(twin) == shapes(dense)
+    assert dense_twin(dense) is dense
+
+
+@pytest.fixture
+def run(folder: Path, brief: None) -> dict[str, Any]:
+    return {
+        "data": str(folder / "scenes" / "scenes.yaml"),
+        "epochs": 2,
+        "imgsz": IMGSZ,
+        "batch": 4,
+        **QUICK,
+        "callbacks": "prune",
+        "exist_ok": True,
+        "name": "run",
+    }
+
+
+def test_a_stopwatch_times_models_in_turn_and_leaves_nothing_behind(
+    folder: Path, brief: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dense, threads = YOLO(folder / "dense.pt"), torch.get_num_threads()
+    thin = YOLO(folder / "dense.pt")
+    yolo_prune.apply(thin, yolo_prune.plan(thin, imgsz=IMGSZ, **SMALL))
+    with whole.Stopwatch(dense.model, "torch", SETTING) as stopwatch:
+        first, second = stopwatch.measure([thin.model, dense.model])
+        assert list(tmp_path.glob("yolo-prune-latency-*"))
+    assert first.dense_ms == second.dense_ms > 0
+    assert first.ms / first.dense_ms == pytest.approx(first.ratio.median, rel=0.9)
+    assert second.ratio.low <= second.ratio.median <= second.ratio.high
+    assert not list(tmp_path.glob("yolo-prune-latency-*"))
+    assert torch.get_num_threads() == threads
+
+
+def test_a_run_with_a_latency_as_target(
+    folder: Path, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "Stopwatch", Clock(lambda f: 0.3 + 0.7 * f))
+    recipe = {
+        "target": {"latency": 0.7, "format": "torch", "threads": 1},
+        "channels": {"round_to": 2, "min": 2},
+        "recover": {"refit": 4},
+        "criterion": "magnitude",
+    }
+    model = YOLO(folder / "dense.pt")
+    model.train(recipe=recipe, project=str(tmp_path / "runs"), **run)
+    report = Report.load(model.trainer.save_dir)
+    row = report.rounds[0]
+    assert report.status == "finished"
+    assert row.target == {"latency": 0.7}
+    assert row.latency
+    assert row.latency.ratio == pytest.approx(0.7, rel=target.TOLERANCE)
+    assert row.flops
+    assert report.dense.flops
+    assert row.latency.ratio == pytest.approx(0.3 + 0.7 * row.flops / report.dense.flops)  # of this very cut
+    assert "torch" in row.latency.place
+    assert (report.dense.latency_ms, report.pruned.latency_ms) == (row.latency.dense_ms, row.latency.ms)
+    record = yolo_prune.metadata.read(model.model)  # type: ignore[attr-defined]
+    assert isinstance(record, Record)
+    assert record.rounds[0]["keep"] == pytest.approx(row.latency.ratio)
+    assert yolo_prune.is_pruned(model)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A latency as target: what takes how long on the target device, and cuts that are corrected until they hit it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+from ultralytics.engine.model import Model
+from ultralytics.utils import LOGGER
+
+from yolo_prune import images, metadata, planner, runtimes, subjects, surgery
+from yolo_prune.cost import Shapes, Timing
+from yolo_prune.errors import BenchError, NothingToRemoveError, TargetError
+from yolo_prune.journal import PREFIX, bar
+from yolo_prune.planner import Weighed
+from yolo_prune.plans import Plan
+from yolo_prune.proof import bare_copy
+from yolo_prune.recipe import Recipe
+from yolo_prune.recipe.schema import CriterionSpec, Target
+from yolo_prune.report.data import LatencyRow
+from yolo_prune.subjects import Setting
+from yolo_prune.timing import probe
+from yolo_prune.timing.layers import Layer, layers_of
+from yolo_prune.timing.table import Place, Table, Whole, model_key
+from yolo_prune.timing.whole import Measured, Stopwatch, dense_twin
+
+TOLERANCE = 0.03
+"""How near the measured latency comes to the target, as a fraction of it."""
+ATTEMPTS = 6
+DEPTHS = (0.5, 0.9)
+"""How far models are cut that are timed to set the layers' times right, of what may be cut."""
+
+
+def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
+    """Format and setting that a target without a profile is measured with; `imgsz` is the run's.
+
+    Raises:
+        BenchError: If it cannot be measured here.
+    """
+    asked = Setting.of(
+        target.imgsz or imgsz, target.batch or 1, target.device or "cpu", target.threads, quantize=target.quantize
+    )
+    format = target.format or "onnx"
+    runtimes.check([format], asked.quantize, asked.device)
+    return format, asked
+
+
+def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
+    """What takes how long, for a latency target; None for other targets.
+
+    Measured on this machine where it was not before, or read from the profile of another device.
+
+    Args:
+        model: dense, or pruned before.
+        target: of the recipe.
+        imgsz: of the run, in pixels.
+
+    Raises:
+        BenchError: If it cannot be measured here, or the profile is not of this model.
+        TargetError: If the model cannot get any faster.
+    """
+    if target.latency is None:
+        return None
+    dense = dense_twin(model)
+    size = target.imgsz or imgsz
+    layers = layers_of(dense, size)
+    if target.profile is not None:
+        table = Table.load(target.profile)
+        _check_covers(table, layers, size, target.profile)
+    else:
+        table = measured(dense, layers, *setting_of(target, imgsz))
+    return table.timing(layers, _shapes(dense), model_key(layers, size))
+
+
+def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, setting: Setting) -> Table:
+    """The table of this machine, with the layers of a dense model and with the model itself; what is new is kept."""
+    place = place_of(format, setting)
+    path = images.MEMORY / f"latency-{hashlib.sha256(place.model_dump_json().encode()).hexdigest()[:16]}.json"
+    table = _recall(path, place)
+    key = model_key(layers, setting.imgsz)
+    missing = table.missing(layers)
+    if missing or key not in table.wholes:
+        LOGGER.info(f"{PREFIX}timing layers and models: {place}. This is done once.")
+        table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
+        table.wholes[key] = _wholes(dense, table, layers, format, setting)
+        _keep(table, path)
+    return table
+
+
+def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Path:
+    """Measure a model and its layers on this device, for a training machine.
+
+    Args:
+        model: the one that is to be pruned; dense, or pruned before.
+        format: as `runtimes.parse` returns it.
+        setting: imgsz, batch, device, threads and precision.
+        save: the `.json` file to write.
+
+    Raises:
+        BenchError: If it cannot be measured here.
+    """
+    runtimes.check([format], setting.quantize, setting.device)
+    if setting.quantize == 8:
+        raise BenchError("quantize=8 cannot be profiled, as layers alone have no images to be calibrated on.")
+    dense = dense_twin(metadata.inner(model.model))
+    layers = layers_of(dense, setting.imgsz)
+    return measured(dense, layers, format, setting).save(save)
+
+
+def place_of(format: str, setting: Setting) -> Place:
+    """Where something is measured."""
+    return Place(
+        format=format,
+        runtime=runtimes.runtime(format),
+        hardware=subjects.hardware(setting.device),
+        device=str(setting.device),
+        threads=setting.threads if setting.device.type == "cpu" else None,
+        batch=setting.batch,
+        quantize=setting.quantize,
+    )
+
+
+class Hit(NamedTuple):
+    """A cut, and how long the model takes after it; not measured where it is for another device."""
+
+    plan: Plan
+    measured: Measured | None = None
+    place: str = ""
+    imgsz: int | None = None
+
+    @property
+    def row(self) -> LatencyRow | None:
+        """For the report."""
+        if self.measured is None:
+            return None
+        dense, ms, (ratio, low, high) = self.measured
+        return LatencyRow(place=self.place, imgsz=self.imgsz, dense_ms=dense, ms=ms, ratio=ratio, interval=[low, high])
+
+
+def settle(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float | None = None) -> Hit:
+    """Plan a cut, export what it leaves, time it, and correct the cut until it takes as long as wanted.
+
+    Args:
+        model: the one to be cut; it is only read.
+        weighed: its scores and costs.
+        target: of the recipe.
+        imgsz: of the run.
+        keep: fraction of the dense model's latency to keep; the target's where None.
+
+    Raises:
+        TargetError: If the target is out of reach.
+        NothingToRemoveError: If the model already is as fast.
+        BenchError: If the models cannot be exported or run.
+    """
+    keep = target.keep if keep is None else keep
+    assert keep is not None
+    if target.profile is not None:
+        return Hit(weighed.plan("latency", keep))
+    format, setting = setting_of(target, imgsz)
+    place = str(place_of(format, setting))
+    hits: list[tuple[float, Hit]] = []
+    with Stopwatch(dense_twin(model), format, setting) as stopwatch:
+        ask = keep
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                plan = weighed.plan("latency", ask)
+            except (TargetError, NothingToRemoveError) as e:
+                if not hits:
+                    raise
+                LOGGER.info(f"{PREFIX}{e}")
+                break
+            if any(plan.hash == hit.plan.hash for _, hit in hits):
+                break  # widths go in steps: there is nothing between
+            cut = bare_copy(model)
+            surgery.apply(cut, plan)
+            found = stopwatch.measure([cut])[0]
+            hits.append((ask, Hit(plan, found, place, setting.imgsz)))
+            LOGGER.info(
+                f"{PREFIX}attempt {attempt}: {found.ms:.2f} ms of {found.dense_ms:.2f} ms, "
+                f"{found.ratio.median:.3f} of the dense model's latency (wanted {keep:g})"
+            )
+            if abs(found.ratio.median / keep - 1) <= TOLERANCE:
+                return hits[-1][1]
+            ask = _next([(a, hit.measured.ratio.median) for a, hit in hits if hit.measured], keep)
+    best = min((hit for _, hit in hits), key=lambda h: abs(_ratio(h) - keep))
+    LOGGER.warning(
+        f"{PREFIX}target.latency: {_ratio(best):.3f} is as near to {keep:g} as the widths of this model allow "
+        f"(within {TOLERANCE:.0%} was wanted). channels.round_to and channels.max_removed limit them."
+    )
+    return best
+
+
+def _ratio(hit: Hit) -> float:
+    return hit.measured.ratio.median if hit.measured else math.inf
+
+
+def _next(tried: list[tuple[float, float]], keep: float) -> float:
+    """What to ask the formula for, after what it gave for what was asked: along the line through what lies nearest."""
+    nearest = sorted(tried, key=lambda pair: abs(pair[1] - keep))[:2]
+    if len(nearest) == 1:
+        nearest.append((1.0, 1.0))  # nothing asked for, nothing saved
+    (a, at_a), (b, at_b) = nearest
+    slope = (a - b) / (at_a - at_b) if abs(at_a - at_b) > 1e-6 else 1.0
+    slope = slope if slope > 0 else 1.0  # noise
+    ask = a + slope * (keep - at_a)
+    return min(max(ask, 0.5 * a), 0.995, 1.5 * a)
+
+
+def _wholes(
+    dense: nn.Module, table: Table, layers: dict[str, list[Layer]], format: str, setting: Setting
+) -> list[Whole]:
+    """The dense model and some that were cut from it, as their layers add up and as they really are."""
+    recipe = Recipe(target=Target(latency=0.5), criterion=CriterionSpec(name="magnitude"))
+    graph = planner.survey(dense, recipe, setting.imgsz)
+    sums = table.sums(layers)
+    floor = planner.reachable(dense, graph, recipe, sums)
+    if floor >= 1:
+        raise TargetError("target.latency: no layer of this model can be cut so that it gets any faster here.")
+    weighed = planner.weigh(dense, graph, recipe, timing=sums)
+    plans = [weighed.plan("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]
+    cuts = [bare_copy(dense) for _ in plans]
+    for cut, plan in zip(cuts, plans, strict=True):
+        surgery.apply(cut, plan)
+    with Stopwatch(dense, format, setting) as stopwatch:
+        found = stopwatch.measure(cuts)
+    whole = found[0].dense_ms
+    shapes = [_shapes(model) for model in (dense, *cuts)]
+    ratios = [1.0, *(m.ratio.median for m in found)]
+    return [Whole(layers=sums.total(s), measured=whole * ratio) for s, ratio in zip(shapes, ratios, strict=True)]
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check_covers(table: Table, layers: dict[str, list[Layer]], imgsz: int, path: str) -> None:
+    missing = table.missing(layers)
+    if missing or model_key(layers, imgsz) not in table.wholes:
+        what = f"{len(missing)} of its layers are not in it, such as {missing[0].key}" if missing else "it is not in it"
+        raise BenchError(
+            f"target.profile: '{path}' ({table.place}) is not of this model at imgsz {imgsz}: {what}. On the device: "
+            f"yolo-prune profile model=... format={table.place.format} imgsz={imgsz}"
+        )
+
+
+def _recall(path: Path, place: Place) -> Table:
+    """What was measured here before."""
+    try:
+        found = Table.load(path) if path.exists() else None
+    except BenchError as e:
+        LOGGER.warning(f"{PREFIX}{e} It is measured anew.")
+        found = None
+    return found if found and found.place == place else Table(place=place)
+
+
+def _keep(table: Table, path: Path) -> None:
+    try:
+        table.save(path)
+    except OSError as e:
+        LOGGER.warning(f"{PREFIX}what was measured could not be kept in '{path}': {e}")

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Timing whole models against the dense one they come from: exported as a user exports them, run in turn."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from yolo_prune import latency, metadata, models, subjects
+from yolo_prune.errors import BenchError
+from yolo_prune.latency import Interval
+from yolo_prune.proof import lean_copy
+from yolo_prune.runtimes import Session
+from yolo_prune.subjects import Setting
+
+BUDGET = 5.0
+"""Seconds that rounds go on for at least, and three times as long where a ratio is not certain by then."""
+CERTAIN = 0.01
+"""Half the width of a ratio's 95 % interval, as a fraction of it."""
+
+
+class Measured(NamedTuple):
+    """How long a model takes, and the dense one in the same rounds, in milliseconds."""
+
+    dense_ms: float
+    ms: float
+    ratio: Interval
+
+
+class Stopwatch:
+    """Times models that were cut from a dense one; a context that keeps exports in a temporary folder."""
+
+    def __init__(self, dense: nn.Module, format: str, setting: Setting) -> None:
+        """Remember what to time against.
+
+        Args:
+            dense: exported as soon as the context is entered.
+            format: as `runtimes.parse` returns it.
+            setting: imgsz, batch, device, threads and precision.
+        """
+        self.dense, self.format, self.setting = dense, format, setting
+
+    def __enter__(self) -> Stopwatch:
+        self._folder = tempfile.TemporaryDirectory(prefix="yolo-prune-latency-")
+        self._threads = torch.get_num_threads()
+        self._count = 0
+        self._reference = self._open(self.dense)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._reference
+        torch.set_num_threads(self._threads)
+        self._folder.cleanup()
+
+    def measure(self, models: Sequence[nn.Module]) -> list[Measured]:
+        """Export models and time them in turn with the dense one.
+
+        Raises:
+            BenchError: If one cannot be exported or run.
+        """
+        runs = [self._reference.run, *(self._open(model).run for model in models)]
+        rounds = latency.rounds_for(latency.warm_up(runs, seconds=0.5), BUDGET)
+        times: list[list[float]] = [[] for _ in runs]
+        for _ in range(3):
+            for found, more in zip(times, latency.interleave(runs, range(rounds)), strict=True):
+                found += more
+            ratios = [latency.paired_ratio(found, times[0]) for found in times[1:]]
+            if all((r.high - r.low) / 2 <= CERTAIN * r.median for r in ratios):
+                break
+        dense, *others = (1000 * latency.quartiles(found).median for found in times)
+        return [Measured(dense, ms, ratio) for ms, ratio in zip(others, ratios, strict=True)]
+
+    def _open(self, model: nn.Module) -> Session:
+        self._count += 1
+        folder = Path(self._folder.name) / str(self._count)
+        folder.mkdir()
+        kind = "rtdetr" if "RTDETR" in type(model).__name__ else "model"
+        path = folder / f"{kind}.pt"
+        torch.save({"model": lean_copy(model), "train_args": {}}, path)
+        subject = subjects.Subject(path.name, models.open_model(path), path)
+        session = subjects.session(self.format, subjects.exported(self.format, subject, self.setting), self.setting)
+        channels = getattr(model, "yaml", {}).get("channels", 3)
+        size = (self.setting.batch, channels, self.setting.imgsz, self.setting.imgsz)
+        session.prepare(np.random.default_rng(0).random(size, dtype=np.float32))
+        return session
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A model as wide as the one that `model` was pruned from, with weights of no use; `model` itself if it is dense.
+
+    Raises:
+        BenchError: If its architecture cannot be built anew.
+    """
+    record = metadata.read(model)
+    if record is None or record.plan is None:
+        return model
+    found: Any = metadata.inner(model)
+    architecture = {key: value for key, value in deepcopy(found.yaml).items() if key != metadata.KEY}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            twin: nn.Module = type(found)(architecture, verbose=False)
+    except Exception as e:  # whatever a constructor of somebody's own may raise
+        raise BenchError(f"The dense model cannot be built anew, to be timed: {type(e).__name__}: {e}") from e
+    state = twin.state_dict()
+    wrong = [name for name, shape in record.plan.shapes.items() if name not in state or state[name].shape != shape]
+    if wrong:
+        raise BenchError(f"The dense model cannot be built anew, to be timed: '{wrong[0]}' comes out in another shape.")
+    return twin.eval()
