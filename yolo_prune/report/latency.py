@@ -84,9 +84,14 @@ class Parity(_Row):
     @property
     def differences(self) -> dict[str, float | None]:
         """What was measured, under the names of the tolerance."""
-        known = self.quality is not None and self.quality_torch is not None
-        change = abs(self.quality - self.quality_torch) if known else None  # type: ignore[operator]
+        change = None if self.change is None else abs(self.change)
         return {"outputs": self.outputs, "boxes": self.boxes, "scores": self.scores, "quality": change}
+
+    @property
+    def change(self) -> float | None:
+        """By how much the export has a better mAP than the checkpoint."""
+        known = self.quality is not None and self.quality_torch is not None
+        return self.quality - self.quality_torch if known else None  # type: ignore[operator]
 
     @property
     def failures(self) -> list[str]:
@@ -181,6 +186,12 @@ class Measurement(_Row):
         """The rows of every format, in the order in which they were measured."""
         names = dict.fromkeys(row.format for row in self.rows)
         return {name: [row for row in self.rows if row.format == name] for name in names}
+
+    @property
+    def ends(self) -> tuple[TimingRow, TimingRow] | None:
+        """The first and the last model, in the first format that both were measured in; None where there is none."""
+        rows = next((rows for rows in self.formats.values() if len(rows) == len(self.models) > 1), None)
+        return (rows[0], rows[-1]) if rows else None
 
     def renamed(self, names: Sequence[str]) -> Measurement:
         """A copy in which the models, in their order, have other names, one for each."""
@@ -298,7 +309,6 @@ def _parity_table(rows: Sequence[TimingRow]) -> str:
     for row in rows:
         parity = row.parity
         assert parity is not None
-        known = parity.quality is not None and parity.quality_torch is not None
         table.append([
             row.model,
             MISSING if parity.outputs is None else f"{parity.outputs:.1e}",
@@ -306,7 +316,7 @@ def _parity_table(rows: Sequence[TimingRow]) -> str:
             MISSING if parity.scores is None else f"{parity.scores:.1e}",
             MISSING if parity.quality_torch is None else f"{parity.quality_torch:.4f}",
             MISSING if parity.quality is None else f"{parity.quality:.4f}",
-            f"{parity.quality - parity.quality_torch:+.4f}" if known else MISSING,  # type: ignore[operator]
+            MISSING if parity.change is None else f"{parity.change:+.4f}",
             "FAILS" if parity.failures else "agrees",
         ])  # fmt: skip
     return align(table, left=1)
