@@ -115,16 +115,14 @@ def _plots(candidates: Sequence[Candidate], found: Measurement | None) -> list[l
         times = {row.model: row.median_ms for row in rows}
         axes.insert(0, (f"ms, {format}", [times.get(c.name) for c in candidates]))
     name = measure_name(candidates)
-    drawn = [
-        (f"{name} against {unit}", unit, dots) for unit, costs in axes if len(dots := _dots(candidates, costs)) > 1
-    ]
+    drawn = [(unit, dots) for unit, costs in axes if len(dots := _dots(candidates, costs)) > 1]
     wide = len(drawn) % 2 * (len(drawn) > 1)
     return [
         [
-            scatter(dots, width=w, height=330.0, title=title, across=unit, up=name)
+            scatter(dots, width=w, height=330.0, title=f"{name} against {unit}", across=unit, up=name)
             for w in (WIDE if i < wide else HALF, NARROW)
         ]
-        for i, (title, unit, dots) in enumerate(drawn)
+        for i, (unit, dots) in enumerate(drawn)
     ]
 
 
