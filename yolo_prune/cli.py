@@ -164,9 +164,8 @@ def _report(arguments: list[str]) -> int:
 
     known = {key: values.get(key) for key in ("data", "model")}
     found = pages.measure_run(runs[0], formats, imgsz=size, **known, **how) if formats else None
-    if found:
-        print(f"{found}\n")
-    print(f"saved {pages.write_report(runs[0], save=save, **known)}")
+    path = pages.write_report(runs[0], save=save, **known)
+    print(f"{found}\n\nsaved {path}" if found else f"saved {path}")
     if found:
         found.check()
     return 0
