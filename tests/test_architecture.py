@@ -28,6 +28,7 @@ MAY_IMPORT_ULTRALYTICS = {
     "graph/blocks.py",
     "images.py",
     "launch.py",
+    "measured.py",
     "models.py",
     "pages.py",
     "rounds.py",

@@ -16,6 +16,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from datasets import IMGSZ, tiny
+from test_latency import measured
 from test_report import make_report
 from ultralytics import YOLO
 from ultralytics.engine.results import Results
@@ -27,6 +28,7 @@ from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report,
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
 from yolo_prune.report.front import Front, Point
 from yolo_prune.report.history import back_until, fitness_lines, flops_steps
+from yolo_prune.report.latency import Measurement, Parity, Tolerance
 from yolo_prune.report.page import command, render
 from yolo_prune.report.photos import Mark, Photo
 from yolo_prune.report.plot import axis_for, tick_text
@@ -77,12 +79,21 @@ def photo(name: str = "one.jpg", kind: str = "cell") -> Photo:
     return Photo(name, PIXEL, 200, 100, ((mark, mark), (mark,)))
 
 
-def comparison(name: str = "a", photos: tuple[Photo, ...] = ()) -> str:
+def timed(*names: str) -> Measurement:
+    """Two models in ONNX, of which the second does not agree with its checkpoint."""
+    limits = Tolerance(scores=0.005, quality=0.002)
+    found = measured(Parity(images=16, precision="fp32", boxes=6e-5, scores=0.2, quality=0.6, quality_torch=0.61))
+    found.rows[1].parity.tolerance = limits
+    found.failed = {"ncnn": f"The export to ncnn failed: {'x' * 90}"}
+    return found.renamed(names or ("dense", "pruned"))
+
+
+def comparison(name: str = "a", photos: tuple[Photo, ...] = (), found: Measurement | None = None) -> str:
     candidates = [
         Candidate(name, Figures(flops=2e9, params=2e6, size_mb=5.0, fitness=0.6, classes={"cell": 0.6}), 0.6, 0.8),
         Candidate("b", Figures(flops=1e9, params=1e6, size_mb=2.0, fitness=0.5, classes={"cell": 0.5}), 0.5, 0.7),
     ]
-    return render_comparison(candidates, "data/cells.yaml", 320, photos, "yolo-prune compare a.pt b.pt")
+    return render_comparison(candidates, "data/cells.yaml", 320, photos, "yolo-prune compare a.pt b.pt", found)
 
 
 class Page(HTMLParser):
@@ -125,6 +136,8 @@ PAGES = {
     "no validation": lambda: render(make_report(fit=False)),
     "crowded": lambda: render(make_report(starts=tuple(range(20)), epochs=100, layers=250)),
     "comparison": lambda: comparison(photos=(photo(),)),
+    "measured": lambda: render(full(), front(), found=timed()),
+    "measured comparison": lambda: comparison(found=timed("a", "b")),
 }
 
 
@@ -150,6 +163,11 @@ def test_sections_are_there_where_there_is_data() -> None:
     assert Page(PAGES["failed"]()).sections == ["summary", "history", "reproduce"]
     assert Page(PAGES["comparison"]()).sections == ["models", "tradeoff", "classes", "images", "reproduce"]
     assert Page(comparison()).sections == ["models", "tradeoff", "classes", "reproduce"]
+    wanted = [s for s in ALL if s != "images"]
+    wanted[4:4] = ["latency", "parity"]
+    assert Page(PAGES["measured"]()).sections == wanted
+    found = Page(PAGES["measured comparison"]()).sections
+    assert found == ["models", "tradeoff", "latency", "parity", "classes", "reproduce"]
 
 
 def test_the_page_says_what_the_report_says() -> None:
@@ -198,7 +216,11 @@ def test_names_cannot_do_harm() -> None:
     report.dense.classes = report.pruned.classes = {EVIL: 0.5}
     report.rounds = [RoundRow(number=1, epoch=0, target={EVIL: 0.5}, fitness=RoundFitness(before=0.1))]
     harmless = photo(EVIL, EVIL)
-    for text in (render(report, front(), [harmless], EVIL, (EVIL, EVIL)), comparison(EVIL, (harmless,))):
+    found = timed(EVIL, "b")
+    found.hardware, found.versions, found.failed = EVIL, {EVIL: EVIL}, {EVIL: EVIL}
+    found.rows[0].format = found.rows[0].precision = found.rows[0].runtime = EVIL
+    texts = render(report, front(), [harmless], EVIL, (EVIL, EVIL), found), comparison(EVIL, (harmless,), found)
+    for text in texts:
         page = Page(text)
         assert "<script" not in text
         assert "script" not in {tag for tag, _ in page.elements}

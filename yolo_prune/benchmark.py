@@ -146,6 +146,7 @@ def _row(format: str, subject: Subject, path: Path, session: Session, setting: S
         runtime=runtimes.runtime(format),
         flops=subject.flops,
         params=subject.params,
+        weights=subject.weights,
         size_mb=sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()) / 1e6,
     )
     graph = path.with_suffix(".onnx")  # what TensorRT builds its engine from stays beside it

@@ -29,6 +29,7 @@ HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of a
                                                                 what a run did, on one page
   yolo-prune compare dense.pt pruned.pt ... data=data.yaml [imgsz=640] [save=compare.html]
                                                                 checkpoints side by side, validated anew
+                     both with [format=onnx,openvino], measured as 'bench' does, with its arguments
   yolo-prune demo  [folder=yolo-prune-demo]   everything on a small made-up dataset, in a few minutes
   yolo-prune doctor   is the start-up hook active, which versions are here
   yolo-prune schema [save=recipe.schema.json]   JSON schema of recipes, for editors
@@ -123,16 +124,14 @@ def _apply(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    known = ("model", "format", "imgsz", "batch", "device", "threads", "repeats", "half", "quantize", "data", "save")
-    values, _ = _parse("bench", arguments, known)
+    values, _ = _parse("bench", arguments, ("model", "imgsz", "data", "save", *MEASURING))
     models = [name for name in _model(values).split(",") if name]
     save = _target(values["save"], ".json") if "save" in values else None
-    numbers = _numbers(values)
-    from yolo_prune import benchmark, runtimes
+    formats, how = _measuring({"format": "onnx", **values})
+    from yolo_prune import benchmark
     from yolo_prune.subjects import Setting
 
-    formats = runtimes.parse(values.get("format", "onnx"))
-    asked = Setting.of(_imgsz(values), device=values.get("device", "cpu"), data=values.get("data"), **numbers)
+    asked = Setting.of(_imgsz(values), data=values.get("data"), **how)
     found = benchmark.measure(models, formats, asked)
     print(found)
     if save:
@@ -145,27 +144,16 @@ def _profile(arguments: list[str]) -> int:
     known = ("model", "format", "imgsz", "batch", "device", "threads", "half", "quantize", "save")
     values, _ = _parse("profile", arguments, known)
     source, save = _model(values), _target(values.get("save", "profile.json"), ".json")
-    numbers = _numbers(values)
-    from yolo_prune import api, runtimes
+    formats, how = _measuring({"format": "onnx", **values})
+    if len(formats) > 1:
+        raise PruneError(f"format={values['format']}: a profile is of one runtime. Write one file for each.")
+    from yolo_prune import api
     from yolo_prune.subjects import Setting
     from yolo_prune.timing import target
 
-    formats = runtimes.parse(values.get("format", "onnx"))
-    if len(formats) > 1:
-        raise PruneError(f"format={values['format']}: a profile is of one runtime. Write one file for each.")
-    asked = Setting.of(_imgsz(values), device=values.get("device", "cpu"), **numbers)
+    asked = Setting.of(_imgsz(values), **how)
     print(f"saved {target.profile(api.open_model(source), formats[0], asked, save)}")
     return 0
-
-
-def _numbers(values: dict[str, str]) -> dict[str, Any]:
-    """What says how a model is timed, of the arguments that are whole numbers."""
-    numbers: dict[str, Any] = {
-        key: _whole(key, values[key]) for key in ("batch", "threads", "repeats", "quantize") if key in values
-    }
-    if _truth("half", values.get("half", "False")) and numbers.setdefault("quantize", 16) != 16:
-        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
-    return numbers
 
 
 def _show(arguments: list[str]) -> int:
@@ -183,20 +171,27 @@ def _show(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     runs, rest = _places(arguments)
-    values, _ = _parse("report", rest, ("data", "model", "save"))
+    values, _ = _parse("report", rest, ("data", "model", "save", "imgsz", *MEASURING))
     if len(runs) != 1:
         given = f"{len(runs)} runs were named" if runs else "no run was named"
         raise PruneError(f"{given}; pass the folder of one, as in 'yolo-prune report runs/detect/train'.")
     save = _target(values["save"], ".html") if "save" in values else None
+    size = _imgsz(values) if "imgsz" in values else None
+    formats, how = _measuring(values, *(["imgsz"] if size else []))
     from yolo_prune import pages
 
-    print(f"saved {pages.write_report(runs[0], data=values.get('data'), model=values.get('model'), save=save)}")
+    known = {key: values.get(key) for key in ("data", "model")}
+    found = pages.measure_run(runs[0], formats, imgsz=size, **known, **how) if formats else None
+    path = pages.write_report(runs[0], save=save, **known)
+    print(f"{found}\n\nsaved {path}" if found else f"saved {path}")
+    if found:
+        found.check()
     return 0
 
 
 def _compare(arguments: list[str]) -> int:
     models, rest = _places(arguments)
-    values, _ = _parse("compare", rest, ("data", "imgsz", "save"))
+    values, _ = _parse("compare", rest, ("data", "imgsz", "save", *MEASURING))
     if len(models) < 2:
         raise PruneError(f"pass two or more checkpoints to compare. {_usage('compare')}")
     if again := next((m for m in models if models.count(m) > 1), None):
@@ -204,9 +199,13 @@ def _compare(arguments: list[str]) -> int:
     if "data" not in values:
         raise PruneError("data= is missing: pass the dataset to validate on, for example data=data.yaml.")
     save, imgsz = _target(values.get("save", "compare.html"), ".html"), _imgsz(values)
+    formats, how = _measuring(values)
     from yolo_prune import pages
 
-    print(f"{pages.compare(models, values['data'], imgsz, save)}\nsaved {save}")
+    text, found = pages.compare(models, values["data"], imgsz, save, formats, **how)
+    print(f"{text}\nsaved {save}")
+    if found:
+        found.check()
     return 0
 
 
@@ -239,6 +238,7 @@ def _schema(arguments: list[str]) -> int:
     return 0
 
 
+MEASURING = ("format", "batch", "device", "threads", "repeats", "half", "quantize")
 FALSE = ("=false", "=0", "=none", "=")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
@@ -275,6 +275,21 @@ def _parse(command: str, arguments: list[str], known: tuple[str, ...]) -> tuple[
                 + (f"It takes {', '.join(known)}." if known else "It takes none.")
             )
     return values, overrides
+
+
+def _measuring(values: dict[str, str], *others: str) -> tuple[list[str], dict[str, Any]]:
+    """The formats to measure in, none where format= is not given, and how, for `Setting.of`."""
+    if "format" not in values:
+        if alone := next((key for key in (*others, *MEASURING) if key in values), None):
+            raise PruneError(f"{alone}= says how to measure, and format= is missing, for example format=onnx.")
+        return [], {}
+    how: dict[str, Any] = {"device": values["device"]} if "device" in values else {}
+    how |= {k: _whole(k, values[k]) for k in ("batch", "threads", "repeats", "quantize") if k in values}
+    if _truth("half", values.get("half", "False")) and how.setdefault("quantize", 16) != 16:
+        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
+    from yolo_prune import runtimes
+
+    return runtimes.parse(values["format"]), how
 
 
 def _places(arguments: list[str]) -> tuple[list[str], list[str]]:

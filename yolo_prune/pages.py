@@ -5,23 +5,33 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
-from yolo_prune import api, evaluate, images
+from yolo_prune import api, benchmark, evaluate, images, measured, runtimes
 from yolo_prune.errors import PruneError, RunError
 from yolo_prune.files import write_text
 from yolo_prune.report import Report
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.front import Front
+from yolo_prune.report.latency import BENCH, Measurement
 from yolo_prune.report.page import PAGE, render
 from yolo_prune.report.photos import Photo
+from yolo_prune.subjects import Setting
 
 FIRST = "weights/round0.pt"  # what a run that kept it started from
+
+
+class Compared(NamedTuple):
+    """What `compare` found: tables as text, and the measurement where one was asked for."""
+
+    text: str
+    measurement: Measurement | None
 
 
 def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None) -> Path:
@@ -34,16 +44,15 @@ def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None
         device: to run the models on.
     """
     photos: list[Photo] = []
-    names = ["dense", "pruned"]
-    if dataset is not None and (start := _start(folder, report)):
+    start = _start(folder, report)
+    if dataset is not None and start:
         try:
             models = [api.open_model(start), api.open_model(_delivered(folder))]
-            names[0] = _name(models[0])
             files = images.spread(dataset, evaluate.PHOTOS)
             photos = evaluate.photographs(models, files, report.imgsz or 640, device)
         except Exception as e:  # the page is worth having without them
             LOGGER.warning(f"{PAGE} has no images: {type(e).__name__}: {e}")
-    return write_text(folder / PAGE, render(report, Front.load(folder), photos, folder, names))
+    return _write(folder, report, start, photos)
 
 
 def write_report(
@@ -60,28 +69,62 @@ def write_report(
     Raises:
         PruneError: If the run, the dataset or a checkpoint cannot be read.
     """
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    report = Report.load(run)
-    front = Front.load(folder)
-    start = Path(model) if model else _start(folder, report)
+    folder, report, start = _open(run, model)
     asked = data is not None or model is not None
     photos: list[Photo] = []
-    names = ["dense", "pruned"]
     if asked and start is None:
-        raise RunError(f"The dense model {report.model!r} of this run is not here. Say where it is with model=...")
+        raise _gone(report)
     if start and report.status == "finished" and (asked or Path(report.data).is_file()):
         try:
             models = [api.open_model(start), api.open_model(_delivered(folder))]
-            names[0] = _name(models[0])
             report, photos = _look(report, models, data or report.data, measure=data is not None)
         except PruneError as e:
             if asked:
                 raise
             LOGGER.warning(f"The page has no images: {e}")
-    return write_text(save or folder / PAGE, render(report, front, photos, folder, names))
+    return _write(folder, report, start, photos, save)
 
 
-def compare(models: Sequence[str | Path], data: str, imgsz: int, save: str | Path) -> str:
+def measure_run(
+    run: str | Path,
+    formats: Sequence[str],
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    imgsz: int | None = None,
+    **how: Any,
+) -> Measurement:
+    """Measure what a run started from and what it delivered, in turn, and save that in its folder as `bench.json`.
+
+    Args:
+        run: its folder, or its prune.json.
+        formats: as `runtimes.parse` returns them.
+        data: the dataset that exports are checked on; without it, the run's own if it is here and fits both models.
+        model: the dense checkpoint, where it is not at the place that the run knew it at.
+        imgsz: image size in pixels; that of the run where None.
+        how: what else `Setting.of` takes.
+
+    Raises:
+        PruneError: If there is nothing to measure, or it cannot be measured here: before any work, where that can be
+            told.
+    """
+    folder, report, start = _open(run, model)
+    if report.status != "finished":
+        raise RunError(f"There is nothing to measure yet: the run in {folder} is {report.status}, not finished.")
+    if start is None:
+        raise _gone(report)
+    setting = Setting.of(imgsz or measured.side(report), **how)
+    runtimes.check(formats, setting.quantize, setting.device)
+    models = [api.open_model(start), api.open_model(_delivered(folder))]
+    dataset = measured.dataset(models, data, report, setting.imgsz)
+    found = _measure(models, formats, replace(setting, data=dataset))
+    found.save(folder / BENCH)
+    return found
+
+
+def compare(
+    models: Sequence[str | Path], data: str, imgsz: int, save: str | Path, formats: Sequence[str] = (), **how: Any
+) -> Compared:
     """Validate checkpoints on a dataset, and write a page that compares them.
 
     Args:
@@ -89,13 +132,15 @@ def compare(models: Sequence[str | Path], data: str, imgsz: int, save: str | Pat
         data: the dataset, as for `model.val`.
         imgsz: image size in pixels.
         save: where the page goes.
-
-    Returns:
-        The table of figures.
+        formats: to measure them in, as `runtimes.parse` returns them; none: they are not measured.
+        how: they are measured, what else `Setting.of` takes.
 
     Raises:
-        PruneError: If a checkpoint or the dataset cannot be read, or their classes do not agree.
+        PruneError: If a checkpoint or the dataset cannot be read, their classes do not agree, or a format cannot be
+            measured here.
     """
+    setting = Setting.of(imgsz, data=data, **how)
+    runtimes.check(formats, setting.quantize, setting.device)
     paths = [Path(model) for model in models]
     names = short_names(paths)
     opened = [api.open_model(path) for path in paths]
@@ -103,14 +148,47 @@ def compare(models: Sequence[str | Path], data: str, imgsz: int, save: str | Pat
     if len(tasks) > 1:
         raise RunError(f"These models have different tasks, which cannot be compared: {', '.join(sorted(tasks))}.")
     files = [images.validation_files(model, data, imgsz, evaluate.PHOTOS) for model in opened]  # all are checked first
+    found = _measure(opened, formats, setting).renamed(names) if formats else None  # validation fuses the models
     candidates: list[Candidate] = []
     for name, model in zip(names, opened, strict=True):
         LOGGER.info(f"Validating {name} ({len(candidates) + 1} of {len(names)})")
         candidates.append(evaluate.measure(model, name, data, imgsz))
     photos = evaluate.photographs(opened, files[0], imgsz, None)
-    words = shlex.join(["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", f"save={save}"])
-    write_text(save, render_comparison(candidates, data, imgsz, photos, words))
-    return comparison_table(candidates)
+    asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
+    words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]
+    write_text(save, render_comparison(candidates, data, imgsz, photos, shlex.join(words), found))
+    return Compared("\n\n".join([comparison_table(candidates), *([str(found)] if found else [])]), found)
+
+
+def _measure(models: Sequence[Model], formats: Sequence[str], setting: Setting) -> Measurement:
+    found = benchmark.measure(models, formats, setting)
+    if not found.rows:
+        found.check()
+    return found
+
+
+def _open(run: str | Path, model: str | None) -> tuple[Path, Report, Path | None]:
+    """The folder of a run, its report, and the checkpoint it started from if that is here."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    report = Report.load(run)
+    Front.load(folder)  # damage is told before any work
+    return folder, report, Path(model) if model else _start(folder, report)
+
+
+def _gone(report: Report) -> RunError:
+    return RunError(f"The dense model {report.model!r} of this run is not here. Say where it is with model=...")
+
+
+def _write(
+    folder: Path, report: Report, start: Path | None, photos: Sequence[Photo], save: str | Path | None = None
+) -> Path:
+    """The page of a run, with the measurement that lies in its folder."""
+    names = [measured.first_name(start), "pruned"]
+    found = measured.load(folder, report, start, _result(folder))
+    if found:
+        found = found.renamed(names)
+        report = measured.timed(report, found)
+    return write_text(save or folder / PAGE, render(report, Front.load(folder), photos, folder, names, found))
 
 
 def _look(report: Report, models: list[Model], data: str, measure: bool) -> tuple[Report, list[Photo]]:
@@ -132,13 +210,15 @@ def _start(folder: Path, report: Report) -> Path | None:
 
 
 def _delivered(folder: Path) -> Path:
-    found = [path for name in ("best", "last") if (path := folder / f"weights/{name}.pt").is_file()]
-    if not found:
+    found = _result(folder)
+    if found is None:
         raise RunError(
             f"{folder / 'weights'} holds neither best.pt nor last.pt. Pass the folder of a run ({FILE_NAME})."
         )
-    return found[0]
+    return found
 
 
-def _name(model: Model) -> str:
-    return "before this run" if api.is_pruned(model) else "dense"
+def _result(folder: Path) -> Path | None:
+    """The checkpoint that a run delivered, if it is here."""
+    places = [folder / "weights" / f"{name}.pt" for name in ("best", "last")]
+    return next((path for path in places if path.is_file()), None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class Subject:
         flops: of one image; None where the model cannot be traced.
         params: parameters.
         quality: mAP in torch, once it was measured.
+        weights: their fingerprint.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Subject:
     flops: float | None = None
     params: int | None = None
     quality: float | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,17 @@ def subject(model: Model, name: str, folder: Path) -> Subject:
     """Save a model where it may be exported: the exporter writes beside the file that a model was loaded from."""
     folder.mkdir(parents=True, exist_ok=True)
     path = models.save(model, folder / f"{Path(name).stem or 'model'}.pt")
-    return Subject(name, reopen(model, path), path)
+    return Subject(name, reopen(model, path), path, weights=fingerprint(model))
+
+
+def fingerprint(model: Model) -> str:
+    """What tells the weights of a model from those of any other."""
+    module: Any = model.model
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def count(found: Subject, imgsz: int) -> None:

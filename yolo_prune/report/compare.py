@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from yolo_prune.report.data import Figures
-from yolo_prune.report.page import NARROW, ClassRow, class_rows, legend, write
+from yolo_prune.report.latency import Measurement
+from yolo_prune.report.page import NARROW, WIDE, ClassRow, class_rows, legend, write
 from yolo_prune.report.photos import Photo
 from yolo_prune.report.picture import model_name
 from yolo_prune.report.plot import Plot
@@ -35,7 +35,12 @@ class Candidate:
 
 
 def render_comparison(
-    candidates: Sequence[Candidate], data: str, imgsz: int, photos: Sequence[Photo] = (), words: str = ""
+    candidates: Sequence[Candidate],
+    data: str,
+    imgsz: int,
+    photos: Sequence[Photo] = (),
+    words: str = "",
+    found: Measurement | None = None,
 ) -> str:
     """The page that compares models; the first is what the others are measured by.
 
@@ -45,6 +50,7 @@ def render_comparison(
         imgsz: image size in pixels.
         photos: images with what each of the models found.
         words: the command that made the page.
+        found: how long the models take, under the names of the candidates.
     """
     first = candidates[0]
     classes: list[ClassRow] = class_rows([c.figures.classes for c in candidates])
@@ -55,10 +61,11 @@ def render_comparison(
         candidates=candidates,
         first=first,
         measure=measure_name(candidates),
-        plots=_plots(candidates),
+        plots=_plots(candidates, found),
         classes=classes,
         photos=photos,
         names=[c.name for c in candidates],
+        bench=found,
         legend=legend(photos),
         command=words,
     )
@@ -98,20 +105,33 @@ def _longer(path: Path, paths: Sequence[Path]) -> str:
     return path.as_posix()
 
 
-def _plots(candidates: Sequence[Candidate]) -> list[list[Plot]]:
-    """Accuracy against FLOPs, and against parameters, each for wide and for narrow screens."""
-    found = []
-    for what, unit, scale in (("flops", "GFLOPs", 1e9), ("params", "million parameters", 1e6)):
-        dots = [
-            Dot(getattr(c.figures, what) / scale, c.accuracy, f"dot m{i % 8 + 1}", str(i + 1))
-            for i, c in enumerate(candidates)
-            if c.accuracy is not None and getattr(c.figures, what)
+def _plots(candidates: Sequence[Candidate], found: Measurement | None) -> list[list[Plot]]:
+    """Accuracy against what a model costs, each for wide and for narrow screens; of an odd number the first is wide."""
+    axes = [
+        (unit, [None if (v := getattr(c.figures, what)) is None else v / scale for c in candidates])
+        for what, unit, scale in (("flops", "GFLOPs", 1e9), ("params", "million parameters", 1e6))
+    ]
+    for format, rows in reversed(found.formats.items() if found else ()):
+        times = {row.model: row.median_ms for row in rows}
+        axes.insert(0, (f"ms, {format}", [times.get(c.name) for c in candidates]))
+    name = measure_name(candidates)
+    drawn = [(unit, dots) for unit, costs in axes if len(dots := _dots(candidates, costs)) > 1]
+    wide = len(drawn) % 2 * (len(drawn) > 1)
+    return [
+        [
+            scatter(dots, width=w, height=330.0, title=f"{name} against {unit}", across=unit, up=name)
+            for w in (WIDE if i < wide else HALF, NARROW)
         ]
-        if len(dots) > 1:
-            name = measure_name(candidates)
-            look: dict[str, Any] = {"title": f"{name} against {unit}", "across": unit, "up": name}
-            found.append([scatter(dots, width=w, height=330.0, **look) for w in (HALF, NARROW)])
-    return found
+        for i, (unit, dots) in enumerate(drawn)
+    ]
+
+
+def _dots(candidates: Sequence[Candidate], costs: Sequence[float | None]) -> list[Dot]:
+    return [
+        Dot(cost, c.accuracy, f"dot m{i % 8 + 1}", str(i + 1))
+        for i, (c, cost) in enumerate(zip(candidates, costs, strict=True))
+        if c.accuracy is not None and cost
+    ]
 
 
 __all__ = ["Candidate", "comparison_table", "measure_name", "render_comparison", "short_names"]

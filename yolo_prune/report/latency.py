@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -20,6 +20,8 @@ from yolo_prune.report.data import _Count, _Float, _Int, _plain, _Row
 from yolo_prune.report.table import MISSING, align, number
 
 FORMAT = 1
+BENCH = "bench.json"
+_Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PRECISIONS = {None: "fp32", 32: "fp32", 16: "fp16", 8: "int8"}
 """What Ultralytics calls `quantize`, in words."""
 
@@ -82,9 +84,14 @@ class Parity(_Row):
     @property
     def differences(self) -> dict[str, float | None]:
         """What was measured, under the names of the tolerance."""
-        known = self.quality is not None and self.quality_torch is not None
-        change = abs(self.quality - self.quality_torch) if known else None  # type: ignore[operator]
+        change = None if self.change is None else abs(self.change)
         return {"outputs": self.outputs, "boxes": self.boxes, "scores": self.scores, "quality": change}
+
+    @property
+    def change(self) -> float | None:
+        """By how much the export has a better mAP than the checkpoint."""
+        known = self.quality is not None and self.quality_torch is not None
+        return self.quality - self.quality_torch if known else None  # type: ignore[operator]
 
     @property
     def failures(self) -> list[str]:
@@ -117,6 +124,7 @@ class TimingRow(_Row):
         flops_ratio: to the first model.
         convolutions: in the exported graph; None where it cannot be read.
         aligned: those of them whose channel counts are multiples of 8.
+        weights: fingerprint of the checkpoint's weights, `subjects.fingerprint`.
         parity: how it agrees with the checkpoint.
     """
 
@@ -129,13 +137,14 @@ class TimingRow(_Row):
     params: _Int = None
     size_mb: _Float = None
     times_ms: list[float] = Field(default_factory=list)
-    median_ms: float = 0.0
-    quartiles_ms: tuple[float, float] = (0.0, 0.0)
-    ratio: float = 1.0
-    ratio_interval: tuple[float, float] = (1.0, 1.0)
+    median_ms: _Real = 0.0
+    quartiles_ms: tuple[_Real, _Real] = (0.0, 0.0)
+    ratio: _Real = 1.0
+    ratio_interval: tuple[_Real, _Real] = (1.0, 1.0)
     flops_ratio: _Float = None
     convolutions: _Int = None
     aligned: _Int = None
+    weights: str | None = None
     parity: Parity | None = None
 
 
@@ -166,6 +175,31 @@ class Measurement(_Row):
 
     def __str__(self) -> str:
         return render(self)
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, the one that ratios are to first."""
+        return list(dict.fromkeys(row.model for row in self.rows))
+
+    @property
+    def formats(self) -> dict[str, list[TimingRow]]:
+        """The rows of every format, in the order in which they were measured."""
+        names = dict.fromkeys(row.format for row in self.rows)
+        return {name: [row for row in self.rows if row.format == name] for name in names}
+
+    @property
+    def ends(self) -> tuple[TimingRow, TimingRow] | None:
+        """The first and the last model, in the first format that both were measured in; None where there is none."""
+        rows = next((rows for rows in self.formats.values() if len(rows) == len(self.models) > 1), None)
+        return (rows[0], rows[-1]) if rows else None
+
+    def renamed(self, names: Sequence[str]) -> Measurement:
+        """A copy in which the models, in their order, have other names, one for each."""
+        found = self.model_copy(deep=True)
+        new = dict(zip(self.models, names, strict=True))
+        for row in found.rows:
+            row.model = new[row.model]
+        return found
 
     def row(self, model: str, format: str) -> TimingRow:
         """The row of a model, by its name in the table, in a format.
@@ -213,7 +247,7 @@ class Measurement(_Row):
         except ValidationError as e:
             first = e.errors()[0]
             raise PruneError(f"{path} is not a measurement: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise PruneError(f"{path} is not complete JSON: {e}. Measure again.") from e
 
 
@@ -224,8 +258,7 @@ def render(found: Measurement) -> str:
         where.append(f"{found.threads} of {found.cores} cores" if found.cores else f"{found.threads} threads")
     where += [f"{name} {version}" for name, version in found.versions.items() if name != "python"]
     parts = [", ".join(where)]
-    for format in dict.fromkeys(row.format for row in found.rows):
-        rows = [row for row in found.rows if row.format == format]
+    for format, rows in found.formats.items():
         parts.append(_timing_table(rows, found.rounds.get(format, 0)))
         if any(row.parity for row in rows):
             parts.append(_parity_table([row for row in rows if row.parity]))
@@ -235,10 +268,16 @@ def render(found: Measurement) -> str:
         "Times are of the model alone, without pre- and postprocessing. latency and FLOPs: ratio to the first model, "
         "over\nthe same rounds (with its 95 % interval); the models took turns."
     )
-    if found.busy is not None and found.cores and found.busy > 0.25 * found.cores:
-        parts.append(f"Other programs kept {found.busy:.1f} of {found.cores} cores busy: times are longer than on an "
-                     "idle machine.")  # fmt: skip
+    parts += filter(None, [busy_note(found)])
     return "\n\n".join(parts)
+
+
+def busy_note(found: Measurement) -> str:
+    """That others kept the machine busy meanwhile; empty where they hardly did."""
+    if found.busy is None or not found.cores or found.busy <= 0.25 * found.cores:
+        return ""
+    shown = f"Other programs kept {found.busy:.1f} of {found.cores} cores busy"
+    return f"{shown}: times are longer than on an idle machine."
 
 
 def _timing_table(rows: Sequence[TimingRow], rounds: int) -> str:
@@ -270,7 +309,6 @@ def _parity_table(rows: Sequence[TimingRow]) -> str:
     for row in rows:
         parity = row.parity
         assert parity is not None
-        known = parity.quality is not None and parity.quality_torch is not None
         table.append([
             row.model,
             MISSING if parity.outputs is None else f"{parity.outputs:.1e}",
@@ -278,7 +316,7 @@ def _parity_table(rows: Sequence[TimingRow]) -> str:
             MISSING if parity.scores is None else f"{parity.scores:.1e}",
             MISSING if parity.quality_torch is None else f"{parity.quality_torch:.4f}",
             MISSING if parity.quality is None else f"{parity.quality:.4f}",
-            f"{parity.quality - parity.quality_torch:+.4f}" if known else MISSING,  # type: ignore[operator]
+            MISSING if parity.change is None else f"{parity.change:+.4f}",
             "FAILS" if parity.failures else "agrees",
         ])  # fmt: skip
     return align(table, left=1)

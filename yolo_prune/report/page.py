@@ -15,9 +15,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from yolo_prune._version import __version__
+from yolo_prune.report import timing
 from yolo_prune.report.data import LayerRow, Report, RoundRow
 from yolo_prune.report.front import Front
 from yolo_prune.report.history import history
+from yolo_prune.report.latency import Measurement
 from yolo_prune.report.photos import Photo
 from yolo_prune.report.picture import model_name, title
 from yolo_prune.report.plot import Plot
@@ -82,6 +84,7 @@ def render(
     photos: Sequence[Photo] = (),
     folder: str | Path | None = None,
     names: Sequence[str] = ("dense", "pruned"),
+    found: Measurement | None = None,
 ) -> str:
     """The page of a run; parts whose data is missing are left out.
 
@@ -91,6 +94,7 @@ def render(
         photos: images with what two models found, before and after.
         folder: of the run, for the command that reproduces it.
         names: of these two models.
+        found: how long they take, under these names.
     """
     least = None if front is None else front.reference - front.limit
     return write(
@@ -98,7 +102,7 @@ def render(
         title=title(report),
         report=report,
         facts=_facts(report),
-        cards=_cards(report),
+        cards=_cards(report, found),
         plots=_history(report, least),
         searched=_search(front, least),
         rounds=_rounds(report),
@@ -111,6 +115,7 @@ def render(
         classes=class_rows([report.dense.classes, report.pruned.classes]),
         photos=photos,
         names=names,
+        bench=found,
         legend=legend(photos),
         command=command(report, folder),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False) if report.recipe else "",
@@ -135,6 +140,9 @@ def _environment() -> Environment:
     environment.filters["number"] = number
     environment.filters["fitness"] = fitness
     environment.filters["percent"] = percent
+    environment.filters["digits"] = lambda value, form: MISSING if value is None else form % value
+    environment.filters["minus"] = lambda text: text.replace("-", MINUS)
+    environment.globals["timing"] = timing
     environment.filters["difference"] = lambda after, before: difference(after, before).replace("-", MINUS)
     return environment
 
@@ -170,7 +178,7 @@ def _facts(report: Report) -> list[str]:
     return [fact for fact in facts if fact]
 
 
-def _cards(report: Report) -> list[Card]:
+def _cards(report: Report, found: Measurement | None) -> list[Card]:
     dense, pruned = report.dense, report.pruned
     cards = []
     if dense.fitness is not None or pruned.fitness is not None:
@@ -179,16 +187,20 @@ def _cards(report: Report) -> list[Card]:
         value = fitness(pruned.fitness if pruned.fitness is not None else dense.fitness)
         note = "" if change == MISSING else change.replace("-", MINUS)
         cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))
+    ratio = found.ends[1].ratio if found and found.ends else None
+    where = f", {timing.runtime(found.ends[1])}" if found and found.ends else ""
     for label, unit, before, after, scale in (
         ("FLOPs", "G", dense.flops, pruned.flops, 1e9),
         ("Parameters", "M", dense.params, pruned.params, 1e6),
         ("Checkpoint", "MB", dense.size_mb, pruned.size_mb, 1.0),
-        ("Latency", "ms", dense.latency_ms, pruned.latency_ms, 1.0),
+        (f"Latency{where}", "ms", dense.latency_ms, pruned.latency_ms, 1.0),
     ):
         if before is None and after is None:
             continue
         kept = after / before if after is not None and before else None
-        note = "" if kept is None else f"{percent(after, before)} kept"
+        if kept and unit == "ms":
+            kept = ratio or kept  # round by round, which the medians of all rounds are not
+        note = "" if kept is None else f"{percent(kept, 1)} kept"
         shown = after if after is not None else before
         cards.append(Card(label, number(shown, scale), unit, _before(before, after, scale), note, kept))
     return cards
