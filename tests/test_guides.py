@@ -30,7 +30,7 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.validator import BaseValidator
 
 import yolo_prune
-from yolo_prune import cli, runtimes
+from yolo_prune import cli, runtimes, subjects
 from yolo_prune.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -96,7 +96,7 @@ COMMANDS = [item for item in ITEMS if item.kind == "bash"]
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[pytest.MonkeyPatch]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
     """What holds for all runs here, and may be changed by them."""
 
     def validate(self: Any, trainer: Any = None, model: Any = None) -> Any:
@@ -104,7 +104,21 @@ def place() -> Iterator[pytest.MonkeyPatch]:
         return {**found, "fitness": FITNESS} if trainer and found else found
 
     stock = BaseValidator.__call__
+
+    def exported(form: str, subject: subjects.Subject, setting: subjects.Setting) -> Path:
+        """The export of a model that was exported before, for another command: these take most of the time."""
+        weights = sum(float(t.double().abs().sum()) for t in subject.model.model.state_dict().values())
+        key = (form, weights, setting.imgsz, setting.batch, setting.quantize)
+        if form != "torch" and key not in kept:
+            made = export(form, subject, setting)
+            target = tmp_path_factory.mktemp(form) / made.name
+            kept[key] = Path(shutil.copytree(made, target) if made.is_dir() else shutil.copy(made, target))
+        return kept.get(key, subject.path)
+
+    kept: dict[tuple[Any, ...], Path] = {}
+    export = subjects.exported
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subjects, "exported", exported)
         patch.setattr(BaseValidator, "__call__", validate)
         patch.setattr(ultralytics.cfg, "ARGV", [])
         yield patch
@@ -113,7 +127,7 @@ def place() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, place: pytest.MonkeyPatch) -> Path:
     """A folder as a user has it: checkpoints, a dataset, a recipe and a run that has pruned."""
-    folder = tiny(tmp_path_factory.mktemp("original"), train=8)
+    folder = tiny(tmp_path_factory.mktemp("original"), train=4)
     scenes = yaml.safe_load((folder / "scenes/scenes.yaml").read_text(encoding="utf-8"))
     for name in ("images", "labels"):
         (folder / "scenes" / name).rename(folder / name)
@@ -145,8 +159,9 @@ def shortened(words: list[str]) -> list[str]:
     """A command with arguments at its end that make it quick."""
     size, device, runs = f"imgsz={IMGSZ}", "device=cpu", f"project={Path.cwd() / 'runs/detect'}"
     if words[1] == "train":
-        search = ["recipe.schedule.rounds=2"] if "smallest" in str(words) or "max_drop" in str(words) else []
-        return [*words, "epochs=3", "batch=4", size, runs, *(f"{k}={v}" for k, v in QUICK.items()), *search]
+        limit = "smallest" in str(words) or "max_drop" in str(words)
+        search = ["epochs=2", "recipe.schedule.rounds=1"] if limit else ["epochs=1"]
+        return [*words, *search, "batch=4", size, runs, *(f"{k}={v}" for k, v in QUICK.items())]
     if words[0] == "yolo":
         more = [] if words[1] == "export" else [runs, "workers=0", "plots=False"]
         return [*words, size, device, *more]
@@ -246,7 +261,7 @@ def test_python_works(
     monkeypatch.setattr(Model, "train", briefly)
     monkeypatch.setattr(yolo_prune, "bench", functools.partial(yolo_prune.bench, repeats=2, threads=1))
     torch.set_num_threads(1)
-    source = re.sub(r"\bimgsz=\d+", f"imgsz={IMGSZ}", re.sub(r"\bepochs=\d+", "epochs=3", item.text))
+    source = re.sub(r"\bimgsz=\d+", f"imgsz={IMGSZ}", re.sub(r"\bepochs=\d+", "epochs=1", item.text))
     exec(compile("\n" * (item.line - 1) + source, item.page, "exec"), names[item.page])
 
 
