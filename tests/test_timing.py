@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from clock import Clock, made_up
 from datasets import IMGSZ, tiny
 from quick import QUICK
 from torch import nn
@@ -23,32 +23,19 @@ from yolo_prune import cli, images, latency, planner
 from yolo_prune.cost import Cost, Term, Timing
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
-from yolo_prune.latency import Interval
 from yolo_prune.metadata import Record
 from yolo_prune.recipe.schema import Target
 from yolo_prune.report import Report
 from yolo_prune.select import Constraints, Goal, select
 from yolo_prune.subjects import Setting
 from yolo_prune.timing import probe, target, whole
-from yolo_prune.timing.fit import Point, formula, steps
+from yolo_prune.timing.fit import formula, steps
 from yolo_prune.timing.layers import Layer, distinct, layers_of
 from yolo_prune.timing.table import Place, Table, Whole, model_key
-from yolo_prune.timing.whole import Measured, dense_twin
+from yolo_prune.timing.whole import dense_twin
 
 PLACE = Place(format="torch", runtime="torch", hardware="somewhere", device="cpu", threads=1, batch=1, quantize=32)
 SMALL = {"criterion": "magnitude", "channels.round_to": 2, "channels.min": 2}
-
-
-def made_up(layer: Layer, each: tuple[int, int], noise: float = 0.0) -> list[Point]:
-    """Times of a runtime that works in multiples: 0.01 ms, and 1e-9 ms a multiplication, 1e-7 a value moved."""
-    pixels = int(np.prod(layer.size)) * (int(np.prod(layer.kernel)) if layer.kernel else 1)
-    rng, found = np.random.default_rng(len(layer.key)), []
-    for ins, outs in layer.widths():
-        i, o = (-(-width // step) * step for width, step in zip((ins, outs), each, strict=True))
-        work = o if layer.depthwise else i * o
-        time = 0.01 + pixels * (1e-8 * work + 1e-7 * (0 if layer.depthwise else i) + 1e-7 * o)
-        found.append((ins, outs, float(time * (1 + noise * rng.standard_normal()))))
-    return found
 
 
 @functools.cache
@@ -64,10 +51,15 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("each", [(1, 1), (1, 8), (8, 8), (1, 16), (4, 32)])
+@pytest.mark.parametrize("each", [(1, 4), (1, 8), (8, 8), (1, 16), (4, 32)])
 def test_the_steps_of_a_runtime_are_found_through_noise(each: tuple[int, int]) -> None:
     found = table(each, noise=0.03)
     assert steps({layer.key: (found.layers[layer.key], layer.depthwise) for layer in distinct(layers())}) == each
+
+
+def test_steps_too_small_to_see_do_no_harm() -> None:
+    found = table((1, 1), noise=0.03)
+    assert max(steps({layer.key: (found.layers[layer.key], layer.depthwise) for layer in distinct(layers())})) <= 4
 
 
 def test_a_formula_is_found_again_and_is_never_negative() -> None:
@@ -187,28 +179,6 @@ def test_widths_follow_the_steps_of_the_runtime_unless_the_user_wants_more() -> 
     assert multiples() == 16
     assert multiples(channels_round_to=4) == 16  # four of sixteen would save no time
     assert multiples(channels_round_to=32) == 32
-
-
-class Clock:
-    """Stands in for the stopwatch: a model takes as long as its FLOPs say, by a law of its own."""
-
-    def __init__(self, law: Any) -> None:
-        self.law, self.asked = law, 0
-
-    def __call__(self, dense: nn.Module, format: str, setting: Setting) -> Clock:
-        self.dense = planner.present_cost(dense, IMGSZ)[0]
-        return self
-
-    def __enter__(self) -> Clock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def measure(self, cuts: Sequence[nn.Module]) -> list[Measured]:
-        self.asked += 1
-        ratios = [float(self.law(planner.present_cost(cut, IMGSZ)[0] / self.dense)) for cut in cuts]
-        return [Measured(10.0, 10 * ratio, Interval(ratio, ratio, ratio)) for ratio in ratios]
 
 
 def settled(monkeypatch: pytest.MonkeyPatch, law: Any, keep: float) -> tuple[target.Hit, Clock]:

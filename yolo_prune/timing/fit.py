@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain, combinations, product
 from typing import NamedTuple
@@ -11,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEPS = (1, 2, 4, 8, 16, 32)
+USUAL = 8
 SURELY = 0.9
-"""Larger steps must explain the times by this much better than smaller ones."""
+"""Other steps than the usual ones must explain the times by this much better."""
 
 Point = tuple[int, int, float]
 """Channels read, channels put out, milliseconds."""
@@ -45,14 +47,15 @@ def steps(layers: Mapping[str, tuple[Sequence[Point], bool]]) -> tuple[int, int]
         layers: `{name: (times, depthwise)}`.
 
     Returns:
-        The smallest that explain the times of all layers nearly as well as the best ones do.
+        Of those that explain the times of all layers nearly as well as the best ones do, the nearest to the usual ones.
     """
     errors = {
         pair: sum(_fit(points, pair, depthwise)[1] for points, depthwise in layers.values())
         for pair in product(STEPS, STEPS)
     }
     best = min(errors.values())
-    return min((pair for pair, error in errors.items() if error * SURELY <= best), key=lambda pair: (max(pair), pair))
+    good = [pair for pair, error in errors.items() if error * SURELY <= best]
+    return min(good, key=lambda pair: (abs(math.log2(max(pair) / USUAL)), pair))
 
 
 def _fit(points: Sequence[Point], steps: tuple[int, int], depthwise: bool) -> tuple[Formula, float]:
