@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from ultralytics import RTDETR, YOLO, utils
 from ultralytics.utils import checks
 
 import yolo_prune
-from yolo_prune import benchmark, cli, comparison, exports, latency, runtimes, subjects
+from yolo_prune import cli, comparison, exports, latency, runtimes, subjects
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.report.latency import Measurement
 
@@ -45,7 +46,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warming up takes no second here."""
     warm_up = latency.warm_up
     monkeypatch.setattr(latency, "warm_up", lambda runs: warm_up(runs, seconds=0.0, least=1))
-    monkeypatch.setattr(benchmark, "_busy", lambda: 0.0)
+    monkeypatch.setattr(subjects, "busy", lambda: 0.0)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -371,3 +372,11 @@ def test_models_get_names_that_differ() -> None:
 def test_the_clock_and_the_tables_do_not_need_ultralytics() -> None:
     for name in ("yolo_prune.latency", "yolo_prune.agreement", "yolo_prune.report.latency"):
         assert "ultralytics" not in vars(sys.modules[name])
+
+
+def test_a_quiet_export_leaves_no_handler_that_writes_to_a_closed_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with exports.quietly("The export"):
+        logging.warning("of an exporter")  # as they do
+        assert logging.root.handlers
+    assert not logging.root.handlers

@@ -385,3 +385,10 @@ def test_evaluate_finds_outlines_in_results() -> None:
     assert mask.xyn[0].shape[1] == 2
     dots = Results(image, "", names, boxes=plain.boxes.data, keypoints=torch.ones(1, 5, 3)).keypoints
     assert dots.xyn.shape == (1, 5, 2)
+
+
+def test_timing_builds_engines_of_single_layers_with_this() -> None:
+    engine = pytest.importorskip(
+        "ultralytics.utils.export.engine", reason="releases before 8.4 build engines elsewhere"
+    )
+    assert {"onnx_file", "output_file", "quantize", "shape"} <= set(inspect.signature(engine.onnx2engine).parameters)

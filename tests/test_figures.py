@@ -101,7 +101,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warming up takes no second here."""
     warm_up = latency.warm_up
     monkeypatch.setattr(latency, "warm_up", lambda runs: warm_up(runs, seconds=0.0, least=1))
-    monkeypatch.setattr(benchmark, "_busy", lambda: 0.0)
+    monkeypatch.setattr(subjects, "busy", lambda: 0.0)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ultralytics import YOLO
 from ultralytics.utils.torch_utils import get_flops
 
 import yolo_prune
-from yolo_prune import cli, images, latency, planner
+from yolo_prune import cli, images, latency, planner, runtimes
 from yolo_prune.cost import Cost, Term, Timing
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
@@ -253,6 +253,26 @@ def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
     kept.write_text("{")
     assert target.find(model, asked, IMGSZ) is not None  # a damaged file is measured anew
     assert Table.load(kept).place.threads == 1
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("form", ["torch", "torchscript", "onnx", "openvino", "ncnn"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer("conv", 16, 24, (8, 8), (3, 3), (2, 2), (1, 1), (1, 1)),
+        Layer("conv", 16, 16, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 0),
+        Layer("deconv", 16, 8, (8, 8), (2, 2), (2, 2), (0, 0), (1, 1)),
+        Layer("linear", 16, 8, (20,)),
+    ],
+    ids=lambda layer: layer.kind + ("" if layer.groups else " depthwise"),
+)
+def test_layers_run_in_every_runtime(layer: Layer, form: str) -> None:
+    for module in runtimes.FORMATS[form].modules:
+        pytest.importorskip(module, reason=f"{module} is not installed here")
+    found = probe.measure([layer], form, SETTING, iter)
+    assert [pair[:2] for pair in found[layer.key]] == layer.widths()
+    assert all(ms > 0 for *_, ms in found[layer.key])
 
 
 def test_other_targets_need_no_times() -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,7 @@ def _measure_format(
     for subject, session in zip(found, sessions, strict=True):
         session.prepare(_noise(subject, setting))
     runs = [session.run for session in sessions]
-    busy = _busy()
+    busy = subjects.busy()
     result.busy = max((value for value in (result.busy, busy) if value is not None), default=None)
     rounds = setting.repeats or latency.rounds_for(latency.warm_up(runs), BUDGET)
     if setting.repeats:
@@ -167,13 +166,3 @@ def _noise(subject: Subject, setting: Setting) -> Array:
     module: Any = subject.model.model
     shape = (setting.batch, module.yaml.get("channels", 3), setting.imgsz, setting.imgsz)
     return np.random.default_rng(0).random(shape, dtype=np.float32)
-
-
-def _busy() -> float | None:
-    """Cores that others keep busy, seen over half a second in which this process does nothing."""
-    try:
-        import psutil
-    except ImportError:
-        time.sleep(0.5)  # what was busy with the export may come to rest all the same
-        return None
-    return float(psutil.cpu_percent(interval=0.5)) / 100 * (psutil.cpu_count() or 1)

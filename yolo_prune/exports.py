@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -111,6 +112,7 @@ def quietly(what: str) -> Iterator[None]:
     automatic = {module: module.AUTOINSTALL for module in (utils, checks) if hasattr(module, "AUTOINSTALL")}
     with tempfile.TemporaryFile() as log, open(os.devnull, "w", encoding="utf-8") as nowhere:
         failed: Exception | None = None
+        handlers = list(logging.root.handlers)
         _flush()
         before = [os.dup(1), os.dup(2)]
         try:
@@ -129,6 +131,7 @@ def quietly(what: str) -> Iterator[None]:
                 os.close(old)
             for module, value in automatic.items():
                 module.AUTOINSTALL = value
+            logging.root.handlers[:] = handlers  # a first logging.warning makes one for a stream that is closed now
         if isinstance(failed, PruneError):
             raise failed
         if failed is not None:

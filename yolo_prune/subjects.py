@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,16 @@ def _device(name: str | int) -> torch.device:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy() -> float | None:
+    """Cores that others keep busy, seen over half a second in which this process does nothing."""
+    try:
+        import psutil
+    except ImportError:
+        time.sleep(0.5)  # what was busy with the export may come to rest all the same
+        return None
+    return float(psutil.cpu_percent(interval=0.5)) / 100 * (psutil.cpu_count() or 1)
 
 
 def hardware(device: torch.device) -> str:

@@ -85,7 +85,8 @@ class Schedule(_Part):
         None,
         ge=1,
         le=100,
-        description="number of cuts; left out: 1 where the weights are refitted, else 3; 5 to search for the size",
+        description="number of cuts; left out: 1 where the weights are refitted and nothing guards them, else 3; "
+        "5 to search for the size",
     )
     start: int | None = Field(None, ge=0, description="epoch before which the first cut is made, counted from 0")
     interval: int | None = Field(

@@ -84,7 +84,12 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
     key = model_key(layers, setting.imgsz)
     missing = table.missing(layers)
     if missing or key not in table.wholes:
-        LOGGER.info(f"{PREFIX}timing layers and models: {place}. This is done once.")
+        LOGGER.info(f"{PREFIX}timing layers and models: {place}. This is done once, and kept in {path}.")
+        if (busy := subjects.busy()) is not None and busy > 0.25 * subjects.cores():
+            LOGGER.warning(
+                f"{PREFIX}other programs keep {busy:.1f} of {subjects.cores()} cores busy, which blurs what is timed. "
+                "Delete that file, and start again on an idle machine, if the cut comes out worse than one by FLOPs."
+            )
         table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
         table.wholes[key] = _wholes(dense, table, layers, format, setting)
         _keep(table, path)
