@@ -3,7 +3,7 @@
 
     python benchmarks/layers.py dense.pt pruned.pt [imgsz=640] [threads=1] [runs=200]
 
-Needs the extra `onnx`. Every model is exported with the standard exporter and run with ONNX Runtime's own profiler; what
+Needs the extra `onnx`. Models are exported with the standard exporter and run with ONNX Runtime's own profiler; what
 the profiler adds to each operation is in the figures, so read them as shares.
 """
 

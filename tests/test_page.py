@@ -26,6 +26,7 @@ from yolo_prune import cli, evaluate, images, pages, quality
 from yolo_prune.errors import PruneError
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundFitness, RoundRow
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
+from yolo_prune.report.data import LatencyRow
 from yolo_prune.report.front import Front, Point
 from yolo_prune.report.history import back_until, fitness_lines, flops_steps
 from yolo_prune.report.latency import Measurement, Parity, Tolerance
@@ -515,3 +516,17 @@ CLIPPED = """
   return plot.width && box.width && (box.left < plot.left - 2 || box.right > plot.right + 2 || box.top < plot.top - 2)
 }).map(text => text.textContent)
 """
+
+
+def test_a_latency_that_was_the_target_is_on_the_page() -> None:
+    report = full()
+    last = report.rounds[-1]
+    last.target, last.held = {"latency": 0.6}, None
+    last.latency = LatencyRow(place="onnxruntime 1.32.0 on a Pi", imgsz=320, dense_ms=10.0, ms=6.3, ratio=0.617)
+    report.dense.latency_ms, report.pruned.latency_ms = 10.0, 6.3
+    page = render(report)
+    assert "of its latency" in page
+    assert "Latency, onnxruntime" in page
+    assert "61.7 % kept" in page  # round by round, as in the log; the medians would be 63.0 %
+    assert "60 % latency, came to 61.7 %" in page
+    assert "timed in onnxruntime 1.32.0 on a Pi" in page

@@ -95,7 +95,20 @@ def test_the_file_has_the_documented_keys_in_order(tmp_path: Path) -> None:
         *("dense", "pruned", "rounds", "epochs_log", "layers", "protected"),
     ]
     assert list(data["rounds"][0]) == [
-        *("number", "epoch", "target", "flops", "params", "size_mb", "plan", "held", "proof", "fitness", "seconds")
+        *(
+            "number",
+            "epoch",
+            "target",
+            "flops",
+            "params",
+            "size_mb",
+            "plan",
+            "held",
+            "latency",
+            "proof",
+            "fitness",
+            "seconds",
+        )
     ]
     assert list(data["rounds"][0]["fitness"]) == ["before", "cut", "recovered", "end"]
     assert data["version"] == 1

@@ -253,8 +253,8 @@ def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan)
     fitness = float(trainer.validator.metrics.fitness)
     classes = class_ap(trainer.validator.metrics)
     report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
-    if (measured := next((row.latency for row in reversed(report.rounds) if row.held is not False), None)) is not None:
-        report.dense.latency_ms, report.pruned.latency_ms = measured.dense_ms, measured.ms
+    if report.timed:
+        report.dense.latency_ms, report.pruned.latency_ms = report.timed.dense_ms, report.timed.ms
     close_rounds(report, fitness)
     report.layers = _layers(model, plan, report)
     report.status = "finished"

@@ -94,6 +94,11 @@ class LatencyRow(_Row):
     ratio: _Float = None
     interval: Annotated[list[float], BeforeValidator(_plain)] = Field(default_factory=list)
 
+    @property
+    def runtime(self) -> str:
+        """Its name."""
+        return self.place.split()[0] if self.place else ""
+
     def __str__(self) -> str:
         """In words."""
         return f"{self.ms:.2f} ms of {self.dense_ms:.2f} ms ({self.ratio:.3f}; {self.place})"
@@ -167,6 +172,11 @@ class Report(_Row):
     epochs_log: list[EpochRow] = Field(default_factory=list)
     layers: list[LayerRow] = Field(default_factory=list)
     protected: list[ProtectedRow] = Field(default_factory=list)
+
+    @property
+    def timed(self) -> LatencyRow | None:
+        """What the last cut that held was timed to, where the target was a latency."""
+        return next((row.latency for row in reversed(self.rounds) if row.held is not False), None)
 
     def to_dict(self) -> dict[str, Any]:
         """This report as plain data, ready for JSON."""

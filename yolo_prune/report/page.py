@@ -174,6 +174,7 @@ def _facts(report: Report) -> list[str]:
     facts = [Path(report.data).name, "" if report.imgsz is None else f"imgsz {report.imgsz}"]
     facts += ["" if report.epochs is None else f"{report.epochs} epoch{'s' * (report.epochs != 1)}"]
     facts += [f"{rounds} round{'s' * (rounds != 1)}" if rounds else ""]
+    facts += [f"timed in {report.timed.place}" if report.timed else ""]
     facts += [f"criterion {name}" if (name := (report.recipe.get("criterion") or {}).get("name")) else ""]
     return [fact for fact in facts if fact]
 
@@ -187,13 +188,14 @@ def _cards(report: Report, found: Measurement | None) -> list[Card]:
         value = fitness(pruned.fitness if pruned.fitness is not None else dense.fitness)
         note = "" if change == MISSING else change.replace("-", MINUS)
         cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))
-    ratio = found.ends[1].ratio if found and found.ends else None
-    where = f", {timing.runtime(found.ends[1])}" if found and found.ends else ""
+    ratio, where = report.timed.ratio if report.timed else None, report.timed.runtime if report.timed else ""
+    if found and found.ends:
+        ratio, where = found.ends[1].ratio, timing.runtime(found.ends[1])
     for label, unit, before, after, scale in (
         ("FLOPs", "G", dense.flops, pruned.flops, 1e9),
         ("Parameters", "M", dense.params, pruned.params, 1e6),
         ("Checkpoint", "MB", dense.size_mb, pruned.size_mb, 1.0),
-        (f"Latency{where}", "ms", dense.latency_ms, pruned.latency_ms, 1.0),
+        (f"Latency{where and f', {where}'}", "ms", dense.latency_ms, pruned.latency_ms, 1.0),
     ):
         if before is None and after is None:
             continue
@@ -240,7 +242,7 @@ def _rounds(report: Report) -> list[dict[str, Any]]:
         {
             "number": row.number,
             "epoch": row.epoch + 1,
-            "target": target_text(row) or MISSING,
+            "target": (target_text(row) or MISSING) + _came_to(row),
             "gflops": number(row.flops, 1e9),
             "flops_kept": percent(row.flops, dense.flops),
             "params": number(row.params, 1e6),
@@ -252,6 +254,10 @@ def _rounds(report: Report) -> list[dict[str, Any]]:
         }
         for row in report.rounds
     ]
+
+
+def _came_to(row: RoundRow) -> str:
+    return f", came to {percent(row.latency.ratio, 1)}" if row.latency and row.latency.ratio else ""
 
 
 def _proof(row: RoundRow) -> str:

@@ -90,6 +90,8 @@ def title(report: Report) -> str:
         return f"{name}: run failed"
     if report.status == "running":
         return f"{name}: run in progress"
+    if report.timed and report.timed.ratio:
+        return f"{name} pruned to {percent(report.timed.ratio, 1)} of its latency"
     kept = percent(report.pruned.flops, report.dense.flops)
     return f"{name} pruned" if kept == MISSING else f"{name} pruned to {kept} of its FLOPs"
 
