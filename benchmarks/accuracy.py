@@ -9,6 +9,7 @@
     python benchmarks/accuracy.py plain      model=best.pt data=data.yaml imgsz=320
     python benchmarks/accuracy.py dense      model=best.pt data=data.yaml imgsz=320 epochs=30
     python benchmarks/accuracy.py control    model=best.pt data=data.yaml imgsz=320 width=0.14 epochs=100
+    python benchmarks/accuracy.py control    model=best.pt data=data.yaml family=yolov8n.yaml width=0.16 amp=True
 
 Without training: `one-shot` cuts and refits with every criterion and with parts left out, `allocation` with every
 allocation. With it: `trained` is `yolo train ... callbacks=prune` with the settings that the package chooses,
@@ -46,10 +47,12 @@ DEFAULTS = {
     "data": "",
     "imgsz": "640",
     "seeds": "0",
+    "family": "yolo11n.yaml",
     "width": "0.14",
     "epochs": "",
     "keeps": "",
     "only": "",
+    "amp": "False",
 }
 GENTLE = {**launch.GENTLE, "close_mosaic": 30}
 STOCK = {"optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 3.0, "cos_lr": False, "close_mosaic": 10}
@@ -105,6 +108,7 @@ def cut(ask: dict[str, str], name: str, keep: float, refit: int, fields: Mapping
     """One cut, measured."""
     data, imgsz = ask["data"], int(ask["imgsz"])
     model, began = YOLO(ask["model"]), time.perf_counter()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     plan = yolo_prune.plan(model, {"target": {"flops": keep}, **fields}, imgsz=imgsz, data=data)
     yolo_prune.apply(model, plan, data=data, imgsz=imgsz, refit=refit)
     seconds = time.perf_counter() - began
@@ -153,8 +157,15 @@ def row(ask: dict[str, str], keep: float, name: str, changes: Mapping[str, Any])
 
 def settings(ask: dict[str, str], epochs: int, seed: int) -> dict[str, Any]:
     """What every run here has in common."""
-    shared = {"batch": 16, "nbs": 16, "amp": False, "workers": 2, "plots": False, "project": tempfile.mkdtemp()}
-    return {"data": ask["data"], "imgsz": int(ask["imgsz"]), "epochs": epochs, "seed": seed, **shared}
+    shared = {"batch": 16, "nbs": 16, "workers": 2, "plots": False, "project": tempfile.mkdtemp()}
+    return {
+        "data": ask["data"],
+        "amp": ask["amp"] == "True",
+        "imgsz": int(ask["imgsz"]),
+        "epochs": epochs,
+        "seed": seed,
+        **shared,
+    }
 
 
 def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
@@ -176,8 +187,10 @@ def control(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The architecture at a smaller width, from scratch."""
     imgsz, width, epochs = int(ask["imgsz"]), float(ask["width"]), int(ask["epochs"] or 100)
     folder = Path(tempfile.mkdtemp())
-    family = yaml_model_load("yolo11n.yaml")
-    (folder / "narrow.yaml").write_text(yaml.safe_dump({**family, "scales": {"n": [0.5, width, 1024]}}))
+    family = yaml_model_load(ask["family"])
+    depth, _, most = family["scales"][family["scale"]]
+    scales = {family["scale"]: [depth, width, most]}
+    (folder / "narrow.yaml").write_text(yaml.safe_dump({**family, "scales": scales}))
     found, began, flops = [], time.perf_counter(), 1.0
     for seed in map(int, ask["seeds"].split(",")):
         torch.manual_seed(seed)
@@ -211,6 +224,11 @@ def together(found: list[list[float]]) -> list[Any]:
     return [mean(s) if len(s) == 1 else f"{mean(s):.4f} ± {stdev(s):.4f}" for s in splits]
 
 
+def where() -> str:
+    """What all of this runs on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+
+
 def main() -> None:
     """Print a table, row by row."""
     kind, *rest = sys.argv[1:] or ["help"]
@@ -219,7 +237,7 @@ def main() -> None:
     rows = KINDS[kind]({**DEFAULTS, **dict(a.split("=", 1) for a in rest)})
     with TABLE.open("a", encoding="utf-8") as table:
         print(
-            f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {torch.get_num_threads()} CPU threads\n",
+            f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {where()}\n",
             file=table,
         )
         for line in ("| | FLOPs kept | val | test | seconds |", "|---|---|---|---|---|"):

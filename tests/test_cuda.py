@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""On a GPU: mixed precision and the channels_last layout survive a cut, resuming is exact, several GPUs agree."""
+"""On a GPU: mixed precision and the channels_last layout survive a cut, resuming is exact, several GPUs agree.
+
+What looks at data, refits, goes back, distils or times does so there as well.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,14 @@ from typing import Any
 import pytest
 import torch
 from ultralytics import YOLO
+from ultralytics.engine import trainer as engine
 
+import yolo_prune
+from yolo_prune import cli
 from yolo_prune.compat import load_checkpoint
+from yolo_prune.errors import TargetError
 from yolo_prune.report import Report
+from yolo_prune.report.latency import Measurement
 from yolo_prune.scenes import make_dataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -34,6 +42,15 @@ RUN: dict[str, Any] = {
 }
 
 
+DEFAULT: dict[str, Any] = {"target": {"flops": 0.5}, "recover": {"refit": 8}}
+
+
+@pytest.fixture(autouse=True)
+def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ultralytics would download a model to see whether mixed precision works."""
+    monkeypatch.setattr(engine, "check_amp", lambda model: True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda")
@@ -44,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, name: str, **settings: Any) -> Path:
-    model = YOLO(folder / "dense.pt")
+    model = YOLO(settings.pop("model", folder / "dense.pt"))
     for event, function in settings.pop("events", {}).items():
         model.add_callback(event, function)
     places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(folder), "name": name}
@@ -54,10 +71,7 @@ def train(folder: Path, name: str, **settings: Any) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", [True, "bf16", False])
-def test_precision_and_layout_survive_a_cut(amp: bool | str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ultralytics.engine import trainer as engine
-
-    monkeypatch.setattr(engine, "check_amp", lambda model: True)  # it would download a model to compare with
+def test_precision_and_layout_survive_a_cut(amp: bool | str, folder: Path) -> None:
     seen: list[tuple[bool, bool, set[torch.dtype]]] = []
 
     def look(trainer: Any) -> None:
@@ -85,6 +99,90 @@ def test_a_resumed_run_makes_the_same_plans(folder: Path) -> None:
     YOLO(folder / "broken/weights/last.pt").train(resume=True)
     plans = [[row.plan for row in Report.load(run).rounds] for run in (whole, folder / "broken")]
     assert plans[0] == plans[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", [True, False])
+@pytest.mark.parametrize("criterion", ["obs", "fisher", "taylor", "bn_scale"])
+def test_every_look_at_data_works_in_every_precision(criterion: str, amp: bool, folder: Path) -> None:
+    recipe = {**DEFAULT, "criterion": criterion}
+    run = train(folder, f"{criterion}-{amp}", amp=amp, device=0, epochs=2, recipe=recipe)
+    report = Report.load(run)
+    assert report.status == "finished"
+    assert report.pruned.flops / report.dense.flops <= 0.5
+    model = load_checkpoint(run / "weights/best.pt")[0]
+    assert all(bool(torch.isfinite(t).all()) for t in model.state_dict().values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recover.distill": True},
+        {"recover.rewind": {"epoch": 0}},
+        {"allocation": {"name": "sensitivity", "images": 4}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_recoveries_and_allocations(changes: dict[str, Any], folder: Path) -> None:
+    fields = {f"recipe.{key}": value for key, value in changes.items()}
+    run = train(folder, next(iter(changes)), device=0, recipe=DEFAULT, **fields)
+    assert Report.load(run).status == "finished"
+
+
+@pytest.fixture(scope="module")
+def learnt(folder: Path) -> Path:
+    """A model of the dataset's own classes that is worth something."""
+    settings = {k: v for k, v in RUN.items() if k not in ("callbacks", "recipe")}
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(folder), "name": "learnt"}
+    YOLO(folder / "dense.pt").train(**{**settings, **places, "epochs": 40, "amp": False, "device": 0})
+    return folder / "learnt/weights/best.pt"
+
+
+@pytest.mark.slow
+def test_the_size_is_found_and_what_fails_is_taken_back(folder: Path, learnt: Path) -> None:
+    recipe = {"target": {"max_drop": 0.1}, "criterion": "magnitude", "recover": {"refit": 8}}
+    run = train(folder, "found", model=learnt, device=0, epochs=16, recipe=recipe)
+    report = Report.load(run)
+    assert report.status == "finished"
+    assert {row.held for row in report.rounds} == {True, False}
+
+
+@pytest.mark.slow
+def test_one_shot_where_the_model_is(folder: Path, learnt: Path) -> None:
+    model = YOLO(learnt).to("cuda")
+    data = str(folder / "scenes/scenes.yaml")
+    plan = yolo_prune.plan(model, DEFAULT, imgsz=128, data=data)
+    proven = yolo_prune.apply(model, plan, data=data, imgsz=128, refit=8)
+    assert proven
+    assert proven.error <= 1e-9
+    assert next(model.model.parameters()).device.type == "cuda"  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["torch", "torchscript"])
+def test_a_latency_as_target(format: str, folder: Path) -> None:
+    target = {"latency": 0.97, "format": format, "device": 0, "batch": 8}
+    recipe = {"target": target, "criterion": "magnitude", "recover": {"refit": 4}}
+    try:
+        run = train(folder, f"latency-{format}", device=0, epochs=2, recipe=recipe)
+    except TargetError as e:
+        pytest.skip(f"so small a model gets no faster here: {e}")
+    row = Report.load(run).rounds[0].latency
+    assert row
+    assert torch.cuda.get_device_name() in row.place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [32, 16])
+def test_models_are_timed_there(quantize: int, folder: Path, learnt: Path, clean_cwd: Path) -> None:
+    measured = [f"model={learnt}", f"data={folder / 'scenes/scenes.yaml'}", "format=torch,torchscript", "imgsz=128"]
+    assert cli.main(["bench", *measured, "device=0", "repeats=20", f"quantize={quantize}", "save=bench.json"]) == 0
+    found = Measurement.load(clean_cwd / "bench.json")
+    assert not found.failed
+    assert {row.format for row in found.rows} == {"torch", "torchscript"}
+    assert all(row.median_ms > 0 for row in found.rows)
+    assert all(row.parity and not row.parity.failures for row in found.rows if row.format != "torch")
 
 
 @pytest.mark.slow
