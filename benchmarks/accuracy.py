@@ -75,7 +75,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "Ultralytics' settings": STOCK,
     "with mosaic": {"close_mosaic": 10},
     "three cuts": {"recipe.schedule.rounds": 3},
-    "three cuts, learning rate rewound": {"recipe.schedule.rounds": 3, "recipe.recover.learning_rate": "rewind"},
+    "three cuts and learning rates": {"recipe.schedule.rounds": 3, "recipe.recover.learning_rate": "rewind"},
     "distilled": {"recipe.recover.distill": True},
     "distilled with dis=0.5": {"recipe.recover.distill": True, "dis": 0.5},
 }
