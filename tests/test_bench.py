@@ -152,6 +152,23 @@ def test_an_export_neither_talks_nor_installs(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("before", [None, "1"])
+def test_an_export_leaves_the_gpus_to_the_run(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Early:
+        def export(self, **_: object) -> Path:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # as Ultralytics 8.3 does on a CPU
+            return tmp_path
+
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    exports.export(Early(), "onnx")  # type: ignore[arg-type]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+
+
 @needs("onnx", "onnxruntime", "onnxslim")
 def test_bench_from_the_command_line(
     folder: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path, monkeypatch: pytest.MonkeyPatch

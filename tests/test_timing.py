@@ -16,6 +16,7 @@ from datasets import IMGSZ, tiny
 from quick import QUICK
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import get_flops
 
 import yolo_prune
@@ -89,6 +90,16 @@ def test_the_layers_are_all_that_a_deployed_model_computes(name: str) -> None:
     deployed = model.fuse(verbose=False)
     flops = get_flops(deployed, IMGSZ)
     assert 2e-9 * macs == pytest.approx(flops, rel=0.05)  # what is left is attention
+
+
+@pytest.mark.parametrize("said", [None, {}, {"ch": 4}])
+def test_images_have_the_channels_that_the_model_takes(said: dict[str, int] | None, folder: Path, brief: None) -> None:
+    model = DetectionModel(YOLO(folder / "dense.pt").model.yaml, ch=4, verbose=False)
+    model.yaml = said if said is None else {k: v for k, v in model.yaml.items() if k != "channels"} | said
+    assert layers_of(model, IMGSZ)["model.0.conv.weight"][0].ins == 4
+    if said is not None:  # Ultralytics itself loads none without
+        with whole.Stopwatch(model, "torch", SETTING) as stopwatch:
+            assert stopwatch.measure([]) == []
 
 
 def test_a_layer_at_other_widths_is_the_same_layer_thinner() -> None:

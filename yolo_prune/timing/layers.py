@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolo_prune.graph import probes
 from yolo_prune.proof import lean_copy
 
 COPIES = 4
@@ -127,7 +128,7 @@ def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
         weight = _weight(name, known)
         if weight and isinstance(module, LAYERS):
             handles.append(module.register_forward_hook(_note(found.setdefault(weight, []))))
-    channels = getattr(model, "yaml", {}).get("channels", 3)
+    channels = probes.image_channels(model) or 3
     try:
         with torch.inference_mode():
             deployed(torch.zeros(1, channels, imgsz, imgsz))

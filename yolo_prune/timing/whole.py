@@ -15,6 +15,7 @@ from torch import nn
 
 from yolo_prune import latency, metadata, models, subjects
 from yolo_prune.errors import BenchError
+from yolo_prune.graph import probes
 from yolo_prune.latency import Interval
 from yolo_prune.proof import lean_copy
 from yolo_prune.runtimes import Session
@@ -86,8 +87,7 @@ class Stopwatch:
         torch.save({"model": lean_copy(model), "train_args": {}}, path)
         subject = subjects.Subject(path.name, models.open_model(path), path)
         session = subjects.session(self.format, subjects.exported(self.format, subject, self.setting), self.setting)
-        channels = getattr(model, "yaml", {}).get("channels", 3)
-        size = (self.setting.batch, channels, self.setting.imgsz, self.setting.imgsz)
+        size = (self.setting.batch, probes.image_channels(model) or 3, self.setting.imgsz, self.setting.imgsz)
         session.prepare(np.random.default_rng(0).random(size, dtype=np.float32))
         return session
 
