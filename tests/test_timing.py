@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from clock import Clock, made_up
+from clock import Clock, install, made_up
 from datasets import IMGSZ, tiny
 from quick import QUICK
 from torch import nn
@@ -20,7 +22,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import get_flops
 
 import yolo_prune
-from yolo_prune import cli, images, latency, planner, runtimes
+from yolo_prune import cli, images, latency, planner, runtimes, subjects
 from yolo_prune.cost import Cost, Term, Timing
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
@@ -30,7 +32,7 @@ from yolo_prune.report import Report
 from yolo_prune.select import Constraints, Goal, select
 from yolo_prune.subjects import Setting
 from yolo_prune.timing import probe, target, whole
-from yolo_prune.timing.fit import formula, steps
+from yolo_prune.timing.fit import Point, formula, steps
 from yolo_prune.timing.layers import Layer, distinct, layers_of
 from yolo_prune.timing.table import Place, Table, Whole, model_key
 from yolo_prune.timing.whole import dense_twin
@@ -286,15 +288,67 @@ def test_layers_run_in_every_runtime(layer: Layer, form: str) -> None:
     assert all(ms > 0 for *_, ms in found[layer.key])
 
 
+@pytest.fixture
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads, random numbers and temporary files are the same afterwards."""
+    places = tmp_path / "temporary"
+    places.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(places))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    states = torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    yield
+    count = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert count == 3
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert (random.getstate(), repr(np.random.get_state())) == states[1:]
+    assert list(places.glob("yolo-prune-*")) == []
+
+
+@pytest.mark.usefixtures("brief", "nothing_left")
+def test_a_search_leaves_everything_as_it_was(folder: Path) -> None:
+    assert target.find(YOLO(folder / "dense.pt").model, Target(latency=0.8, format="torch", threads=1), IMGSZ)
+
+
+@pytest.mark.usefixtures("brief", "nothing_left")
+def test_a_profile_leaves_everything_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(layers: list[Layer], *_: object) -> dict[str, list[Point]]:
+        torch.rand(1)
+        torch.set_num_threads(1)
+        return {layer.key: made_up(layer, (1, 1)) for layer in layers}
+
+    install(monkeypatch)
+    monkeypatch.setattr(probe, "measure", measure)
+    target.profile(YOLO(folder / "dense.pt"), "torch", SETTING, tmp_path / "pi.json")
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_probe_leaves_everything_as_it_was() -> None:
+    Layer("linear", 16, 8, (20,)).probe(batch=1)
+
+
+@pytest.mark.usefixtures("brief", "nothing_left")
+def test_a_stopwatch_that_fails_leaves_everything_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        torch.rand(1)
+        torch.set_num_threads(1)
+        raise BenchError("no luck")
+
+    monkeypatch.setattr(subjects, "session", fail)
+    with pytest.raises(BenchError, match="no luck"), whole.Stopwatch(YOLO(folder / "dense.pt").model, "torch", SETTING):
+        pass
+
+
 def test_other_targets_need_no_times() -> None:
     assert target.find(models.shared("yolo11n"), Target(flops=0.5), IMGSZ) is None
 
 
 @pytest.mark.usefixtures("brief")
 def test_a_profile_of_another_device(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, clean_cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "Stopwatch", Clock(lambda f: 0.3 + 0.7 * f))
+    install(monkeypatch, lambda f: 0.3 + 0.7 * f)
     arguments = [f"model={folder / 'dense.pt'}", f"imgsz={IMGSZ}"]
     assert cli.main(["profile", *arguments, "format=torch", "threads=1", "save=pi.json"]) == 0
     assert "saved pi.json" in capsys.readouterr().out
@@ -385,7 +439,7 @@ def test_a_stopwatch_times_models_in_turn_and_leaves_nothing_behind(
 def test_a_run_with_a_latency_as_target(
     folder: Path, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "Stopwatch", Clock(lambda f: 0.3 + 0.7 * f))
+    install(monkeypatch, lambda f: 0.3 + 0.7 * f)
     recipe = {
         "target": {"latency": 0.7, "format": "torch", "threads": 1},
         "channels": {"round_to": 2, "min": 2},

@@ -7,6 +7,7 @@ the outputs of the last run (`outputs`).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -143,6 +144,17 @@ def runtime(format: str) -> str:
     except metadata.PackageNotFoundError:  # onnxruntime-gpu, tensorrt-cu12, ...
         version = str(getattr(_import(module), "__version__", ""))
     return f"{module} {version}".strip()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave torch's number of threads and its random numbers as they are: what is measured changes no training."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def open_session(format: str, path: Path, device: torch.device, threads: int, quantize: int = 32) -> Session:

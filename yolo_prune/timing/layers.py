@@ -85,7 +85,8 @@ class Layer:
 
     def probe(self, batch: int) -> tuple[nn.Module, Tensor]:
         """A small model of some such layers side by side with activations behind them, and what it reads."""
-        side_by_side = _SideBySide([self._module() for _ in range(COPIES)]).eval()
+        with torch.random.fork_rng(devices=[]):  # weights are drawn: a run must not go on from there
+            side_by_side = _SideBySide([self._module() for _ in range(COPIES)]).eval()
         shape = (self.size[0], self.ins) if self.kind == "linear" else (self.ins, *self.size)
         return side_by_side, torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
 

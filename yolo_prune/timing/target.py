@@ -49,6 +49,7 @@ def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
     return format, asked
 
 
+@runtimes.undisturbed()
 def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     """What takes how long, for a latency target; None for other targets.
 
@@ -76,6 +77,7 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     return table.timing(layers, _shapes(dense), model_key(layers, size))
 
 
+@runtimes.undisturbed()
 def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, setting: Setting) -> Table:
     """The table of this machine, with the layers of a dense model and with the model itself; what is new is kept."""
     place = place_of(format, setting)
@@ -96,6 +98,7 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
     return table
 
 
+@runtimes.undisturbed()
 def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Path:
     """Measure a model and its layers on this device, for a training machine.
 

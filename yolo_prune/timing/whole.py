@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from yolo_prune import latency, metadata, models, subjects
+from yolo_prune import latency, metadata, models, runtimes, subjects
 from yolo_prune.errors import BenchError
 from yolo_prune.graph import probes
 from yolo_prune.latency import Interval
@@ -49,16 +50,17 @@ class Stopwatch:
         self.dense, self.format, self.setting = dense, format, setting
 
     def __enter__(self) -> Stopwatch:
-        self._folder = tempfile.TemporaryDirectory(prefix="yolo-prune-latency-")
-        self._threads = torch.get_num_threads()
-        self._count = 0
-        self._reference = self._open(self.dense)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(runtimes.undisturbed())
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yolo-prune-latency-")))
+            self._count = 0
+            self._reference = self._open(self.dense)
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         del self._reference
-        torch.set_num_threads(self._threads)
-        self._folder.cleanup()
+        self._entered.close()
 
     def measure(self, models: Sequence[nn.Module]) -> list[Measured]:
         """Export models and time them in turn with the dense one.
@@ -80,7 +82,7 @@ class Stopwatch:
 
     def _open(self, model: nn.Module) -> Session:
         self._count += 1
-        folder = Path(self._folder.name) / str(self._count)
+        folder = self._folder / str(self._count)
         folder.mkdir()
         kind = "rtdetr" if "RTDETR" in type(model).__name__ else "model"
         path = folder / f"{kind}.pt"
