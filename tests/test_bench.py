@@ -337,6 +337,25 @@ def test_every_runtime_and_precision(format: str, quantize: int, folder: Path, m
     assert all(row.parity.outputs is not None for row in found.rows)
 
 
+@needs("ncnn", "pnnx")
+def test_ncnn_runs_a_batch_one_image_after_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_for: list[int] = []
+
+    def export(*_: object, batch: int, **__: object) -> Path:
+        made_for.append(batch)
+        assert batch == 1, "ncnn would crash, and this process with it"
+        return stock(*_, batch=batch, **__)  # type: ignore[arg-type]
+
+    stock = subjects.export
+    monkeypatch.setattr(subjects, "export", export)
+    data = folder / "scenes/scenes.yaml"
+    found = yolo_prune.bench(folder / "cut.pt", "ncnn", imgsz=IMGSZ, threads=1, repeats=2, batch=2, data=data)
+    assert made_for == [1]
+    assert found.batch == 2
+    assert found.rows[0].parity.images == 4
+    assert found.rows[0].parity.quality is not None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["yolo26n", "yolov10n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "rtdetr-l"]

@@ -288,6 +288,30 @@ def test_layers_run_in_every_runtime(layer: Layer, form: str) -> None:
     assert all(ms > 0 for *_, ms in found[layer.key])
 
 
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize(("form", "made_for"), [("onnx", 2), ("ncnn", 1)])
+def test_layers_run_on_several_images(form: str, made_for: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in runtimes.FORMATS[form].modules:
+        pytest.importorskip(module, reason=f"{module} is not installed here")
+
+    def export(model: nn.Module, x: torch.Tensor, *rest: Any) -> Path:
+        assert x.shape[0] == made_for
+        return exporter(model, x, *rest)
+
+    def look(*arguments: Any) -> Any:
+        session = stock(*arguments)
+        session.run()
+        outputs.append(session.outputs()[0].shape)
+        return session
+
+    stock, exporter, outputs = probe._open, probe.EXPORTERS[form], []
+    monkeypatch.setitem(probe.EXPORTERS, form, export)
+    monkeypatch.setattr(probe, "_open", look)
+    layer = Layer("conv", 16, 24, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
+    probe.measure([layer], form, Setting.of(IMGSZ, batch=2, threads=1), iter)
+    assert outputs == [(2, outs, 8, 8) for _, outs in layer.widths()]
+
+
 @pytest.fixture
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Threads, random numbers and temporary files are the same afterwards."""

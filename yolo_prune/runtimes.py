@@ -146,6 +146,11 @@ def runtime(format: str) -> str:
     return f"{module} {version}".strip()
 
 
+def batch_of(format: str, batch: int) -> int:
+    """Images that an export is made for; ncnn knows no batches, and its session runs images one after another."""
+    return 1 if format == "ncnn" else batch
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Leave torch's number of threads and its random numbers as they are: what is measured changes no training."""

@@ -73,7 +73,8 @@ def _open(layer: Layer, format: str, setting: Setting, folder: Path) -> Session:
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            path = EXPORTERS[format](model, x, folder, setting)
+            one = x[: runtimes.batch_of(format, setting.batch)]
+            path = EXPORTERS[format](model, one, folder, setting)
         found = runtimes.open_session(format, path, setting.device, setting.threads, setting.quantize)
     found.prepare(x.float().cpu().numpy())
     return found
