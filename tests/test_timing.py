@@ -312,6 +312,31 @@ def test_layers_run_on_several_images(form: str, made_for: int, monkeypatch: pyt
     assert outputs == [(2, outs, 8, 8) for _, outs in layer.widths()]
 
 
+@pytest.mark.usefixtures("brief")
+def test_layers_have_the_precision_that_models_are_exported_in(folder: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the export extra")
+    pytest.importorskip("onnxruntime", reason="needs the export extra")
+    setting = Setting.of(IMGSZ, threads=1, quantize=16)
+    probe._open(Layer("conv", 16, 24, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1)), "onnx", setting, tmp_path / "layer")
+    (tmp_path / "dense.pt").write_bytes((folder / "dense.pt").read_bytes())
+    model = YOLO(tmp_path / "dense.pt")
+    exported = subjects.exported("onnx", subjects.Subject("dense", model, tmp_path / "dense.pt"), setting)
+    for path in (tmp_path / "layer/layer.onnx", exported):
+        weights = [t for t in onnx.load(path).graph.initializer if len(t.dims) == 4]
+        assert {t.data_type for t in weights} == {onnx.TensorProto.FLOAT16}
+    layer = Layer("linear", 16, 8, (20,))
+    assert probe.measure([layer], "onnx", setting, iter)[layer.key]
+
+
+def test_precisions_that_a_runtime_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form, message in (("torch", "computes in float32 on a CPU"), ("torchscript", "only on a GPU")):
+        with pytest.raises(BenchError, match=message):
+            target.find(models.shared("yolo11n"), Target(latency=0.5, format=form, quantize=16), IMGSZ)
+    monkeypatch.setattr(runtimes, "halves_onnx", lambda: False)
+    with pytest.raises(BenchError, match="with quantize=16 on a GPU only"):
+        runtimes.check(["onnx"], 16, torch.device("cpu"))
+
+
 @pytest.fixture
 def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Threads, random numbers and temporary files are the same afterwards."""
@@ -408,6 +433,7 @@ def test_a_profile_that_is_none(content: str | None, message: str, tmp_path: Pat
         (("format=onnx,ncnn",), "a profile is of one runtime"),
         (("format=onxn",), "Did you mean 'onnx'?"),
         (("format=torch", "quantize=8"), "quantize=8 cannot be profiled"),
+        (("format=torch", "half=True"), "format=torch computes in float32 on a CPU"),
         (("format=torch", "imgsz=100"), "imgsz"),
         (("format=torch", "device=0"), "device=0 is not here"),
         (("format=torch", "save=pi.txt"), ".json"),

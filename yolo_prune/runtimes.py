@@ -24,6 +24,7 @@ from torch import Tensor
 from ultralytics.nn.autobackend import AutoBackend
 
 from yolo_prune.agreement import Array
+from yolo_prune.compat import halves_onnx
 from yolo_prune.errors import BenchError
 
 
@@ -120,6 +121,10 @@ def check(formats: Sequence[str], quantize: int, device: torch.device) -> None:
             raise BenchError(
                 f"Ultralytics does not export format={name} with quantize={quantize} for {device}{other}. "
                 f"It can have {', '.join(bits[q] for q in here)}."
+            )
+        if name == "onnx" and quantize == 16 and not gpu and not halves_onnx():
+            raise BenchError(
+                "This Ultralytics exports format=onnx with quantize=16 on a GPU only: pip install -U ultralytics"
             )
         extra = CALIBRATION.get(name, ()) if quantize == 8 else ()
         _installed(name, (*found.modules, *extra))

@@ -90,6 +90,10 @@ def _onnx(model: nn.Module, x: Tensor, folder: Path, setting: Setting) -> Path:
     path = folder / "layer.onnx"
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output0"], "opset_version": OPSET}
     torch.onnx.export(model, (x,), str(path), dynamo=False, **names)
+    if setting.quantize == 16 and setting.device.type == "cpu":  # as Ultralytics does; on a GPU the model is half
+        onnx: Any = importlib.import_module("onnx")
+        half: Any = importlib.import_module("onnxruntime.transformers.float16")
+        onnx.save(half.convert_float_to_float16(onnx.load(str(path))), str(path))
     return path
 
 

@@ -45,8 +45,17 @@ def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
         target.imgsz or imgsz, target.batch or 1, target.device or "cpu", target.threads, quantize=target.quantize
     )
     format = target.format or "onnx"
-    runtimes.check([format], asked.quantize, asked.device)
+    _check(format, asked)
     return format, asked
+
+
+def _check(format: str, setting: Setting) -> None:
+    """Pass if layers can be timed like that here."""
+    if setting.quantize == 8:
+        raise BenchError("quantize=8 cannot be profiled, as layers alone have no images to be calibrated on.")
+    if format == "torch" and setting.quantize == 16 and setting.device.type == "cpu":
+        raise BenchError("format=torch computes in float32 on a CPU: leave quantize=16 out, or pass device=0.")
+    runtimes.check([format], setting.quantize, setting.device)
 
 
 @runtimes.undisturbed()
@@ -111,9 +120,7 @@ def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Pa
     Raises:
         BenchError: If it cannot be measured here.
     """
-    runtimes.check([format], setting.quantize, setting.device)
-    if setting.quantize == 8:
-        raise BenchError("quantize=8 cannot be profiled, as layers alone have no images to be calibrated on.")
+    _check(format, setting)
     dense = dense_twin(metadata.inner(model.model))
     layers = layers_of(dense, setting.imgsz)
     return measured(dense, layers, format, setting).save(save)
