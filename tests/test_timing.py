@@ -269,6 +269,57 @@ def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("brief")
+def test_layers_are_kept_where_models_cannot_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> Any:
+        raise BenchError("no luck")
+
+    install(monkeypatch)
+    monkeypatch.setattr(target, "Stopwatch", fail)
+    with pytest.raises(BenchError, match="no luck"):
+        target.find(models.shared("yolo11-tiny"), Target(latency=0.8, format="torch"), IMGSZ)
+    kept = Table.load(next((tmp_path / "memory").glob("latency-*.json")))
+    assert set(kept.layers) == {layer.key for layer in distinct(layers("yolo11-tiny"))}
+
+
+@pytest.mark.usefixtures("brief")
+def test_two_runs_at_once_keep_what_both_have_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch)
+    asked, others = Target(latency=0.8, format="torch"), "yolov8-tiny"
+    with monkeypatch.context() as m:  # the other run begins and ends while this one times whole models
+        clock = target.Stopwatch
+
+        def stopwatch(*arguments: Any) -> Any:
+            m.undo()
+            assert target.find(models.shared(others), asked, IMGSZ)
+            return clock(*arguments)
+
+        m.setattr(target, "Stopwatch", stopwatch)
+        assert target.find(models.shared("yolo11-tiny"), asked, IMGSZ)
+    kept = Table.load(next((tmp_path / "memory").glob("latency-*.json")))
+    for name in ("yolo11-tiny", others):
+        assert kept.missing(layers(name)) == []
+        assert model_key(layers(name), IMGSZ) in kept.wholes
+
+
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize("what", ["torch", "ultralytics", "machine", "method"])
+def test_times_of_something_else_are_not_taken(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(target, "_wholes", lambda *_: [])
+    first = target.measured(models.shared("yolo11n"), layers(), "torch", SETTING)
+    if what == "machine":
+        monkeypatch.setattr("platform.node", lambda: "another")
+    elif what == "method":
+        monkeypatch.setattr(target, "METHOD", target.METHOD + 1)
+    else:
+        found = target.installed()
+        monkeypatch.setattr(target, "installed", lambda: found | {what: "another"})
+    second = target.measured(models.shared("yolo11n"), layers(), "torch", SETTING)
+    assert len(list((tmp_path / "memory").glob("latency-*.json"))) == 2
+    assert first.place == second.place  # what users are shown
+
+
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("form", ["torch", "torchscript", "onnx", "openvino", "ncnn"])
 @pytest.mark.parametrize(
     "layer",

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +29,15 @@ from yolo_prune.timing import probe
 from yolo_prune.timing.layers import Layer, layers_of
 from yolo_prune.timing.table import Place, Table, Whole, model_key
 from yolo_prune.timing.whole import Measured, Stopwatch, dense_twin
+from yolo_prune.versions import PACKAGES, installed
 
 TOLERANCE = 0.03
 """How near the measured latency comes to the target, as a fraction of it."""
 ATTEMPTS = 6
 DEPTHS = (0.5, 0.9)
 """How far models are cut that are timed to set the layers' times right, of what may be cut."""
+METHOD = 1
+"""Times that were taken in another way are not those of this one: to be raised with every such change."""
 
 
 def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
@@ -90,7 +95,7 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
 def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, setting: Setting) -> Table:
     """The table of this machine, with the layers of a dense model and with the model itself; what is new is kept."""
     place = place_of(format, setting)
-    path = images.MEMORY / f"latency-{hashlib.sha256(place.model_dump_json().encode()).hexdigest()[:16]}.json"
+    path = _memory(place)
     table = _recall(path, place)
     key = model_key(layers, setting.imgsz)
     missing = table.missing(layers)
@@ -101,7 +106,9 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
                 f"{PREFIX}other programs keep {busy:.1f} of {subjects.cores()} cores busy, which blurs what is timed. "
                 "Delete that file, and start again on an idle machine, if the cut comes out worse than one by FLOPs."
             )
-        table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
+        if missing:
+            table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
+            _keep(table, path)  # minutes of work, that are not lost where a whole model cannot be timed
         table.wholes[key] = _wholes(dense, table, layers, format, setting)
         _keep(table, path)
     return table
@@ -262,6 +269,13 @@ def _check_covers(table: Table, layers: dict[str, list[Layer]], imgsz: int, path
         )
 
 
+def _memory(place: Place) -> Path:
+    """The file that keeps what is measured in a place, on this machine, of what these packages make of a model."""
+    versions = {name: installed()[name] for name in PACKAGES}
+    made = json.dumps([place.model_dump(), METHOD, versions, platform.node()])
+    return images.MEMORY / f"latency-{hashlib.sha256(made.encode()).hexdigest()[:16]}.json"
+
+
 def _recall(path: Path, place: Place) -> Table:
     """What was measured here before."""
     try:
@@ -273,7 +287,13 @@ def _recall(path: Path, place: Place) -> Table:
 
 
 def _keep(table: Table, path: Path) -> None:
+    """Save what was measured, beside what another run may have saved since this one began."""
     try:
-        table.save(path)
+        found = Table.load(path)
+    except BenchError:  # not there yet, or damaged
+        found = table
+    layers, wholes = found.layers | table.layers, found.wholes | table.wholes
+    try:
+        table.model_copy(update={"layers": layers, "wholes": wholes}).save(path)
     except OSError as e:
         LOGGER.warning(f"{PREFIX}what was measured could not be kept in '{path}': {e}")
