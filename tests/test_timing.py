@@ -22,7 +22,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import get_flops
 
 import yolo_prune
-from yolo_prune import cli, images, latency, planner, runtimes, subjects
+from yolo_prune import images, latency, planner, runtimes, subjects
 from yolo_prune.cost import Cost, Term, Timing
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
@@ -141,14 +141,14 @@ def test_a_deconvolution_reads_along_its_first_dimension() -> None:
 def test_whole_models_set_the_sums_right() -> None:
     found, key, dense = table(), model_key(layers(), IMGSZ), shapes(models.shared("yolo11n"))
     sums = found.sums(layers()).total(dense)
-    assert found.timing(layers(), dense, key).total(dense) == pytest.approx(sums)  # nothing is known yet
+    assert found.timing(layers(), key).total(dense) == pytest.approx(sums)  # nothing is known yet
     found.wholes[key] = [Whole(layers=sums, measured=2 * sums), Whole(layers=sums / 2, measured=1.6 * sums)]
-    timing = found.timing(layers(), dense, key)
+    timing = found.timing(layers(), key)
     assert timing.total(dense) == pytest.approx(2 * sums)
     fixed = timing.fixed / (2 * sums)
     assert fixed > 0.5  # halving the layers saves a fifth only
     found.wholes[key] = [Whole(layers=sums, measured=sums / 2), Whole(layers=sums / 2, measured=sums / 4)]
-    assert found.timing(layers(), dense, key).total(dense) == pytest.approx(sums / 2)
+    assert found.timing(layers(), key).total(dense) == pytest.approx(sums / 2)
 
 
 def two_layers(timing: Timing) -> tuple[list[Group], Cost]:
@@ -266,57 +266,6 @@ def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
     kept.write_text("{")
     assert target.find(model, asked, IMGSZ) is not None  # a damaged file is measured anew
     assert Table.load(kept).place.threads == 1
-
-
-@pytest.mark.usefixtures("brief")
-def test_layers_are_kept_where_models_cannot_be_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(*_: object) -> Any:
-        raise BenchError("no luck")
-
-    install(monkeypatch)
-    monkeypatch.setattr(target, "Stopwatch", fail)
-    with pytest.raises(BenchError, match="no luck"):
-        target.find(models.shared("yolo11-tiny"), Target(latency=0.8, format="torch"), IMGSZ)
-    kept = Table.load(next((tmp_path / "memory").glob("latency-*.json")))
-    assert set(kept.layers) == {layer.key for layer in distinct(layers("yolo11-tiny"))}
-
-
-@pytest.mark.usefixtures("brief")
-def test_two_runs_at_once_keep_what_both_have_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    install(monkeypatch)
-    asked, others = Target(latency=0.8, format="torch"), "yolov8-tiny"
-    with monkeypatch.context() as m:  # the other run begins and ends while this one times whole models
-        clock = target.Stopwatch
-
-        def stopwatch(*arguments: Any) -> Any:
-            m.undo()
-            assert target.find(models.shared(others), asked, IMGSZ)
-            return clock(*arguments)
-
-        m.setattr(target, "Stopwatch", stopwatch)
-        assert target.find(models.shared("yolo11-tiny"), asked, IMGSZ)
-    kept = Table.load(next((tmp_path / "memory").glob("latency-*.json")))
-    for name in ("yolo11-tiny", others):
-        assert kept.missing(layers(name)) == []
-        assert model_key(layers(name), IMGSZ) in kept.wholes
-
-
-@pytest.mark.usefixtures("brief")
-@pytest.mark.parametrize("what", ["torch", "ultralytics", "machine", "method"])
-def test_times_of_something_else_are_not_taken(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    install(monkeypatch)
-    monkeypatch.setattr(target, "_wholes", lambda *_: [])
-    first = target.measured(models.shared("yolo11n"), layers(), "torch", SETTING)
-    if what == "machine":
-        monkeypatch.setattr("platform.node", lambda: "another")
-    elif what == "method":
-        monkeypatch.setattr(target, "METHOD", target.METHOD + 1)
-    else:
-        found = target.installed()
-        monkeypatch.setattr(target, "installed", lambda: found | {what: "another"})
-    second = target.measured(models.shared("yolo11n"), layers(), "torch", SETTING)
-    assert len(list((tmp_path / "memory").glob("latency-*.json"))) == 2
-    assert first.place == second.place  # what users are shown
 
 
 @pytest.mark.usefixtures("brief")
@@ -442,59 +391,6 @@ def test_a_stopwatch_that_fails_leaves_everything_as_it_was(folder: Path, monkey
 
 def test_other_targets_need_no_times() -> None:
     assert target.find(models.shared("yolo11n"), Target(flops=0.5), IMGSZ) is None
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_profile_of_another_device(
-    folder: Path, clean_cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch, lambda f: 0.3 + 0.7 * f)
-    arguments = [f"model={folder / 'dense.pt'}", f"imgsz={IMGSZ}"]
-    assert cli.main(["profile", *arguments, "format=torch", "threads=1", "save=pi.json"]) == 0
-    assert "saved pi.json" in capsys.readouterr().out
-    small = [f"recipe.{key}={value}" for key, value in SMALL.items()]
-    wanted = [*arguments, *small, "recipe.target.latency=0.8", "recipe.target.profile=pi.json"]
-    assert cli.main(["plan", *wanted]) == 0
-    assert "predicted" in capsys.readouterr().out
-    assert cli.main(["plan", *wanted, f"imgsz={2 * IMGSZ}"]) == 1
-    error = capsys.readouterr().err
-    assert f"is not of this model at imgsz {2 * IMGSZ}" in error
-    assert "yolo-prune profile model=... format=torch" in error
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read: No such file"),
-        ("{", "is no profile that"),
-        ('{"version": 1}', r"\(place: Field required"),
-    ],
-)
-def test_a_profile_that_is_none(content: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "pi.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(BenchError, match=message):
-        Table.load(path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("format=onnx,ncnn",), "a profile is of one runtime"),
-        (("format=onxn",), "Did you mean 'onnx'?"),
-        (("format=torch", "quantize=8"), "quantize=8 cannot be profiled"),
-        (("format=torch", "half=True"), "format=torch computes in float32 on a CPU"),
-        (("format=torch", "imgsz=100"), "imgsz"),
-        (("format=torch", "device=0"), "device=0 is not here"),
-        (("format=torch", "save=pi.txt"), ".json"),
-    ],
-)
-def test_bad_arguments_of_profile(
-    arguments: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["profile", f"model={folder / 'dense.pt'}", *arguments]) == 1
-    assert message in capsys.readouterr().err
 
 
 def test_the_dense_model_of_a_pruned_one_is_built_anew() -> None:

@@ -46,13 +46,18 @@ class Layer:
     @property
     def key(self) -> str:
         """What its time depends on, as text."""
+        return f"{self.alike}: {self.ins} to {self.outs}"
+
+    @property
+    def alike(self) -> str:
+        """What it has in common with the same layer at other widths: its key up to the colon."""
         groups = "" if self.groups == 1 else " depthwise" if self.groups == DEPTHWISE else f" in {self.groups}"
         shape = "".join(
             f" {name}{'x'.join(map(str, value))}"
             for name, value in zip("kspd", (self.kernel, self.stride, self.padding, self.dilation), strict=True)
             if value
         )
-        return f"{self.kind}{shape}{groups} at {'x'.join(map(str, self.size))}: {self.ins} to {self.outs}"
+        return f"{self.kind}{shape}{groups} at {'x'.join(map(str, self.size))}"
 
     @property
     def depthwise(self) -> bool:

@@ -17,6 +17,7 @@ from ultralytics.utils import LOGGER
 from yolo_prune import images, metadata, planner, runtimes, subjects, surgery
 from yolo_prune.cost import Shapes, Timing
 from yolo_prune.errors import BenchError, NothingToRemoveError, TargetError
+from yolo_prune.graph import probes
 from yolo_prune.journal import PREFIX, bar
 from yolo_prune.planner import Weighed
 from yolo_prune.plans import Plan
@@ -72,7 +73,7 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     Args:
         model: dense, or pruned before.
         target: of the recipe.
-        imgsz: of the run, in pixels.
+        imgsz: of the run, in pixels; a profile has its own.
 
     Raises:
         BenchError: If it cannot be measured here, or the profile is not of this model.
@@ -81,14 +82,35 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     if target.latency is None:
         return None
     dense = dense_twin(model)
-    size = target.imgsz or imgsz
-    layers = layers_of(dense, size)
     if target.profile is not None:
-        table = Table.load(target.profile)
-        _check_covers(table, layers, size, target.profile)
-    else:
-        table = measured(dense, layers, *setting_of(target, imgsz))
-    return table.timing(layers, _shapes(dense), model_key(layers, size))
+        return _profiled(dense, target.profile, imgsz)
+    format, setting = setting_of(target, imgsz)
+    layers = layers_of(dense, setting.imgsz)
+    table = measured(dense, layers, format, setting)
+    return table.timing(layers, model_key(layers, setting.imgsz))
+
+
+def _profiled(dense: nn.Module, path: str, imgsz: int) -> Timing:
+    """What takes how long by a profile, at the image size that it was measured at; where it has several, the run's."""
+    table = Table.load(path)
+    anew = f"On the device: yolo-prune profile model=... format={table.place.format} imgsz=..."
+    sizes = {size: layers_of(dense, size) for size in table.sizes() if size % probes.stride(dense) == 0}
+    keys = {size: key for size, layers in sizes.items() if (key := table.find(layers, size))}
+    if not keys:
+        raise BenchError(f"target.profile: '{path}' ({table.place}) is of another model. {anew}")
+    if len(keys) > 1 and imgsz not in keys:
+        raise BenchError(
+            f"target.profile: '{path}' ({table.place}) has this model at imgsz {', '.join(map(str, keys))}, and not at "
+            f"{imgsz}, which is the run's. {anew}"
+        )
+    size = imgsz if imgsz in keys else next(iter(keys))
+    layers = sizes[size]
+    if missing := table.missing(layers):
+        LOGGER.info(
+            f"{PREFIX}the profile's model has another number of classes: the times of {len(missing)} layers of the "
+            "head are estimated from those of the same layers at other widths."
+        )
+    return table.completed(layers).timing(layers, keys[size])
 
 
 @runtimes.undisturbed()
@@ -130,7 +152,8 @@ def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Pa
     _check(format, setting)
     dense = dense_twin(metadata.inner(model.model))
     layers = layers_of(dense, setting.imgsz)
-    return measured(dense, layers, format, setting).save(save)
+    table = measured(dense, layers, format, setting)
+    return table.only(layers, model_key(layers, setting.imgsz)).save(save)
 
 
 def place_of(format: str, setting: Setting) -> Place:
@@ -257,16 +280,6 @@ def _wholes(
 
 def _shapes(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _check_covers(table: Table, layers: dict[str, list[Layer]], imgsz: int, path: str) -> None:
-    missing = table.missing(layers)
-    if missing or model_key(layers, imgsz) not in table.wholes:
-        what = f"{len(missing)} of its layers are not in it, such as {missing[0].key}" if missing else "it is not in it"
-        raise BenchError(
-            f"target.profile: '{path}' ({table.place}) is not of this model at imgsz {imgsz}: {what}. On the device: "
-            f"yolo-prune profile model=... format={table.place.format} imgsz={imgsz}"
-        )
 
 
 def _memory(place: Place) -> Path:
