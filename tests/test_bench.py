@@ -152,6 +152,23 @@ def test_an_export_neither_talks_nor_installs(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("before", [None, "1"])
+def test_an_export_leaves_the_gpus_to_the_run(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Early:
+        def export(self, **_: object) -> Path:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # as Ultralytics 8.3 does on a CPU
+            return tmp_path
+
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    exports.export(Early(), "onnx")  # type: ignore[arg-type]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+
+
 @needs("onnx", "onnxruntime", "onnxslim")
 def test_bench_from_the_command_line(
     folder: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path, monkeypatch: pytest.MonkeyPatch
@@ -318,6 +335,25 @@ def test_every_runtime_and_precision(format: str, quantize: int, folder: Path, m
     found = yolo_prune.bench(models, format, imgsz=IMGSZ, threads=1, repeats=3, quantize=quantize, data=data)
     assert [row.precision for row in found.rows] == [{32: "fp32", 16: "fp16", 8: "int8"}[quantize]] * 2
     assert all(row.parity.outputs is not None for row in found.rows)
+
+
+@needs("ncnn", "pnnx")
+def test_ncnn_runs_a_batch_one_image_after_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_for: list[int] = []
+
+    def export(*_: object, batch: int, **__: object) -> Path:
+        made_for.append(batch)
+        assert batch == 1, "ncnn would crash, and this process with it"
+        return stock(*_, batch=batch, **__)  # type: ignore[arg-type]
+
+    stock = subjects.export
+    monkeypatch.setattr(subjects, "export", export)
+    data = folder / "scenes/scenes.yaml"
+    found = yolo_prune.bench(folder / "cut.pt", "ncnn", imgsz=IMGSZ, threads=1, repeats=2, batch=2, data=data)
+    assert made_for == [1]
+    assert found.batch == 2
+    assert found.rows[0].parity.images == 4
+    assert found.rows[0].parity.quality is not None
 
 
 @pytest.mark.slow

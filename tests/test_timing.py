@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,16 @@ import models
 import numpy as np
 import pytest
 import torch
-from clock import Clock, made_up
+from clock import Clock, install, made_up
 from datasets import IMGSZ, tiny
 from quick import QUICK
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import get_flops
 
 import yolo_prune
-from yolo_prune import cli, images, latency, planner, runtimes
+from yolo_prune import images, latency, planner, runtimes, subjects
 from yolo_prune.cost import Cost, Term, Timing
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
@@ -29,7 +32,7 @@ from yolo_prune.report import Report
 from yolo_prune.select import Constraints, Goal, select
 from yolo_prune.subjects import Setting
 from yolo_prune.timing import probe, target, whole
-from yolo_prune.timing.fit import formula, steps
+from yolo_prune.timing.fit import Point, formula, steps
 from yolo_prune.timing.layers import Layer, distinct, layers_of
 from yolo_prune.timing.table import Place, Table, Whole, model_key
 from yolo_prune.timing.whole import dense_twin
@@ -91,6 +94,16 @@ def test_the_layers_are_all_that_a_deployed_model_computes(name: str) -> None:
     assert 2e-9 * macs == pytest.approx(flops, rel=0.05)  # what is left is attention
 
 
+@pytest.mark.parametrize("said", [None, {}, {"ch": 4}])
+def test_images_have_the_channels_that_the_model_takes(said: dict[str, int] | None, folder: Path, brief: None) -> None:
+    model = DetectionModel(YOLO(folder / "dense.pt").model.yaml, ch=4, verbose=False)
+    model.yaml = said if said is None else {k: v for k, v in model.yaml.items() if k != "channels"} | said
+    assert layers_of(model, IMGSZ)["model.0.conv.weight"][0].ins == 4
+    if said is not None:  # Ultralytics itself loads none without
+        with whole.Stopwatch(model, "torch", SETTING) as stopwatch:
+            assert stopwatch.measure([]) == []
+
+
 def test_a_layer_at_other_widths_is_the_same_layer_thinner() -> None:
     for layer in distinct(layers("yolov8n")):
         for ins, outs in layer.widths():
@@ -128,14 +141,14 @@ def test_a_deconvolution_reads_along_its_first_dimension() -> None:
 def test_whole_models_set_the_sums_right() -> None:
     found, key, dense = table(), model_key(layers(), IMGSZ), shapes(models.shared("yolo11n"))
     sums = found.sums(layers()).total(dense)
-    assert found.timing(layers(), dense, key).total(dense) == pytest.approx(sums)  # nothing is known yet
+    assert found.timing(layers(), key).total(dense) == pytest.approx(sums)  # nothing is known yet
     found.wholes[key] = [Whole(layers=sums, measured=2 * sums), Whole(layers=sums / 2, measured=1.6 * sums)]
-    timing = found.timing(layers(), dense, key)
+    timing = found.timing(layers(), key)
     assert timing.total(dense) == pytest.approx(2 * sums)
     fixed = timing.fixed / (2 * sums)
     assert fixed > 0.5  # halving the layers saves a fifth only
     found.wholes[key] = [Whole(layers=sums, measured=sums / 2), Whole(layers=sums / 2, measured=sums / 4)]
-    assert found.timing(layers(), dense, key).total(dense) == pytest.approx(sums / 2)
+    assert found.timing(layers(), key).total(dense) == pytest.approx(sums / 2)
 
 
 def two_layers(timing: Timing) -> tuple[list[Group], Cost]:
@@ -275,60 +288,109 @@ def test_layers_run_in_every_runtime(layer: Layer, form: str) -> None:
     assert all(ms > 0 for *_, ms in found[layer.key])
 
 
-def test_other_targets_need_no_times() -> None:
-    assert target.find(models.shared("yolo11n"), Target(flops=0.5), IMGSZ) is None
+@pytest.mark.usefixtures("brief")
+@pytest.mark.parametrize(("form", "made_for"), [("onnx", 2), ("ncnn", 1)])
+def test_layers_run_on_several_images(form: str, made_for: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in runtimes.FORMATS[form].modules:
+        pytest.importorskip(module, reason=f"{module} is not installed here")
+
+    def export(model: nn.Module, x: torch.Tensor, *rest: Any) -> Path:
+        assert x.shape[0] == made_for
+        return exporter(model, x, *rest)
+
+    def look(*arguments: Any) -> Any:
+        session = stock(*arguments)
+        session.run()
+        outputs.append(session.outputs()[0].shape)
+        return session
+
+    stock, exporter, outputs = probe._open, probe.EXPORTERS[form], []
+    monkeypatch.setitem(probe.EXPORTERS, form, export)
+    monkeypatch.setattr(probe, "_open", look)
+    layer = Layer("conv", 16, 24, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
+    probe.measure([layer], form, Setting.of(IMGSZ, batch=2, threads=1), iter)
+    assert outputs == [(2, outs, 8, 8) for _, outs in layer.widths()]
 
 
 @pytest.mark.usefixtures("brief")
-def test_a_profile_of_another_device(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(target, "Stopwatch", Clock(lambda f: 0.3 + 0.7 * f))
-    arguments = [f"model={folder / 'dense.pt'}", f"imgsz={IMGSZ}"]
-    assert cli.main(["profile", *arguments, "format=torch", "threads=1", "save=pi.json"]) == 0
-    assert "saved pi.json" in capsys.readouterr().out
-    small = [f"recipe.{key}={value}" for key, value in SMALL.items()]
-    wanted = [*arguments, *small, "recipe.target.latency=0.8", "recipe.target.profile=pi.json"]
-    assert cli.main(["plan", *wanted]) == 0
-    assert "predicted" in capsys.readouterr().out
-    assert cli.main(["plan", *wanted, f"imgsz={2 * IMGSZ}"]) == 1
-    error = capsys.readouterr().err
-    assert f"is not of this model at imgsz {2 * IMGSZ}" in error
-    assert "yolo-prune profile model=... format=torch" in error
+def test_layers_have_the_precision_that_models_are_exported_in(folder: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the export extra")
+    pytest.importorskip("onnxruntime", reason="needs the export extra")
+    setting = Setting.of(IMGSZ, threads=1, quantize=16)
+    probe._open(Layer("conv", 16, 24, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1)), "onnx", setting, tmp_path / "layer")
+    (tmp_path / "dense.pt").write_bytes((folder / "dense.pt").read_bytes())
+    model = YOLO(tmp_path / "dense.pt")
+    exported = subjects.exported("onnx", subjects.Subject("dense", model, tmp_path / "dense.pt"), setting)
+    for path in (tmp_path / "layer/layer.onnx", exported):
+        weights = [t for t in onnx.load(path).graph.initializer if len(t.dims) == 4]
+        assert {t.data_type for t in weights} == {onnx.TensorProto.FLOAT16}
+    layer = Layer("linear", 16, 8, (20,))
+    assert probe.measure([layer], "onnx", setting, iter)[layer.key]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "cannot be read: No such file"),
-        ("{", "is no profile that"),
-        ('{"version": 1}', r"\(place: Field required"),
-    ],
-)
-def test_a_profile_that_is_none(content: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "pi.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(BenchError, match=message):
-        Table.load(path)
+def test_precisions_that_a_runtime_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for form, message in (("torch", "computes in float32 on a CPU"), ("torchscript", "only on a GPU")):
+        with pytest.raises(BenchError, match=message):
+            target.find(models.shared("yolo11n"), Target(latency=0.5, format=form, quantize=16), IMGSZ)
+    monkeypatch.setattr(runtimes, "halves_onnx", lambda: False)
+    with pytest.raises(BenchError, match="with quantize=16 on a GPU only"):
+        runtimes.check(["onnx"], 16, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("format=onnx,ncnn",), "a profile is of one runtime"),
-        (("format=onxn",), "Did you mean 'onnx'?"),
-        (("format=torch", "quantize=8"), "quantize=8 cannot be profiled"),
-        (("format=torch", "imgsz=100"), "imgsz"),
-        (("format=torch", "device=0"), "device=0 is not here"),
-        (("format=torch", "save=pi.txt"), ".json"),
-    ],
-)
-def test_bad_arguments_of_profile(
-    arguments: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["profile", f"model={folder / 'dense.pt'}", *arguments]) == 1
-    assert message in capsys.readouterr().err
+@pytest.fixture
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads, random numbers and temporary files are the same afterwards."""
+    places = tmp_path / "temporary"
+    places.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(places))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    states = torch.random.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    yield
+    count = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert count == 3
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert (random.getstate(), repr(np.random.get_state())) == states[1:]
+    assert list(places.glob("yolo-prune-*")) == []
+
+
+@pytest.mark.usefixtures("brief", "nothing_left")
+def test_a_search_leaves_everything_as_it_was(folder: Path) -> None:
+    assert target.find(YOLO(folder / "dense.pt").model, Target(latency=0.8, format="torch", threads=1), IMGSZ)
+
+
+@pytest.mark.usefixtures("brief", "nothing_left")
+def test_a_profile_leaves_everything_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(layers: list[Layer], *_: object) -> dict[str, list[Point]]:
+        torch.rand(1)
+        torch.set_num_threads(1)
+        return {layer.key: made_up(layer, (1, 1)) for layer in layers}
+
+    install(monkeypatch)
+    monkeypatch.setattr(probe, "measure", measure)
+    target.profile(YOLO(folder / "dense.pt"), "torch", SETTING, tmp_path / "pi.json")
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_probe_leaves_everything_as_it_was() -> None:
+    Layer("linear", 16, 8, (20,)).probe(batch=1)
+
+
+@pytest.mark.usefixtures("brief", "nothing_left")
+def test_a_stopwatch_that_fails_leaves_everything_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        torch.rand(1)
+        torch.set_num_threads(1)
+        raise BenchError("no luck")
+
+    monkeypatch.setattr(subjects, "session", fail)
+    with pytest.raises(BenchError, match="no luck"), whole.Stopwatch(YOLO(folder / "dense.pt").model, "torch", SETTING):
+        pass
+
+
+def test_other_targets_need_no_times() -> None:
+    assert target.find(models.shared("yolo11n"), Target(flops=0.5), IMGSZ) is None
 
 
 def test_the_dense_model_of_a_pruned_one_is_built_anew() -> None:
@@ -374,7 +436,7 @@ def test_a_stopwatch_times_models_in_turn_and_leaves_nothing_behind(
 def test_a_run_with_a_latency_as_target(
     folder: Path, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "Stopwatch", Clock(lambda f: 0.3 + 0.7 * f))
+    install(monkeypatch, lambda f: 0.3 + 0.7 * f)
     recipe = {
         "target": {"latency": 0.7, "format": "torch", "threads": 1},
         "channels": {"round_to": 2, "min": 2},

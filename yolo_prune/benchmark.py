@@ -14,6 +14,7 @@ from yolo_prune import comparison, latency, runtimes, subjects
 from yolo_prune.agreement import Array
 from yolo_prune.errors import BenchError
 from yolo_prune.exports import alignment
+from yolo_prune.graph import probes
 from yolo_prune.journal import bar
 from yolo_prune.report.latency import PRECISIONS, Measurement, TimingRow
 from yolo_prune.runtimes import Session
@@ -164,5 +165,5 @@ def _fill(row: TimingRow, times: list[float], first: list[float]) -> None:
 
 def _noise(subject: Subject, setting: Setting) -> Array:
     module: Any = subject.model.model
-    shape = (setting.batch, module.yaml.get("channels", 3), setting.imgsz, setting.imgsz)
+    shape = (setting.batch, probes.image_channels(module) or 3, setting.imgsz, setting.imgsz)
     return np.random.default_rng(0).random(shape, dtype=np.float32)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pickle
 from pathlib import Path
@@ -58,6 +59,12 @@ def closes_mosaic_late() -> bool:
 def shares_callbacks() -> bool:
     """True where the processes of a run on several devices get the callbacks of the one that started them."""
     return "callbacks" in inspect.getsource(dist.generate_ddp_file)
+
+
+def halves_onnx() -> bool:
+    """True where an ONNX export on the CPU takes half precision; on a GPU alone in early releases, float32 else."""
+    exporter = importlib.import_module("ultralytics.engine.exporter")  # slow to import
+    return "convert_float_to_float16" in inspect.getsource(exporter)
 
 
 def strip_qat(model: nn.Module) -> None:

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from ultralytics import utils
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.engine.model import Model
 from ultralytics.utils import checks
 
 from yolo_prune.errors import BenchError, PruneError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,27 @@ def export(model: Model, format: str, *, quantize: int = 32, **settings: Any) ->
         settings |= {"quantize": quantize} if quantize != 32 else {}
     else:
         settings |= {"half": quantize == 16, "int8": quantize == 8}
-    with quietly(f"The export to {format}"):
+    with quietly(f"The export to {format}"), _same_gpus():
         exported = model.export(format=format, **settings)
     path = Path(exported)
     if not path.exists():
         raise BenchError(f"The export to {format} left nothing at '{exported}'.")
     return path
+
+
+@contextlib.contextmanager
+def _same_gpus() -> Iterator[None]:
+    """Leave the GPUs that this process sees as they are: early releases hide all of them where one uses the CPU."""
+    before = os.environ.get(VISIBLE)
+    torch.cuda.is_available()  # CUDA reads the variable once, so it has to be before the export
+    torch.cuda.device_count()  # torch remembers the first count that it makes
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VISIBLE, None)
+        else:
+            os.environ[VISIBLE] = before
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ the outputs of the last run (`outputs`).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -23,6 +24,7 @@ from torch import Tensor
 from ultralytics.nn.autobackend import AutoBackend
 
 from yolo_prune.agreement import Array
+from yolo_prune.compat import halves_onnx
 from yolo_prune.errors import BenchError
 
 
@@ -120,6 +122,10 @@ def check(formats: Sequence[str], quantize: int, device: torch.device) -> None:
                 f"Ultralytics does not export format={name} with quantize={quantize} for {device}{other}. "
                 f"It can have {', '.join(bits[q] for q in here)}."
             )
+        if name == "onnx" and quantize == 16 and not gpu and not halves_onnx():
+            raise BenchError(
+                "This Ultralytics exports format=onnx with quantize=16 on a GPU only: pip install -U ultralytics"
+            )
         extra = CALIBRATION.get(name, ()) if quantize == 8 else ()
         _installed(name, (*found.modules, *extra))
         if name == "onnx" and gpu and "CUDAExecutionProvider" not in _import("onnxruntime").get_available_providers():
@@ -143,6 +149,22 @@ def runtime(format: str) -> str:
     except metadata.PackageNotFoundError:  # onnxruntime-gpu, tensorrt-cu12, ...
         version = str(getattr(_import(module), "__version__", ""))
     return f"{module} {version}".strip()
+
+
+def batch_of(format: str, batch: int) -> int:
+    """Images that an export is made for; ncnn knows no batches, and its session runs images one after another."""
+    return 1 if format == "ncnn" else batch
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave torch's number of threads and its random numbers as they are: what is measured changes no training."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def open_session(format: str, path: Path, device: torch.device, threads: int, quantize: int = 32) -> Session:

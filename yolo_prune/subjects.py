@@ -182,7 +182,8 @@ def exported(format: str, found: Subject, setting: Setting) -> Path:
     """Export a model; torch is the checkpoint itself."""
     if format == "torch":
         return found.path
-    settings: dict[str, Any] = {"imgsz": setting.imgsz, "batch": setting.batch, "device": str(setting.device)}
+    batch = runtimes.batch_of(format, setting.batch)
+    settings: dict[str, Any] = {"imgsz": setting.imgsz, "batch": batch, "device": str(setting.device)}
     if setting.quantize == 8:
         settings["data"] = str(setting.data)
     return export(found.model, format, quantize=setting.quantize, verbose=False, **settings)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolo_prune.graph import probes
 from yolo_prune.proof import lean_copy
 
 COPIES = 4
@@ -45,13 +46,18 @@ class Layer:
     @property
     def key(self) -> str:
         """What its time depends on, as text."""
+        return f"{self.alike}: {self.ins} to {self.outs}"
+
+    @property
+    def alike(self) -> str:
+        """What it has in common with the same layer at other widths: its key up to the colon."""
         groups = "" if self.groups == 1 else " depthwise" if self.groups == DEPTHWISE else f" in {self.groups}"
         shape = "".join(
             f" {name}{'x'.join(map(str, value))}"
             for name, value in zip("kspd", (self.kernel, self.stride, self.padding, self.dilation), strict=True)
             if value
         )
-        return f"{self.kind}{shape}{groups} at {'x'.join(map(str, self.size))}: {self.ins} to {self.outs}"
+        return f"{self.kind}{shape}{groups} at {'x'.join(map(str, self.size))}"
 
     @property
     def depthwise(self) -> bool:
@@ -84,7 +90,8 @@ class Layer:
 
     def probe(self, batch: int) -> tuple[nn.Module, Tensor]:
         """A small model of some such layers side by side with activations behind them, and what it reads."""
-        side_by_side = _SideBySide([self._module() for _ in range(COPIES)]).eval()
+        with torch.random.fork_rng(devices=[]):  # weights are drawn: a run must not go on from there
+            side_by_side = _SideBySide([self._module() for _ in range(COPIES)]).eval()
         shape = (self.size[0], self.ins) if self.kind == "linear" else (self.ins, *self.size)
         return side_by_side, torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
 
@@ -127,7 +134,7 @@ def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
         weight = _weight(name, known)
         if weight and isinstance(module, LAYERS):
             handles.append(module.register_forward_hook(_note(found.setdefault(weight, []))))
-    channels = getattr(model, "yaml", {}).get("channels", 3)
+    channels = probes.image_channels(model) or 3
     try:
         with torch.inference_mode():
             deployed(torch.zeros(1, channels, imgsz, imgsz))

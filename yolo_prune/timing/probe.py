@@ -73,7 +73,8 @@ def _open(layer: Layer, format: str, setting: Setting, folder: Path) -> Session:
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            path = EXPORTERS[format](model, x, folder, setting)
+            one = x[: runtimes.batch_of(format, setting.batch)]
+            path = EXPORTERS[format](model, one, folder, setting)
         found = runtimes.open_session(format, path, setting.device, setting.threads, setting.quantize)
     found.prepare(x.float().cpu().numpy())
     return found
@@ -89,6 +90,10 @@ def _onnx(model: nn.Module, x: Tensor, folder: Path, setting: Setting) -> Path:
     path = folder / "layer.onnx"
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["output0"], "opset_version": OPSET}
     torch.onnx.export(model, (x,), str(path), dynamo=False, **names)
+    if setting.quantize == 16 and setting.device.type == "cpu":  # as Ultralytics does; on a GPU the model is half
+        onnx: Any = importlib.import_module("onnx")
+        half: Any = importlib.import_module("onnxruntime.transformers.float16")
+        onnx.save(half.convert_float_to_float16(onnx.load(str(path))), str(path))
     return path
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from ultralytics.utils import LOGGER
 from yolo_prune import images, metadata, planner, runtimes, subjects, surgery
 from yolo_prune.cost import Shapes, Timing
 from yolo_prune.errors import BenchError, NothingToRemoveError, TargetError
+from yolo_prune.graph import probes
 from yolo_prune.journal import PREFIX, bar
 from yolo_prune.planner import Weighed
 from yolo_prune.plans import Plan
@@ -27,12 +30,15 @@ from yolo_prune.timing import probe
 from yolo_prune.timing.layers import Layer, layers_of
 from yolo_prune.timing.table import Place, Table, Whole, model_key
 from yolo_prune.timing.whole import Measured, Stopwatch, dense_twin
+from yolo_prune.versions import PACKAGES, installed
 
 TOLERANCE = 0.03
 """How near the measured latency comes to the target, as a fraction of it."""
 ATTEMPTS = 6
 DEPTHS = (0.5, 0.9)
 """How far models are cut that are timed to set the layers' times right, of what may be cut."""
+METHOD = 1
+"""Times that were taken in another way are not those of this one: to be raised with every such change."""
 
 
 def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
@@ -45,10 +51,20 @@ def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
         target.imgsz or imgsz, target.batch or 1, target.device or "cpu", target.threads, quantize=target.quantize
     )
     format = target.format or "onnx"
-    runtimes.check([format], asked.quantize, asked.device)
+    _check(format, asked)
     return format, asked
 
 
+def _check(format: str, setting: Setting) -> None:
+    """Pass if layers can be timed like that here."""
+    if setting.quantize == 8:
+        raise BenchError("quantize=8 cannot be profiled, as layers alone have no images to be calibrated on.")
+    if format == "torch" and setting.quantize == 16 and setting.device.type == "cpu":
+        raise BenchError("format=torch computes in float32 on a CPU: leave quantize=16 out, or pass device=0.")
+    runtimes.check([format], setting.quantize, setting.device)
+
+
+@runtimes.undisturbed()
 def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     """What takes how long, for a latency target; None for other targets.
 
@@ -57,7 +73,7 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     Args:
         model: dense, or pruned before.
         target: of the recipe.
-        imgsz: of the run, in pixels.
+        imgsz: of the run, in pixels; a profile has its own.
 
     Raises:
         BenchError: If it cannot be measured here, or the profile is not of this model.
@@ -66,20 +82,42 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     if target.latency is None:
         return None
     dense = dense_twin(model)
-    size = target.imgsz or imgsz
-    layers = layers_of(dense, size)
     if target.profile is not None:
-        table = Table.load(target.profile)
-        _check_covers(table, layers, size, target.profile)
-    else:
-        table = measured(dense, layers, *setting_of(target, imgsz))
-    return table.timing(layers, _shapes(dense), model_key(layers, size))
+        return _profiled(dense, target.profile, imgsz)
+    format, setting = setting_of(target, imgsz)
+    layers = layers_of(dense, setting.imgsz)
+    table = measured(dense, layers, format, setting)
+    return table.timing(layers, model_key(layers, setting.imgsz))
 
 
+def _profiled(dense: nn.Module, path: str, imgsz: int) -> Timing:
+    """What takes how long by a profile, at the image size that it was measured at; where it has several, the run's."""
+    table = Table.load(path)
+    anew = f"On the device: yolo-prune profile model=... format={table.place.format} imgsz=..."
+    sizes = {size: layers_of(dense, size) for size in table.sizes() if size % probes.stride(dense) == 0}
+    keys = {size: key for size, layers in sizes.items() if (key := table.find(layers, size))}
+    if not keys:
+        raise BenchError(f"target.profile: '{path}' ({table.place}) is of another model. {anew}")
+    if len(keys) > 1 and imgsz not in keys:
+        raise BenchError(
+            f"target.profile: '{path}' ({table.place}) has this model at imgsz {', '.join(map(str, keys))}, and not at "
+            f"{imgsz}, which is the run's. {anew}"
+        )
+    size = imgsz if imgsz in keys else next(iter(keys))
+    layers = sizes[size]
+    if missing := table.missing(layers):
+        LOGGER.info(
+            f"{PREFIX}the profile's model has another number of classes: the times of {len(missing)} layers of the "
+            "head are estimated from those of the same layers at other widths."
+        )
+    return table.completed(layers).timing(layers, keys[size])
+
+
+@runtimes.undisturbed()
 def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, setting: Setting) -> Table:
     """The table of this machine, with the layers of a dense model and with the model itself; what is new is kept."""
     place = place_of(format, setting)
-    path = images.MEMORY / f"latency-{hashlib.sha256(place.model_dump_json().encode()).hexdigest()[:16]}.json"
+    path = _memory(place)
     table = _recall(path, place)
     key = model_key(layers, setting.imgsz)
     missing = table.missing(layers)
@@ -90,12 +128,15 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
                 f"{PREFIX}other programs keep {busy:.1f} of {subjects.cores()} cores busy, which blurs what is timed. "
                 "Delete that file, and start again on an idle machine, if the cut comes out worse than one by FLOPs."
             )
-        table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
+        if missing:
+            table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
+            _keep(table, path)  # minutes of work, that are not lost where a whole model cannot be timed
         table.wholes[key] = _wholes(dense, table, layers, format, setting)
         _keep(table, path)
     return table
 
 
+@runtimes.undisturbed()
 def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Path:
     """Measure a model and its layers on this device, for a training machine.
 
@@ -108,12 +149,11 @@ def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Pa
     Raises:
         BenchError: If it cannot be measured here.
     """
-    runtimes.check([format], setting.quantize, setting.device)
-    if setting.quantize == 8:
-        raise BenchError("quantize=8 cannot be profiled, as layers alone have no images to be calibrated on.")
+    _check(format, setting)
     dense = dense_twin(metadata.inner(model.model))
     layers = layers_of(dense, setting.imgsz)
-    return measured(dense, layers, format, setting).save(save)
+    table = measured(dense, layers, format, setting)
+    return table.only(layers, model_key(layers, setting.imgsz)).save(save)
 
 
 def place_of(format: str, setting: Setting) -> Place:
@@ -242,14 +282,11 @@ def _shapes(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _check_covers(table: Table, layers: dict[str, list[Layer]], imgsz: int, path: str) -> None:
-    missing = table.missing(layers)
-    if missing or model_key(layers, imgsz) not in table.wholes:
-        what = f"{len(missing)} of its layers are not in it, such as {missing[0].key}" if missing else "it is not in it"
-        raise BenchError(
-            f"target.profile: '{path}' ({table.place}) is not of this model at imgsz {imgsz}: {what}. On the device: "
-            f"yolo-prune profile model=... format={table.place.format} imgsz={imgsz}"
-        )
+def _memory(place: Place) -> Path:
+    """The file that keeps what is measured in a place, on this machine, of what these packages make of a model."""
+    versions = {name: installed()[name] for name in PACKAGES}
+    made = json.dumps([place.model_dump(), METHOD, versions, platform.node()])
+    return images.MEMORY / f"latency-{hashlib.sha256(made.encode()).hexdigest()[:16]}.json"
 
 
 def _recall(path: Path, place: Place) -> Table:
@@ -263,7 +300,13 @@ def _recall(path: Path, place: Place) -> Table:
 
 
 def _keep(table: Table, path: Path) -> None:
+    """Save what was measured, beside what another run may have saved since this one began."""
     try:
-        table.save(path)
+        found = Table.load(path)
+    except BenchError:  # not there yet, or damaged
+        found = table
+    layers, wholes = found.layers | table.layers, found.wholes | table.wholes
+    try:
+        table.model_copy(update={"layers": layers, "wholes": wholes}).save(path)
     except OSError as e:
         LOGGER.warning(f"{PREFIX}what was measured could not be kept in '{path}': {e}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from yolo_prune import latency, metadata, models, subjects
+from yolo_prune import latency, metadata, models, runtimes, subjects
 from yolo_prune.errors import BenchError
+from yolo_prune.graph import probes
 from yolo_prune.latency import Interval
 from yolo_prune.proof import lean_copy
 from yolo_prune.runtimes import Session
@@ -48,16 +50,17 @@ class Stopwatch:
         self.dense, self.format, self.setting = dense, format, setting
 
     def __enter__(self) -> Stopwatch:
-        self._folder = tempfile.TemporaryDirectory(prefix="yolo-prune-latency-")
-        self._threads = torch.get_num_threads()
-        self._count = 0
-        self._reference = self._open(self.dense)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(runtimes.undisturbed())
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yolo-prune-latency-")))
+            self._count = 0
+            self._reference = self._open(self.dense)
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         del self._reference
-        torch.set_num_threads(self._threads)
-        self._folder.cleanup()
+        self._entered.close()
 
     def measure(self, models: Sequence[nn.Module]) -> list[Measured]:
         """Export models and time them in turn with the dense one.
@@ -79,15 +82,14 @@ class Stopwatch:
 
     def _open(self, model: nn.Module) -> Session:
         self._count += 1
-        folder = Path(self._folder.name) / str(self._count)
+        folder = self._folder / str(self._count)
         folder.mkdir()
         kind = "rtdetr" if "RTDETR" in type(model).__name__ else "model"
         path = folder / f"{kind}.pt"
         torch.save({"model": lean_copy(model), "train_args": {}}, path)
         subject = subjects.Subject(path.name, models.open_model(path), path)
         session = subjects.session(self.format, subjects.exported(self.format, subject, self.setting), self.setting)
-        channels = getattr(model, "yaml", {}).get("channels", 3)
-        size = (self.setting.batch, channels, self.setting.imgsz, self.setting.imgsz)
+        size = (self.setting.batch, probes.image_channels(model) or 3, self.setting.imgsz, self.setting.imgsz)
         session.prepare(np.random.default_rng(0).random(size, dtype=np.float32))
         return session
 
