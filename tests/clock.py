@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
+import models
 import numpy as np
 import pytest
 from datasets import IMGSZ
@@ -13,10 +15,13 @@ from torch import nn
 from yolo_prune import planner
 from yolo_prune.latency import Interval
 from yolo_prune.subjects import Setting
-from yolo_prune.timing import probe, target
+from yolo_prune.timing import probe, search, target
 from yolo_prune.timing.fit import Point
-from yolo_prune.timing.layers import Layer
+from yolo_prune.timing.layers import Layer, distinct, layers_of
+from yolo_prune.timing.table import Place, Table
 from yolo_prune.timing.whole import Measured
+
+PLACE = Place(format="torch", runtime="torch", hardware="somewhere", device="cpu", threads=1, batch=1, quantize=32)
 
 
 def made_up(layer: Layer, each: tuple[int, int], noise: float = 0.0) -> list[Point]:
@@ -29,6 +34,17 @@ def made_up(layer: Layer, each: tuple[int, int], noise: float = 0.0) -> list[Poi
         time = 1e-4 + pixels * (1e-8 * work + 1e-7 * (0 if layer.depthwise else i) + 1e-7 * o)
         found.append((ins, outs, float(time * (1 + noise * rng.standard_normal()))))
     return found
+
+
+@functools.cache
+def layers(name: str = "yolo11n") -> dict[str, list[Layer]]:
+    """Of a model at the image size of tests."""
+    return layers_of(models.shared(name), IMGSZ)
+
+
+def table(each: tuple[int, int] = (1, 1), name: str = "yolo11n", noise: float = 0.0) -> Table:
+    """Times of these layers."""
+    return Table(place=PLACE, layers={layer.key: made_up(layer, each, noise) for layer in distinct(layers(name))})
 
 
 class Clock:
@@ -56,4 +72,5 @@ class Clock:
 def install(patch: pytest.MonkeyPatch, law: Callable[[float], float] = lambda flops: 0.1 + 0.9 * flops) -> None:
     """Let layers and models be timed there."""
     patch.setattr(probe, "_time", lambda layer, *_: made_up(layer, (1, 1)))
-    patch.setattr(target, "Stopwatch", Clock(law))
+    for module in (target, search):
+        patch.setattr(module, "Stopwatch", Clock(law))

@@ -34,6 +34,7 @@ MAY_IMPORT_ULTRALYTICS = {
     "rounds.py",
     "runtimes.py",
     "subjects.py",
+    "timing/search.py",
     "timing/target.py",
     "trainer.py",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import clock
 import datasets
 import models
 import pytest
@@ -18,7 +19,7 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
-from yolo_prune import guard, journal, metadata, planner, surgery
+from yolo_prune import guard, images, journal, metadata, planner, surgery
 from yolo_prune import rounds as rounds_of_a_run
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import RecipeError, RunError
@@ -228,6 +229,19 @@ def test_the_smallest_model_within_the_drop_is_found_and_delivered(folder: Path,
     assert kept(run, "best.pt") == kept(run, "last.pt") == pytest.approx(report.pruned.flops / report.dense.flops)
     assert [row.flops for row in report.epochs_log[-2:]] == [report.pruned.flops] * 2
     assert report.status == "finished"
+
+
+@pytest.mark.slow
+def test_cuts_for_a_latency_are_taken_back_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock.install(monkeypatch, lambda flops: 0.3 + 0.7 * flops)
+    monkeypatch.setattr(images, "MEMORY", tmp_path / "memory")
+    target = {"latency": 0.65, "format": "torch", "threads": 1}
+    run = train(folder, tmp_path, {"target": target, "schedule": {"rounds": 3}, "guard": {"max_drop": 0.45}})
+    rows = Report.load(run).rounds
+    assert [row.held for row in rows] == [True, False, True]
+    ratios = [row.latency.ratio for row in rows if row.latency and row.latency.ratio]
+    assert ratios[2] == pytest.approx((ratios[0] + ratios[1]) / 2, rel=0.04)
+    assert kept(run, "best.pt") == pytest.approx((ratios[2] - 0.3) / 0.7)
 
 
 @pytest.mark.slow

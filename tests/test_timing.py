@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,8 @@ import models
 import numpy as np
 import pytest
 import torch
-from clock import Clock, install, made_up
+from clock import PLACE, install, layers, made_up, table
 from datasets import IMGSZ, tiny
-from quick import QUICK
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
@@ -26,28 +24,16 @@ from yolo_prune import images, latency, planner, runtimes, subjects
 from yolo_prune.cost import Cost, Term, Timing
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
-from yolo_prune.metadata import Record
 from yolo_prune.recipe.schema import Target
-from yolo_prune.report import Report
 from yolo_prune.select import Constraints, Goal, select
 from yolo_prune.subjects import Setting
 from yolo_prune.timing import probe, target, whole
 from yolo_prune.timing.fit import Point, formula, steps
 from yolo_prune.timing.layers import Layer, distinct, layers_of
-from yolo_prune.timing.table import Place, Table, Whole, model_key
+from yolo_prune.timing.table import Table, Whole, model_key
 from yolo_prune.timing.whole import dense_twin
 
-PLACE = Place(format="torch", runtime="torch", hardware="somewhere", device="cpu", threads=1, batch=1, quantize=32)
 SMALL = {"criterion": "magnitude", "channels.round_to": 2, "channels.min": 2}
-
-
-@functools.cache
-def layers(name: str = "yolo11n") -> dict[str, list[Layer]]:
-    return layers_of(models.shared(name), IMGSZ)
-
-
-def table(each: tuple[int, int] = (1, 1), name: str = "yolo11n", noise: float = 0.0) -> Table:
-    return Table(place=PLACE, layers={layer.key: made_up(layer, each, noise) for layer in distinct(layers(name))})
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -192,37 +178,6 @@ def test_widths_follow_the_steps_of_the_runtime_unless_the_user_wants_more() -> 
     assert multiples() == 16
     assert multiples(channels_round_to=4) == 16  # four of sixteen would save no time
     assert multiples(channels_round_to=32) == 32
-
-
-def settled(monkeypatch: pytest.MonkeyPatch, law: Any, keep: float) -> tuple[target.Hit, Clock]:
-    clock = Clock(law)
-    monkeypatch.setattr(target, "Stopwatch", clock)
-    model, recipe = models.build("yolo11n"), models.recipe(target_latency=keep, channels_round_to=2, channels_min=2)
-    graph = planner.survey(model, recipe, IMGSZ)
-    before = models.snapshot(model)
-    weighed = planner.weigh(model, graph, recipe, timing=table().sums(layers()))
-    hit = target.settle(model, weighed, recipe.target.model_copy(update={"format": "torch"}), IMGSZ)
-    assert models.same_bits(before, models.snapshot(model))
-    return hit, clock
-
-
-@pytest.mark.parametrize("law", [lambda f: f, lambda f: 0.3 + 0.7 * f, lambda f: f**0.5, lambda f: f**2])
-def test_a_cut_is_corrected_until_it_takes_as_long_as_wanted(monkeypatch: pytest.MonkeyPatch, law: Any) -> None:
-    hit, clock = settled(monkeypatch, law, 0.6)
-    assert hit.measured
-    assert abs(hit.measured.ratio.median / 0.6 - 1) <= target.TOLERANCE
-    assert clock.asked <= target.ATTEMPTS
-    assert hit.row
-    assert (hit.row.dense_ms, hit.row.imgsz) == (10.0, IMGSZ)
-
-
-def test_what_cannot_be_hit_comes_as_near_as_it_can(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    hit, _ = settled(monkeypatch, lambda f: 0.8 + 0.2 * f, 0.6)
-    assert hit.measured
-    assert 0.8 < hit.measured.ratio.median < 0.9
-    assert "is as near to 0.6 as the widths of this model allow" in caplog.text
 
 
 @pytest.fixture
@@ -402,20 +357,6 @@ def test_the_dense_model_of_a_pruned_one_is_built_anew() -> None:
     assert dense_twin(dense) is dense
 
 
-@pytest.fixture
-def run(folder: Path, brief: None) -> dict[str, Any]:
-    return {
-        "data": str(folder / "scenes" / "scenes.yaml"),
-        "epochs": 2,
-        "imgsz": IMGSZ,
-        "batch": 4,
-        **QUICK,
-        "callbacks": "prune",
-        "exist_ok": True,
-        "name": "run",
-    }
-
-
 def test_a_stopwatch_times_models_in_turn_and_leaves_nothing_behind(
     folder: Path, brief: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -431,32 +372,3 @@ def test_a_stopwatch_times_models_in_turn_and_leaves_nothing_behind(
     assert second.ratio.low <= second.ratio.median <= second.ratio.high
     assert not list(tmp_path.glob("yolo-prune-latency-*"))
     assert torch.get_num_threads() == threads
-
-
-def test_a_run_with_a_latency_as_target(
-    folder: Path, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch, lambda f: 0.3 + 0.7 * f)
-    recipe = {
-        "target": {"latency": 0.7, "format": "torch", "threads": 1},
-        "channels": {"round_to": 2, "min": 2},
-        "recover": {"refit": 4},
-        "criterion": "magnitude",
-    }
-    model = YOLO(folder / "dense.pt")
-    model.train(recipe=recipe, project=str(tmp_path / "runs"), **run)
-    report = Report.load(model.trainer.save_dir)
-    row = report.rounds[0]
-    assert report.status == "finished"
-    assert row.target == {"latency": 0.7}
-    assert row.latency
-    assert row.latency.ratio == pytest.approx(0.7, rel=target.TOLERANCE)
-    assert row.flops
-    assert report.dense.flops
-    assert row.latency.ratio == pytest.approx(0.3 + 0.7 * row.flops / report.dense.flops)  # of this very cut
-    assert "torch" in row.latency.place
-    assert (report.dense.latency_ms, report.pruned.latency_ms) == (row.latency.dense_ms, row.latency.ms)
-    record = yolo_prune.metadata.read(model.model)  # type: ignore[attr-defined]
-    assert isinstance(record, Record)
-    assert record.rounds[0]["keep"] == pytest.approx(row.latency.ratio)
-    assert yolo_prune.is_pruned(model)

@@ -20,7 +20,7 @@ from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
-from yolo_prune.timing import target as latency
+from yolo_prune.timing import search
 
 __all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save"]
 
@@ -62,13 +62,13 @@ def plan(
         )
     asked = asked if data else planner.rehearsal(asked)
     module, target = _module(model), asked.target
-    timing = latency.find(module, target, imgsz)
+    graph, bar = planner.survey(module, asked, imgsz), journal.bar("weighing channels")
+    timing = search.trial(module, graph, asked, imgsz).timing if target.latency else None
     calibration = _calibration(model, data, imgsz, count) if data and count else None
-    bar = journal.bar("weighing channels")
     if timing is None:
-        return planner.make_plan(module, asked, imgsz, calibration=calibration, progress=bar)
-    weighed = planner.weigh(module, planner.survey(module, asked, imgsz), asked, calibration, bar, timing)
-    return latency.settle(module, weighed, target, imgsz).plan
+        return planner.plan_for(module, graph, asked, calibration=calibration, progress=bar)
+    weighed = planner.weigh(module, graph, asked, calibration, bar, timing)
+    return search.settle(module, weighed, target, imgsz).plan
 
 
 def apply(

@@ -24,7 +24,8 @@ from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.front import FRONT
 from yolo_prune.report.page import PAGE
 from yolo_prune.report.picture import draw
-from yolo_prune.timing import target as latency
+from yolo_prune.timing import search
+from yolo_prune.timing.target import find
 
 METRICS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
 
@@ -160,11 +161,9 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
     model, frozen = control.live(trainer), control.frozen_modules(trainer)
     record = metadata.read(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
-    timing = ranks.agree(lambda: latency.find(model, recipe.target, trainer.args.imgsz))
-    plan = planner.trial(model, graph, recipe, timing)
+    plan, present, timing = ranks.agree(lambda: search.trial(model, graph, recipe, trainer.args.imgsz))
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
-    present = plan.predicted.present(recipe.target.metric)
     control.write_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
     if ranks.first():
         weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
@@ -189,7 +188,7 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
     report = journal.reopen(trainer, recipe, source, record)
     cost = planner.present_cost(control.live(trainer), journal.imgsz(trainer, report))
     frozen = control.frozen_modules(trainer)
-    timing = ranks.agree(lambda: latency.find(control.live(trainer), recipe.target, journal.imgsz(trainer, report)))
+    timing = ranks.agree(lambda: find(control.live(trainer), recipe.target, journal.imgsz(trainer, report)))
     run = Run(recipe, due, report, trainer.stopper.patience, cost, frozen, timing, done, exact)
     cut_since = bool(record.rounds) and record.rounds[-1]["epoch"] == trainer.start_epoch
     if len(report.epochs_log) == trainer.start_epoch - 1 and not cut_since:  # killed between last.pt and the report

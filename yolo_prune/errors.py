@@ -17,7 +17,15 @@ class ScheduleError(RecipeError):
 
 
 class TargetError(RecipeError):
-    """A target that this model cannot reach under the recipe's constraints."""
+    """A target that this model cannot reach under the recipe's constraints.
+
+    Attributes:
+        reached: the least fraction of the dense model that can be left, where it is known.
+    """
+
+    def __init__(self, message: str, reached: float | None = None) -> None:
+        super().__init__(message)
+        self.reached = reached
 
 
 class NothingToRemoveError(TargetError):

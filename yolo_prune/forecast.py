@@ -13,7 +13,8 @@ from typing import Any
 class Forecast:
     """What the plan does to the cost of the model, at one image size. FLOPs are 2 x MACs for one image.
 
-    Milliseconds, where the target is a latency, are what the layers' times add up to; None elsewhere.
+    Milliseconds, where the target is a latency, are what the layers' times add up to, or what was measured; None
+    elsewhere.
     """
 
     imgsz: int
@@ -26,6 +27,7 @@ class Forecast:
     dense_ms: float | None = None
     ms_before: float | None = None
     ms_after: float | None = None
+    measured: bool = False
 
     def present(self, metric: str) -> float:
         """Fraction of the dense model that is left before the plan is applied, in "flops", "params" or "latency"."""
@@ -56,12 +58,15 @@ class Forecast:
 
     def then(self, later: Forecast) -> Forecast:
         """Of two plans one after the other, at the same image size: before this one, after the later one."""
-        before = self.ms_before if later.ms_after is not None else None
+        if later.dense_ms is None or self.dense_ms is None:
+            before = None
+        else:  # each was measured beside a dense model of its own
+            before = later.dense_ms * self.present("latency")
         return replace(later, flops_before=self.flops_before, params_before=self.params_before, ms_before=before)
 
     def to_dict(self) -> dict[str, float]:
         """Plain data, without what is not known."""
-        return {key: value for key, value in vars(self).items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None and value is not False}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Forecast:
@@ -72,7 +77,8 @@ class Forecast:
             TypeError: If one is missing, or is no number.
         """
         whole = ("imgsz", "dense_params", "params_before", "params_after")
-        numbers: dict[str, Any] = {key: (int if key in whole else float)(value) for key, value in data.items()}
+        measured = bool(data.get("measured"))
+        numbers: dict[str, Any] = {k: (int if k in whole else float)(v) for k, v in data.items() if k != "measured"}
         if not all(0 < value < math.inf for value in numbers.values()):
             raise ValueError("a forecast holds positive numbers only")
-        return cls(**numbers)
+        return cls(**numbers, measured=measured)

@@ -22,7 +22,7 @@ from yolo_prune.graph.probes import stride
 from yolo_prune.journal import PREFIX
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.report import Report
-from yolo_prune.timing import target as latency
+from yolo_prune.timing import search
 from yolo_prune.trainer import prune_trainer
 
 GENTLE: dict[str, Any] = {"warmup_epochs": 0.0, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.002}
@@ -286,10 +286,9 @@ def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) 
     try:
         size = max(1, -(-size // step)) * step
         graph = planner.survey(module, recipe, size, names)
-        plan = planner.trial(module, graph, recipe, latency.find(module, recipe.target, size))
+        present = search.trial(module, graph, recipe, size).present
     except NothingToRemoveError as e:
         raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
-    present = plan.predicted.present(recipe.target.metric)
     planner.rounds(recipe, int(settings["epochs"]), present)
 
 

@@ -14,7 +14,7 @@ from yolo_prune import allocation, criteria, schedule
 from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, Timing, measure
 from yolo_prune.criteria.base import Observer
-from yolo_prune.errors import NothingToRemoveError, RecipeError, ScheduleError
+from yolo_prune.errors import NothingToRemoveError, RecipeError, ScheduleError, TargetError
 from yolo_prune.forecast import Forecast
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.graph.structure import ChannelSet
@@ -162,6 +162,24 @@ class Weighed:
         kept = select(free, self.cost, self.scores, goal, *limits, self.comparable, self.share_out)
         return build_plan(self.graph, self.cost, kept, self.dense)
 
+    def nearest(self, metric: str, keep: float) -> Plan:
+        """The plan that leaves a fraction of the dense model, or as little more of it as can be.
+
+        Raises:
+            TargetError: If nothing can be removed at all.
+            NothingToRemoveError: If the model already meets it.
+        """
+        try:
+            return self.plan(metric, keep)
+        except TargetError as e:
+            if e.reached is None or e.reached >= self.present(metric):
+                raise
+            return self.plan(metric, e.reached * (1 + 1e-9))
+
+    def present(self, metric: str) -> float:
+        """Fraction of the dense model that the model is."""
+        return self.cost.total(metric) / self.cost.total(metric, self.dense)
+
 
 def plan_for(
     model: nn.Module,
@@ -214,7 +232,7 @@ def weigh(
     return Weighed(graph, cost, dense, widths, constraints, scores, comparable, share_out)
 
 
-def trial(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> Plan:
+def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
     """What a run by this recipe would do at once, but without data; of a search for the size, its first step."""
     keep = recipe.target.keep
     if keep is None:
@@ -227,21 +245,20 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None 
                 "channels.max_removed, lower channels.min or channels.round_to, or protect less."
             )
         keep = (present + floor) / 2
-    return plan_for(model, graph, rehearsal(recipe), keep, timing=timing)
+    return plan_for(model, graph, rehearsal(recipe), keep)
 
 
-def reachable(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> float:
+def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
     """The least fraction of the dense model that the recipe's constraints can leave, in its target's metric.
 
     Args:
         model: dense, or pruned before.
         graph: its trace.
         recipe: for the metric and the constraints.
-        timing: what takes how long, for a latency target.
     """
-    cost, metric = measure(model, graph, timing), recipe.target.metric
+    cost, metric = measure(model, graph), recipe.target.metric
     dense, widths = _dense(model, graph)
-    constraints = _constraints(model, graph, recipe, timing)
+    constraints = _constraints(model, graph, recipe)
     return least(graph.groups, cost, metric, constraints, widths) / cost.total(metric, dense)
 
 
@@ -357,16 +374,11 @@ def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], de
         dense_params=cost.parameters(dense),
         params_before=cost.parameters(),
         params_after=cost.parameters(after),
-        **_milliseconds(cost, dense, after),
     )
+    if cost.timing is not None:
+        of_dense, now, then = (cost.total("latency", shapes) for shapes in (dense, None, after))
+        forecast = replace(forecast, dense_ms=of_dense, ms_before=now, ms_after=then)
     return replace(plan, forecast=forecast)
-
-
-def _milliseconds(cost: Cost, dense: Shapes, after: Shapes) -> dict[str, float]:
-    if cost.timing is None:
-        return {}
-    found = {"dense_ms": dense, "ms_before": {}, "ms_after": after}
-    return {key: cost.total("latency", shapes) for key, shapes in found.items()}
 
 
 def protected_parts(graph: Graph) -> tuple[Protected, ...]:

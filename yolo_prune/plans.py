@@ -291,7 +291,7 @@ class Plan:
             if f.dense_ms is not None and f.ms_before is not None and f.ms_after is not None:
                 lines.append(
                     f"{'latency, ms':12}{f.dense_ms:12.3f}{f.ms_before:12.3f}{f.ms_after:12.3f}"
-                    f"{f.kept('latency'):10.1%}   predicted"
+                    f"{f.kept('latency'):10.1%}   {'measured' if f.measured else 'predicted'}"
                 )
         return "\n".join(lines)
 

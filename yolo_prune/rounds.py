@@ -23,7 +23,7 @@ from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Proof, RoundFitness, RoundRow
 from yolo_prune.report.data import LatencyRow
-from yolo_prune.timing import target
+from yolo_prune.timing import search
 
 
 def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
@@ -78,7 +78,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
         seconds=time.perf_counter() - began,
     )
     facts = row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan", "latency"})
-    facts["keep"] = latency.ratio if latency else plan.predicted.kept(recipe.target.metric)
+    facts["keep"] = plan.predicted.kept(recipe.target.metric)
     if reference is not None:
         facts["reference"] = reference
     _forget_best(trainer, record)
@@ -241,7 +241,7 @@ def _decide(
     ema, recipe = control.average(trainer), run.recipe
     graph = planner.survey(ema, recipe, journal.imgsz(trainer, run.report), run.frozen)
     searches = recipe.target.keep is None
-    floor = planner.reachable(ema, graph, recipe, run.timing) if searches else 0.0
+    floor = planner.reachable(ema, graph, recipe) if searches else 0.0
     keep = guard.next_keep(found, due.keep, floor, recipe.target.keep)
     if searches and guard.is_found(found):
         return None, None, keep, None
@@ -265,7 +265,7 @@ def _plan(
         if run.timing is None:
             return planner.plan_for(ema, graph, recipe, keep, calibration, bar), None
         weighed = planner.weigh(ema, graph, recipe, calibration, bar, run.timing)
-        hit = target.settle(ema, weighed, recipe.target, journal.imgsz(trainer, run.report), keep)
+        hit = search.settle(ema, weighed, recipe.target, journal.imgsz(trainer, run.report), keep)
         return hit.plan, hit.row
 
     try:

@@ -333,7 +333,7 @@ def _cut(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:
         queue(number)
     while total > goal.limit:
         if not turns:
-            raise TargetError(_out_of_reach(goal, total / goal.dense))
+            raise TargetError(_out_of_reach(goal, total / goal.dense), reached=total / goal.dense)
         _, number = heapq.heappop(turns)
         move = classes[number].cheapest()  # not always the one it was queued for: prices rise
         assert move

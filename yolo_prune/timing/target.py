@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A latency as target: what takes how long on the target device, and cuts that are corrected until they hit it."""
+"""What takes how long on the target device: measured here once, or read from the profile of another one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import nn
 from ultralytics.engine.model import Model
@@ -16,25 +14,19 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune import images, metadata, planner, runtimes, subjects, surgery
 from yolo_prune.cost import Shapes, Timing
-from yolo_prune.errors import BenchError, NothingToRemoveError, TargetError
+from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import probes
 from yolo_prune.journal import PREFIX, bar
-from yolo_prune.planner import Weighed
-from yolo_prune.plans import Plan
 from yolo_prune.proof import bare_copy
 from yolo_prune.recipe import Recipe
 from yolo_prune.recipe.schema import CriterionSpec, Target
-from yolo_prune.report.data import LatencyRow
 from yolo_prune.subjects import Setting
 from yolo_prune.timing import probe
 from yolo_prune.timing.layers import Layer, layers_of
 from yolo_prune.timing.table import Place, Table, Whole, model_key
-from yolo_prune.timing.whole import Measured, Stopwatch, dense_twin
+from yolo_prune.timing.whole import Stopwatch, dense_twin
 from yolo_prune.versions import PACKAGES, installed
 
-TOLERANCE = 0.03
-"""How near the measured latency comes to the target, as a fraction of it."""
-ATTEMPTS = 6
 DEPTHS = (0.5, 0.9)
 """How far models are cut that are timed to set the layers' times right, of what may be cut."""
 METHOD = 1
@@ -169,92 +161,6 @@ def place_of(format: str, setting: Setting) -> Place:
     )
 
 
-class Hit(NamedTuple):
-    """A cut, and how long the model takes after it; not measured where it is for another device."""
-
-    plan: Plan
-    measured: Measured | None = None
-    place: str = ""
-    imgsz: int | None = None
-
-    @property
-    def row(self) -> LatencyRow | None:
-        """For the report."""
-        if self.measured is None:
-            return None
-        dense, ms, (ratio, low, high) = self.measured
-        return LatencyRow(place=self.place, imgsz=self.imgsz, dense_ms=dense, ms=ms, ratio=ratio, interval=[low, high])
-
-
-def settle(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float | None = None) -> Hit:
-    """Plan a cut, export what it leaves, time it, and correct the cut until it takes as long as wanted.
-
-    Args:
-        model: the one to be cut; it is only read.
-        weighed: its scores and costs.
-        target: of the recipe.
-        imgsz: of the run.
-        keep: fraction of the dense model's latency to keep; the target's where None.
-
-    Raises:
-        TargetError: If the target is out of reach.
-        NothingToRemoveError: If the model already is as fast.
-        BenchError: If the models cannot be exported or run.
-    """
-    keep = target.keep if keep is None else keep
-    assert keep is not None
-    if target.profile is not None:
-        return Hit(weighed.plan("latency", keep))
-    format, setting = setting_of(target, imgsz)
-    place = str(place_of(format, setting))
-    hits: list[tuple[float, Hit]] = []
-    with Stopwatch(dense_twin(model), format, setting) as stopwatch:
-        ask = keep
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                plan = weighed.plan("latency", ask)
-            except (TargetError, NothingToRemoveError) as e:
-                if not hits:
-                    raise
-                LOGGER.info(f"{PREFIX}{e}")
-                break
-            if any(plan.hash == hit.plan.hash for _, hit in hits):
-                break  # widths go in steps: there is nothing between
-            cut = bare_copy(model)
-            surgery.apply(cut, plan)
-            found = stopwatch.measure([cut])[0]
-            hits.append((ask, Hit(plan, found, place, setting.imgsz)))
-            LOGGER.info(
-                f"{PREFIX}attempt {attempt}: {found.ms:.2f} ms of {found.dense_ms:.2f} ms, "
-                f"{found.ratio.median:.3f} of the dense model's latency (wanted {keep:g})"
-            )
-            if abs(found.ratio.median / keep - 1) <= TOLERANCE:
-                return hits[-1][1]
-            ask = _next([(a, hit.measured.ratio.median) for a, hit in hits if hit.measured], keep)
-    best = min((hit for _, hit in hits), key=lambda h: abs(_ratio(h) - keep))
-    LOGGER.warning(
-        f"{PREFIX}target.latency: {_ratio(best):.3f} is as near to {keep:g} as the widths of this model allow "
-        f"(within {TOLERANCE:.0%} was wanted). channels.round_to and channels.max_removed limit them."
-    )
-    return best
-
-
-def _ratio(hit: Hit) -> float:
-    return hit.measured.ratio.median if hit.measured else math.inf
-
-
-def _next(tried: list[tuple[float, float]], keep: float) -> float:
-    """What to ask the formula for, after what it gave for what was asked: along the line through what lies nearest."""
-    nearest = sorted(tried, key=lambda pair: abs(pair[1] - keep))[:2]
-    if len(nearest) == 1:
-        nearest.append((1.0, 1.0))  # nothing asked for, nothing saved
-    (a, at_a), (b, at_b) = nearest
-    slope = (a - b) / (at_a - at_b) if abs(at_a - at_b) > 1e-6 else 1.0
-    slope = slope if slope > 0 else 1.0  # noise
-    ask = a + slope * (keep - at_a)
-    return min(max(ask, 0.5 * a), 0.995, 1.5 * a)
-
-
 def _wholes(
     dense: nn.Module, table: Table, layers: dict[str, list[Layer]], format: str, setting: Setting
 ) -> list[Whole]:
@@ -262,11 +168,12 @@ def _wholes(
     recipe = Recipe(target=Target(latency=0.5), criterion=CriterionSpec(name="magnitude"))
     graph = planner.survey(dense, recipe, setting.imgsz)
     sums = table.sums(layers)
-    floor = planner.reachable(dense, graph, recipe, sums)
-    if floor >= 1:
-        raise TargetError("target.latency: no layer of this model can be cut so that it gets any faster here.")
     weighed = planner.weigh(dense, graph, recipe, timing=sums)
-    plans = [weighed.plan("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]
+    try:
+        floor = weighed.nearest("latency", 0.0).predicted.kept("latency")
+    except TargetError as e:
+        raise TargetError("target.latency: no layer of this model can be cut so that it gets any faster here.") from e
+    plans = [weighed.nearest("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]
     cuts = [bare_copy(dense) for _ in plans]
     for cut, plan in zip(cuts, plans, strict=True):
         surgery.apply(cut, plan)
