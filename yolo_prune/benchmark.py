@@ -25,6 +25,7 @@ BUDGET = 30.0
 """Seconds that the rounds of one format may take, where nobody says how many."""
 
 
+@runtimes.undisturbed()
 def bench(
     models: Source | Sequence[Source],
     format: str | Sequence[str] = "onnx",

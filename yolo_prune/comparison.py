@@ -25,6 +25,7 @@ HEADS = {"segment": "nm", "pose": "nk", "obb": "ne"}
 """Where the heads of tasks that detect more than boxes say how many numbers they add to each."""
 
 
+@runtimes.undisturbed()
 def parity(
     model: Source,
     exported: str | Path,

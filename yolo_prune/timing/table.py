@@ -39,7 +39,7 @@ class Place(BaseModel):
 
     def __str__(self) -> str:
         """In words."""
-        threads = f", {self.threads} threads" if self.threads else ""
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
         bits = ", half precision" if self.quantize == 16 else ""
         return f"{self.runtime} on {self.hardware}{threads}, batch {self.batch}{bits}"
 
