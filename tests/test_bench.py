@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tampering
 import torch
 from datasets import IMGSZ, tiny
 from ultralytics import RTDETR, YOLO, utils
@@ -254,14 +255,7 @@ def test_parity_sees_one_changed_number(folder: Path, exported: Path, tmp_path: 
 def test_bench_fails_where_an_export_computes_something_else(
     folder: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(format: str, found: subjects.Subject, setting: subjects.Setting) -> Path:
-        other = YOLO(found.path)
-        with torch.no_grad():
-            other.model.model[-1].cv3[0][-1].bias[0] += 0.1
-        other.save(found.path.with_name("other.pt"))
-        return exports.export(YOLO(found.path.with_name("other.pt")), format, imgsz=setting.imgsz, device="cpu")
-
-    monkeypatch.setattr(subjects, "exported", wrong)
+    tampering.install(monkeypatch)
     monkeypatch.setattr(comparison, "validate", lambda *_: None)
     arguments = [f"model={folder / 'cut.pt'}", f"imgsz={IMGSZ}", "repeats=2", "save=bench.json"]
     assert cli.main(["bench", *arguments, f"data={folder / 'scenes/scenes.yaml'}"]) == 1

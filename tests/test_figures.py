@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tampering
 import torch
 from datasets import IMGSZ, tiny
 from test_latency import measured
@@ -18,7 +19,7 @@ from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
 import yolo_prune
-from yolo_prune import benchmark, cli, comparison, exports, latency, pages, planner, subjects
+from yolo_prune import benchmark, cli, comparison, latency, pages, planner, subjects
 from yolo_prune.report import Figures, Report
 from yolo_prune.report.latency import Measurement
 from yolo_prune.report.page import render
@@ -230,14 +231,7 @@ def test_what_a_run_started_from_may_have_been_pruned_before(
 def test_an_export_that_computes_something_else_is_shown_and_fails(
     folder: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def wrong(format: str, found: subjects.Subject, setting: subjects.Setting) -> Path:
-        other = YOLO(found.path)
-        with torch.no_grad():
-            other.model.model[-1].cv3[0][-1].bias[0] += 0.1
-        other.save(found.path.with_name("other.pt"))
-        return exports.export(YOLO(found.path.with_name("other.pt")), format, imgsz=setting.imgsz, device="cpu")
-
-    monkeypatch.setattr(subjects, "exported", wrong)
+    tampering.install(monkeypatch)
     monkeypatch.setattr(comparison, "validate", lambda *_: None)
     how = ["format=torchscript", "threads=1", "repeats=1"]
     assert cli.main(["report", str(run), *how]) == 1
