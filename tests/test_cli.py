@@ -36,6 +36,17 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
+def test_a_reader_that_leaves_early_is_no_error(clean_cwd: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "yolo_prune.cli", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as shown:
+        assert shown.stdout
+        assert shown.stderr
+        shown.stdout.close()
+        assert "Traceback" not in (said := shown.stderr.read())
+        assert "Broken pipe" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

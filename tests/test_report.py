@@ -31,6 +31,7 @@ from yolo_prune.report import (
     summary_table,
 )
 from yolo_prune.report.picture import compose, draw
+from yolo_prune.report.table import difference
 
 
 def make_report(starts: tuple[int, ...] = (0, 5, 10), epochs: int = 30, layers: int = 88, fit: bool = True) -> Report:
@@ -135,6 +136,14 @@ def test_scalars_become_plain_numbers_and_nan_null(value: Any, stored: float | N
     assert data["dense"]["fitness"] == data["pruned"]["fitness"] == stored
     assert data["recipe"] == {"list": [stored], "path": str(tmp_path), "late": stored}
     assert report.pruned.fitness is None or type(report.pruned.fitness) is float
+
+
+def test_no_difference_has_no_sign_of_loss() -> None:
+    assert [difference(0.60996, 0.61), difference(0.61, 0.60996), difference(0.5, 0.61)] == [
+        "+0.000",
+        "+0.000",
+        "-0.110",
+    ]
 
 
 def test_a_failed_save_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,8 +206,11 @@ def train(folder: Path, place: Path, source: Path | None = None, **fields: Any) 
     return Report.load(model.trainer.save_dir)
 
 
-def test_a_run(folder: Path, tmp_path: Path) -> None:
+def test_a_run(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = train(folder, tmp_path)
+    assert "Optimizer stripped from" in caplog.text
+    assert ".tmp" not in caplog.text.replace(str(tmp_path), "")
+    assert "round 1 of 1: " in caplog.text
     row = report.rounds[0]
     assert report.status == "finished"
     assert row.target == {"latency": 0.7}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -58,9 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(a.lstrip("-") in ("help", "h") for a in rest):
             print(HELP)
             return 0
-        return COMMANDS[name](rest)
+        status = COMMANDS[name](rest)
+        sys.stdout.flush()
+        return status
     except (PruneError, SyntaxError, FileNotFoundError) as e:
         print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `yolo-prune show ... | head`: nobody reads on, and Python is not to try once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

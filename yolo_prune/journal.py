@@ -215,10 +215,11 @@ def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
     report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
     close_rounds(report, None)
     save(trainer, report)
+    cuts = sum(not r.settles for r in run.rounds)
     kept = (row.flops or 0) / (report.dense.flops or 1)
     steps = [f"{name} {value:.3f}" for name, value in row.fitness if value is not None]
     LOGGER.info(
-        f"{PREFIX}round {row.number} of {len(run.rounds)}: {kept:.1%} of the FLOPs, {row.params:,} parameters; "
+        f"{PREFIX}round {row.number} of {cuts}: {kept:.1%} of the FLOPs, {row.params:,} parameters; "
         + (f"fitness {', '.join(steps)}" if steps else "not measured")
         + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved")
         + (f"; {row.latency}" if row.latency else "")

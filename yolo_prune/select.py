@@ -351,8 +351,8 @@ def _out_of_reach(goal: Goal, least: float) -> str:
         )
     return (
         f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached; what may be "
-        f"removed under channels and protect leaves {least:.3f}. Ask for at least {ask:.2f}, or raise "
-        "channels.max_removed, or lower channels.min or channels.round_to."
+        f"removed under channels (channels.layers included) and protect leaves {least:.3f}. Ask for at least "
+        f"{ask:.2f}, or raise channels.max_removed, or lower channels.min or channels.round_to."
     )
 
 

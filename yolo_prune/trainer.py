@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 from torch import nn
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolo_prune import metadata, outputs, ranks, resume, rounds, schedule
@@ -179,12 +183,28 @@ class KeepStructure:
         """Ultralytics' `strip_optimizer` for a file of this run; it is replaced once the new one is complete."""
         target = Path(s or path)
         temporary = target.with_name(f".{target.name}.stripped.tmp")
-        result = strip_optimizer(path, s=str(temporary), **({"updates": updates} if updates else {}))
+        with _called(LOGGER, str(temporary), str(target)):
+            result = strip_optimizer(path, s=str(temporary), **({"updates": updates} if updates else {}))
         if target == self.last:
             self._stripped = temporary
         elif temporary.exists():
             os.replace(temporary, target)
         return result
+
+
+@contextmanager
+def _called(logger: logging.Logger, name: str, instead: str) -> Iterator[None]:
+    """Let a file be called by the name that it is about to get."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg = str(record.msg).replace(name, instead)
+        return True
+
+    logger.addFilter(rename)
+    try:
+        yield
+    finally:
+        logger.removeFilter(rename)
 
 
 class _AllTrained(Exception):

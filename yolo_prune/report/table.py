@@ -32,7 +32,7 @@ def percent(part: float | None, whole: float | None) -> str:
 
 def difference(after: float | None, before: float | None) -> str:
     """`after - before` with its sign and three decimals, or a dash when either was not measured."""
-    return MISSING if after is None or before is None else f"{after - before:+.3f}"
+    return MISSING if after is None or before is None else f"{round(after - before, 3) + 0.0:+.3f}"
 
 
 def summary_table(report: Report) -> str:
