@@ -68,6 +68,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["model=dense.pt", "fromat=onnx"], "Did you mean 'format'?"),
         (["model=dense.pt", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
         (["model=dense.pt", "threads=0"], "threads=0: must be a whole number of at least 1"),
+        (["model=dense.pt", "threads=9999"], "threads=9999: this process may use"),
         (["model=dense.pt", "repeats=many"], "repeats=many: must be a whole number"),
         (["model=dense.pt", "device=gpu"], "device=gpu: must be cpu, or the number of one NVIDIA GPU"),
         (["model=dense.pt", "quantize=4"], "quantize=4: must be 32, 16 (half precision) or 8"),

@@ -55,6 +55,8 @@ def test_a_reader_that_leaves_early_is_no_error(clean_cwd: Path) -> None:
         (["plan", "model=nowhere.pt"], "The model 'nowhere.pt' does not exist"),
         (["plan", "model=best.onnx"], "'best.onnx' cannot be pruned: pass a .pt checkpoint"),
         (["plan", "modle=x.pt"], "'modle' is not an argument of 'plan'. Did you mean 'model'?"),
+        (["plan", "model=x.pt", "latency=0.7"], "Did you mean 'recipe.target.latency'?"),
+        (["plan", "model=x.pt", "target.flops=0.7"], "Did you mean 'recipe.target.flops'?"),
         (["plan", "x.pt"], "'x.pt' is not of the form key=value. Usage: yolo-prune plan"),
         (["plan", "model=yolo11n.yaml", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
         (["plan", "model=yolo11n.yaml", "recipe=ege"], "Did you mean 'edge'?"),
@@ -149,6 +151,18 @@ def test_yolo_train_understands_the_keys_and_refuses_before_any_work(clean_cwd: 
     with pytest.raises(TargetError, match=r"target\.flops: 0\.02 of the dense model cannot be reached"):
         entrypoint("yolo train model=yolov10n.yaml data=x.yaml callbacks=prune recipe=edge recipe.target.flops=0.02")
     assert list(clean_cwd.iterdir()) == []
+
+
+def test_who_types_yolo_gets_a_message_and_no_traceback(clean_cwd: Path) -> None:
+    script = (
+        "import sys, yolo_prune._startup as s; s.install(force=True); "
+        "sys.argv[:] = ['/usr/bin/yolo', 'train', 'model=yolov10n.yaml', 'data=x.yaml', 'callbacks=prune', "
+        "'recipe.target.flops=0.02']; from ultralytics.cfg import entrypoint; entrypoint()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("yolo-prune: target.flops: 0.02 of the dense model cannot")
 
 
 def test_yolo_prune_train_works_where_the_hook_is_off(clean_cwd: Path) -> None:

@@ -47,6 +47,13 @@ def test_a_search_goes_halfway_between_what_held_and_what_did_not(keeps: Any, wa
     assert guard.next_keep(found, None, 0.2, None) == pytest.approx(wanted)
 
 
+def test_a_cut_comes_nearer_to_its_aim_than_to_what_failed() -> None:
+    assert guard.tolerance([START], 0.6, 0.03) == 0.03
+    failed = [START, Stage(1, 0.59, 0.2, False), Stage(2, 0.2, 0.1, False)]
+    assert guard.tolerance(failed, 0.6, 0.03) == pytest.approx(0.005 / 0.6)
+    assert guard.tolerance([START, Stage(1, 0.3, 0.2, False)], 0.6, 0.03) == 0.03
+
+
 @pytest.mark.parametrize(
     ("keeps", "planned", "wanted"),
     [

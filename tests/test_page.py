@@ -266,6 +266,13 @@ def test_axes_hold_their_values_and_have_few_round_ticks(values: list[float]) ->
     assert len({tick_text(t, ticks) for t in ticks}) == len(ticks)
 
 
+def test_noise_does_not_fill_an_axis() -> None:
+    axis = axis_for([0.6090, 0.6095], 0, 100, least=0.02)
+    assert axis.at(0.6095) - axis.at(0.6090) < 5
+    assert 0 < axis.at(0.6090) < axis.at(0.6095) < 100
+    assert axis_for([0.3, 0.6], 0, 100, least=0.02) == axis_for([0.3, 0.6], 0, 100)
+
+
 def test_names_are_as_short_as_tells_models_apart() -> None:
     found = short_names(
         [Path(p) for p in ("yolo11n.pt", "/r/a/weights/best.pt", "/r/b/weights/best.pt", "/s/b/best.pt")]

@@ -18,7 +18,7 @@ from yolo_prune import cli, images, subjects
 from yolo_prune.errors import BenchError
 from yolo_prune.recipe.schema import Target
 from yolo_prune.subjects import Setting
-from yolo_prune.timing import target
+from yolo_prune.timing import probe, target
 from yolo_prune.timing.layers import distinct, layers_of
 from yolo_prune.timing.table import Table, model_key
 
@@ -153,6 +153,17 @@ def test_a_profile_holds_for_other_classes(
     assert sums == pytest.approx(exact, rel=0.02)
     ((whole, *_),) = profile.wholes.values()
     assert timing.total(shapes) / sums == pytest.approx(whole.measured / whole.layers, rel=0.1)  # set right as it was
+
+
+def test_a_model_of_other_classes_needs_its_head_timed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, timed = Target(latency=0.8, format="torch"), []
+    time = probe._time
+    monkeypatch.setattr(probe, "_time", lambda layer, *more: timed.append(layer.key) or time(layer, *more))
+    assert target.find(DetectionModel("yolo11n.yaml", nc=80, verbose=False), asked, IMGSZ)
+    whole = len(timed)
+    monkeypatch.setattr(target, "Stopwatch", None)
+    assert target.find(DetectionModel("yolo11n.yaml", nc=3, verbose=False), asked, IMGSZ)
+    assert 0 < len(timed) - whole < 10
 
 
 def test_a_profile_of_another_body_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from matplotlib.text import Text
 
 from yolo_prune import files
 from yolo_prune.errors import PruneError
+from yolo_prune.journal import log_if_untrained
 from yolo_prune.report import (
     EpochRow,
     Figures,
@@ -136,6 +137,23 @@ def test_scalars_become_plain_numbers_and_nan_null(value: Any, stored: float | N
     assert data["dense"]["fitness"] == data["pruned"]["fitness"] == stored
     assert data["recipe"] == {"list": [stored], "path": str(tmp_path), "late": stored}
     assert report.pruned.fitness is None or type(report.pruned.fitness) is float
+
+
+def test_a_latency_has_a_row_where_it_was_measured() -> None:
+    timed = Report(dense=Figures(latency_ms=16.5), pruned=Figures(latency_ms=9.65))
+    assert summary_table(timed).splitlines()[-2].split() == ["latency,", "ms", "16.5", "9.65", "58.5", "%"]
+    assert "latency" not in summary_table(Report())
+
+
+@pytest.mark.parametrize(("later", "said"), [((0.5, 0.58), True), ((0.5, 0.61), False), ((), False)])
+def test_training_that_gained_nothing_is_named(
+    later: tuple[float, ...], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = RoundRow(number=1, epoch=2, target={"flops": 0.5}, fitness=RoundFitness(recovered=0.6))
+    epochs = [EpochRow(epoch=i, fitness=f) for i, f in enumerate((0.7, 0.7, *later), 1)]
+    with caplog.at_level("INFO", "ultralytics"):
+        log_if_untrained(Report(rounds=[row], epochs_log=epochs))
+    assert ("no epoch after the last cut came up to the fitness of 0.600" in caplog.text) is said
 
 
 def test_no_difference_has_no_sign_of_loss() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -19,11 +20,14 @@ from ultralytics import YOLO
 import yolo_prune
 from yolo_prune import cli, images, planner, subjects
 from yolo_prune.errors import NothingToRemoveError, RunError, TargetError
+from yolo_prune.latency import Interval
 from yolo_prune.metadata import Record
 from yolo_prune.plans import Plan
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
-from yolo_prune.timing import search
+from yolo_prune.subjects import Setting
+from yolo_prune.timing import search, whole
+from yolo_prune.timing.whole import Measured
 
 Law = Callable[[float], float]
 LAWS: dict[str, Law] = {
@@ -55,14 +59,14 @@ def recipe_for(keep: float, **fields: Any) -> Recipe:
     return models.recipe(target={"latency": keep, "format": "torch"}, **{**FINE, **fields})
 
 
-def settle(model: nn.Module, recipe: Recipe) -> search.Hit:
+def settle(model: nn.Module, recipe: Recipe, **known: float) -> search.Hit:
     weighed = planner.weigh(
         model,
         planner.survey(model, recipe, IMGSZ),
         recipe,
         timing=table(name="yolo11-tiny").sums(layers("yolo11-tiny")),
     )
-    return search.settle(model, weighed, recipe.target, IMGSZ)
+    return search.settle(model, weighed, recipe.target, IMGSZ, **known)
 
 
 def thinner(keep: float) -> nn.Module:
@@ -80,7 +84,7 @@ def test_a_cut_is_corrected_until_it_takes_as_long_as_wanted(law: Law, keep: flo
     assert models.same_bits(before, models.snapshot(model))
     assert hit.row
     assert hit.row.ratio == pytest.approx(keep, rel=search.TOLERANCE)
-    assert found.asked <= search.ATTEMPTS
+    assert found.asked <= 5
     assert (hit.row.dense_ms, hit.row.imgsz) == (10.0, IMGSZ)
     forecast = hit.plan.predicted
     assert forecast.measured
@@ -104,13 +108,63 @@ def test_whatever_the_constraints_allow_is_found(law: str, share: float, clock: 
     assert hit.row.ratio == pytest.approx(keep, rel=search.TOLERANCE)
 
 
-def test_noise_does_not_lead_astray(clock: Any) -> None:
-    rng = np.random.default_rng(0)
-    clock(lambda f: (0.3 + 0.7 * f) * (1 + 0.01 * rng.standard_normal()))
-    for keep in (0.9, 0.6):
-        row = settle(models.build("yolo11-tiny"), recipe_for(keep)).row
-        assert row
-        assert row.ratio == pytest.approx(keep, rel=search.TOLERANCE)
+class Cuts:
+    """A model of which only sizes are known: stands in for what weighs, cuts and times one."""
+
+    def __init__(self, law: Law, noise: float = 0.0, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.sizes = np.sort(rng.uniform(0.25, 0.99, 200))
+        self.law, self.noise, self.rng = law, noise, rng
+
+    def present(self, metric: str) -> float:
+        return 1.0
+
+    def nearest(self, metric: str, ask: float) -> Any:
+        i = max(int(np.searchsorted(self.sizes, ask, side="right")) - 1, 0)
+        return SimpleNamespace(hash=i, predicted=SimpleNamespace(kept=lambda _: float(self.sizes[i])))
+
+    def measure(self, cuts: Any) -> list[Measured]:
+        ratio = self.law(cuts[0].predicted.kept("latency")) * (1 + self.noise * self.rng.standard_normal())
+        return [Measured(10.0, 10 * ratio, Interval(ratio, ratio, ratio))]
+
+    def may_hit(self, keep: float) -> bool:
+        return min(abs(self.law(size) / keep - 1) for size in self.sizes) <= 0.6 * search.TOLERANCE
+
+
+def crooked(seed: int, pieces: int) -> Law:
+    """Any law at all, as long as less is not slower."""
+    rng = np.random.default_rng(seed)
+    at = np.concatenate([[0.0], np.sort(rng.random(pieces)), [1.0]])
+    takes = np.concatenate([[0.05], np.sort(rng.random(pieces)), [1.0]])
+    return lambda size: float(np.interp(size, at, takes))
+
+
+@pytest.mark.parametrize(
+    ("laws", "noise", "most_misses"),
+    [
+        ([lambda f: 0.3 + 0.7 * f], 0.01, 0),
+        ([lambda f, a=a: f**a for a in (0.3, 0.5, 2, 3)], 0.0, 0),
+        ([lambda f, a=a: f**a for a in (0.3, 0.5, 2, 3)], 0.01, 1),
+        ([crooked(seed, 1) for seed in range(30)], 0.0, 3),
+        ([crooked(seed, 8) for seed in range(30)], 0.0, 9),
+    ],
+)
+def test_what_is_there_is_found(
+    laws: list[Law], noise: float, most_misses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_cut", lambda model, plan: plan)
+    monkeypatch.setattr(search, "_restated", lambda plan, *_: plan)
+    missed = asked = tried = 0
+    for seed, law in enumerate(laws * (30 // len(laws))):
+        for keep in (0.35, 0.5, 0.65, 0.8, 0.9):
+            cuts: Any = Cuts(law, noise, seed)
+            if cuts.may_hit(keep):
+                found = search._Search(nn.Identity(), cuts, cuts, keep, 1.0, search.TOLERANCE)
+                missed += abs(found.run().ratio / keep - 1) > search.TOLERANCE
+                asked, tried = asked + 1, tried + len(found.tried)
+    assert asked > 50
+    assert missed <= most_misses
+    assert tried / asked < 4
 
 
 def test_what_cannot_be_hit_comes_as_near_as_it_can(clock: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -128,7 +182,40 @@ def test_nothing_lies_between_two_widths(clock: Any, caplog: pytest.LogCaptureFi
     hit = settle(models.build("yolo11-tiny"), recipe_for(0.7))
     assert hit.row
     assert hit.row.ratio == 0.5
-    assert "0.500 is as near to 0.7 as the widths" in caplog.text
+    assert "0.500 is as near to 0.7 as " in caplog.text
+
+
+def test_a_busy_machine_is_named(clock: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    uncertain = [Measured(10.0, 6.0, Interval(0.6, 0.55, 0.65))]
+    monkeypatch.setattr(Clock, "measure", lambda *_: uncertain)
+    settle(models.build("yolo11-tiny"), recipe_for(0.6))
+    assert "so busy that 0.600 may be anything from 0.550 to 0.650" in caplog.text
+
+
+def test_timing_goes_on_where_it_is_uncertain(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets, times = [], iter([[1.0, 2.0]] * 4 + [[1.0, 1.0]] * 6)
+
+    def interleave(runs: Any, rounds: Any) -> list[list[float]]:
+        budgets.append(len(rounds))
+        return [[1.0] * 40, next(times) * 20]
+
+    monkeypatch.setattr(whole.latency, "warm_up", lambda *_, **__: 0.1)
+    monkeypatch.setattr(whole.latency, "interleave", interleave)
+    monkeypatch.setattr(whole.Stopwatch, "_open", lambda *_: SimpleNamespace(run=None))
+    stopwatch = whole.Stopwatch(nn.Identity(), "torch", Setting.of(IMGSZ))
+    with stopwatch:
+        assert stopwatch.measure([nn.Identity()])[0].ratio.median == 1.0
+    assert 4 < len(budgets) < 10
+    assert set(budgets) == {50}
+
+
+def search_deepest(model: nn.Module, recipe: Recipe) -> float:
+    """What the deepest cut takes of the dense model's latency by `LAWS["a part stays"]`."""
+    graph = planner.survey(model, recipe, IMGSZ)
+    timing = search.find(model, recipe.target, IMGSZ)
+    deepest = planner.weigh(model, graph, recipe, timing=timing).deepest("latency")
+    assert deepest
+    return LAWS["a part stays"](deepest.predicted.flops_kept)
 
 
 def begin(model: nn.Module, recipe: Recipe) -> search.Trial:
@@ -165,14 +252,29 @@ def test_what_was_pruned_before_is_measured_first(clock: Any) -> None:
     clock(LAWS["slower"])  # 0.775 of the latency, where the formula says about 0.65
     found = begin(model, recipe_for(0.7))
     assert found.present == pytest.approx(0.6**0.5, rel=0.01)
-    hit = settle(model, recipe_for(0.7))
+    hit = settle(model, recipe_for(0.7), present=found.present)
     assert hit.row
     assert hit.row.ratio == pytest.approx(0.7, rel=search.TOLERANCE)
     assert hit.plan.predicted.present("latency") == pytest.approx(0.6**0.5, rel=0.01)
     clock(LAWS["faster"])  # 0.36
-    for attempt in (begin, settle):
-        with pytest.raises(NothingToRemoveError, match=r"already takes 0\.3\d\d of the dense.*as measured"):
-            attempt(model, recipe_for(0.4))
+    for keep in (0.4, 0.352):  # within the tolerance is there
+        with pytest.raises(NothingToRemoveError, match=r"takes 0\.3\d\d of the dense.*as measured.*nothing to remove"):
+            begin(model, recipe_for(keep))
+        with pytest.raises(NothingToRemoveError):
+            settle(model, recipe_for(keep), present=0.36)
+
+
+def test_what_cannot_get_any_smaller_is_refused_by_what_was_measured(clock: Any) -> None:
+    clock(LAWS["slower"])
+    limits = {"channels_max_removed": 0.5}
+    model = models.build("yolo11-tiny")
+    models.cut(model, settle(model, recipe_for(1e-3, **limits)).plan)
+    with pytest.raises(
+        TargetError, match=r"0\.2 of the dense model's latency is out of reach: .* takes 0\.\d+ of it, as"
+    ):
+        begin(model, recipe_for(0.2, **limits))
+    with pytest.raises(NothingToRemoveError, match="nothing more may be removed"):
+        settle(model, recipe_for(0.2, **limits), present=0.6)
 
 
 def test_cuts_one_after_the_other_speak_of_one_dense_model(clock: Any) -> None:
@@ -180,7 +282,7 @@ def test_cuts_one_after_the_other_speak_of_one_dense_model(clock: Any) -> None:
     model = models.build("yolo11-tiny")
     first = settle(model, recipe_for(0.8)).plan
     models.cut(model, first)
-    second = settle(model, recipe_for(0.6)).plan
+    second = settle(model, recipe_for(0.6), present=first.predicted.kept("latency")).plan
     both = first.then(second).predicted
     assert both.present("latency") == 1.0
     assert both.kept("latency") == pytest.approx(0.6, rel=search.TOLERANCE)
@@ -230,7 +332,7 @@ def test_a_run(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_a_run_of_several_rounds_and_one_from_what_it_left(law: str, folder: Path, tmp_path: Path, clock: Any) -> None:
     clock(LAWS[law])
     ratios = [row.latency.ratio for row in train(folder, tmp_path, schedule={"rounds": 3}).rounds if row.latency]
-    assert len(ratios) == 3
+    assert len(ratios) > 1  # a round that the one before has come near enough to is left out
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[-1] == pytest.approx(0.7, rel=search.TOLERANCE)
     target = {"latency": 0.6, "format": "torch", "threads": 1}
@@ -240,6 +342,18 @@ def test_a_run_of_several_rounds_and_one_from_what_it_left(law: str, folder: Pat
     assert row.ratio == pytest.approx(0.6, rel=search.TOLERANCE)
     with pytest.raises(RunError, match="leaves nothing to remove"):
         train(folder, tmp_path / "again", tmp_path / "run/weights/best.pt", target={**target, "latency": 0.8})
+
+
+def test_rounds_that_have_nothing_left_to_remove_are_left_out(folder: Path, tmp_path: Path, clock: Any) -> None:
+    limits = {"round_to": 2, "min": 2, "max_removed": 0.5}
+    model = YOLO(folder / "dense.pt").model
+    small = {"channels_max_removed": 0.5}
+    deepest = search_deepest(model, recipe_for(0.5, **small))
+    target = {"latency": 0.98 * deepest, "format": "torch", "threads": 1}
+    report = train(folder, tmp_path, channels=limits, target=target, schedule={"rounds": 4})
+    assert report.status == "finished"
+    assert report.rounds[-1].latency
+    assert report.rounds[-1].latency.ratio == pytest.approx(deepest, rel=0.01)
 
 
 def test_the_command_line_shows_what_was_measured(

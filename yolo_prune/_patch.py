@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from yolo_prune.errors import PruneError
 from yolo_prune.keys import check_spelling, is_pruning_key, without_pruning_keys
 
 MARK = "__yolo_prune__"
@@ -93,7 +95,12 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, trainer=trainer, **kwargs)
         from yolo_prune import launch  # only now: no other run should depend on what it imports
 
-        return launch.train(self, original, trainer, kwargs)
+        try:
+            return launch.train(self, original, trainer, kwargs)
+        except PruneError as e:
+            if Path(sys.argv[0]).stem in ("yolo", "ultralytics"):
+                sys.exit(f"yolo-prune: {e}")  # who typed a command needs the message, not where it comes from
+            raise
 
     return train
 

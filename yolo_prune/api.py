@@ -55,20 +55,20 @@ def plan(
     if isinstance(model, str | Path):
         model = open_model(model)
     count = planner.images_for(asked)
-    for key in planner.looks(asked) if not data else ():
-        LOGGER.warning(
-            f"{key} {getattr(asked, key).name} looks at training images, and data= was not given: this plan is as "
-            f"large, but made with the {key} {planner.STAND_INS[key].name}."
-        )
-    asked = asked if data else planner.rehearsal(asked)
+    full, asked = asked, asked if data else planner.rehearsal(asked)
     module, target = _module(model), asked.target
     graph, bar = planner.survey(module, asked, imgsz), journal.bar("weighing channels")
-    timing = search.trial(module, graph, asked, imgsz).timing if target.latency else None
+    tried = search.trial(module, graph, asked, imgsz) if target.latency else None
+    for key in planner.looks(full) if not data else ():
+        LOGGER.warning(
+            f"{key} {getattr(full, key).name} looks at training images, and data= was not given: this plan is as "
+            f"large, but made with the {key} {planner.STAND_INS[key].name}."
+        )
     calibration = _calibration(model, data, imgsz, count) if data and count else None
-    if timing is None:
+    if tried is None:
         return planner.plan_for(module, graph, asked, calibration=calibration, progress=bar)
-    weighed = planner.weigh(module, graph, asked, calibration, bar, timing)
-    return search.settle(module, weighed, target, imgsz).plan
+    weighed = planner.weigh(module, graph, asked, calibration, bar, tried.timing)
+    return search.settle(module, weighed, target, imgsz, present=tried.present).plan
 
 
 def apply(

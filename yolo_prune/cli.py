@@ -83,7 +83,7 @@ def _train(arguments: list[str]) -> int:
     resumed = any(not a.endswith(FALSE) for a in resumes)
     if not resumed and not any(a.startswith("callbacks=") for a in arguments):
         arguments = [*arguments, "callbacks=prune"]
-    ultralytics.cfg.ARGV[:] = ["yolo", "train", *arguments]
+    ultralytics.cfg.ARGV[:] = ["yolo-prune", "train", *arguments]
     ultralytics.cfg.entrypoint()
     return 0
 
@@ -274,13 +274,24 @@ def _parse(command: str, arguments: list[str], known: tuple[str, ...]) -> tuple[
         elif key in known:
             values[key] = value
         else:
-            near = get_close_matches(key, known)
+            near = get_close_matches(key, known) or (_fields(key) if "recipe" in known else [])
             raise PruneError(
                 f"'{key}' is not an argument of '{command}'. "
                 + (f"Did you mean '{near[0]}'? " if near else "")
                 + (f"It takes {', '.join(known)}." if known else "It takes none.")
             )
     return values, overrides
+
+
+def _fields(key: str) -> list[str]:
+    """Recipe fields that a name without their section may mean."""
+    from yolo_prune.recipe.schema import Recipe
+
+    last = key.rpartition(".")[2]
+    sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in Recipe.model_fields.items()}
+    return [f"recipe.{name}.{last}" for name, fields in sections.items() if last in fields] + (
+        [f"recipe.{last}"] if last in sections else []
+    )
 
 
 def _measuring(values: dict[str, str], *others: str) -> tuple[list[str], dict[str, Any]]:

@@ -85,6 +85,12 @@ def next_keep(found: Sequence[Stage], planned: float | None, floor: float, targe
     return planned if step is None else max(target, good - step)
 
 
+def tolerance(found: Sequence[Stage], keep: float, usual: float) -> float:
+    """How far from `keep` a cut may come out, as a fraction of it: never as far as halfway to a size that failed."""
+    nearest = max([s.keep for s in found if not s.held and s.keep < keep], default=0.0)
+    return min(usual, (keep - nearest) / 2 / keep)
+
+
 def is_found(found: Sequence[Stage]) -> bool:
     """True if a search cannot come much closer to the smallest that holds."""
     failed = [s.keep for s in found if not s.held]

@@ -226,6 +226,20 @@ def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
     )
 
 
+def log_if_untrained(report: Report) -> None:
+    """Say so if no epoch after the last cut was as good as what was recovered before any training."""
+    if not report.rounds:
+        return
+    last = report.rounds[-1]
+    since = [e.fitness for e in report.epochs_log if e.fitness is not None and e.epoch > (last.epoch or 0)]
+    recovered = last.fitness.recovered
+    if recovered is not None and since and max(since) < recovered:
+        LOGGER.info(
+            f"{PREFIX}no epoch after the last cut came up to the fitness of {recovered:.3f} that was recovered before "
+            f"any training (the best: {max(since):.3f}), so best.pt is that model. Longer training may go beyond it."
+        )
+
+
 def log_verdict(trainer: BaseTrainer, run: Run, facts: Mapping[str, Any], good: Stage) -> None:
     """Take down whether a round has held."""
     row = run.report.rounds[-1]

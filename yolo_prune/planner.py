@@ -172,9 +172,16 @@ class Weighed:
         try:
             return self.plan(metric, keep)
         except TargetError as e:
-            if e.reached is None or e.reached >= self.present(metric):
+            if e.reached is None or e.reached >= self.present(metric) * (1 - 1e-9):
                 raise
             return self.plan(metric, e.reached * (1 + 1e-9))
+
+    def deepest(self, metric: str) -> Plan | None:
+        """The plan that leaves as little of the dense model as can be; None where nothing can be removed."""
+        try:
+            return self.nearest(metric, 0.0)
+        except TargetError:
+            return None
 
     def present(self, metric: str) -> float:
         """Fraction of the dense model that the model is."""
@@ -307,8 +314,9 @@ def _around(layer: str) -> Iterator[str]:
 def _goal(cost: Cost, dense: Shapes, metric: str, keep: float) -> Goal:
     whole, present = cost.total(metric, dense), cost.total(metric)
     if present <= keep * whole:
+        what = metric if metric == "latency" else "size"
         raise NothingToRemoveError(
-            f"target.{metric}: the model already is at {present / whole:.3f} of its dense size; "
+            f"target.{metric}: the model already is at {present / whole:.3f} of its dense {what}; "
             f"a target of {keep:g} leaves nothing to remove. Ask for less."
         )
     return Goal(metric, keep * whole, whole)

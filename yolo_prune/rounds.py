@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 from ultralytics.engine.trainer import BaseTrainer
@@ -246,16 +247,32 @@ def _decide(
     if searches and guard.is_found(found):
         return None, None, keep, None
     try:
-        plan, latency = _plan(trainer, run, due, graph, keep, calibration)
+        plan, latency = _plan(trainer, run, due, graph, Aim.of(keep, found, trainer), calibration)
     except NothingToRemoveError:
         return None, None, keep, None
-    if searches and guard.is_known_to_fail(found, plan.predicted.kept(recipe.target.metric)):
+    if guard.is_known_to_fail(found, plan.predicted.kept(recipe.target.metric)):
         return None, None, keep, None
     return plan, proof.prove(ema, plan) if recipe.proof else None, keep, latency
 
 
+class Aim(NamedTuple):
+    """What a cut is to leave, and what is there before it, of the dense model; and how near to that it has to come."""
+
+    keep: float
+    present: float
+    tolerance: float
+
+    @classmethod
+    def of(cls, keep: float, found: Sequence[Stage], trainer: BaseTrainer) -> Aim:
+        """What a round aims at."""
+        record = metadata.read(control.live(trainer))
+        kept = [r["keep"] for r in record.rounds if r.get("held") is not False] if record else []
+        present = kept[-1] if kept else record.start if record else 1.0
+        return cls(keep, present, guard.tolerance(found, keep, search.TOLERANCE))
+
+
 def _plan(
-    trainer: BaseTrainer, run: Run, due: schedule.Round, graph: Graph, keep: float, calibration: Calibration | None
+    trainer: BaseTrainer, run: Run, due: schedule.Round, graph: Graph, aim: Aim, calibration: Calibration | None
 ) -> tuple[Plan, LatencyRow | None]:
     """The plan of a round; for a latency, corrected by what is measured."""
     ema, recipe = control.average(trainer), run.recipe
@@ -263,9 +280,9 @@ def _plan(
 
     def plan(recipe: Recipe, calibration: Calibration | None) -> tuple[Plan, LatencyRow | None]:
         if run.timing is None:
-            return planner.plan_for(ema, graph, recipe, keep, calibration, bar), None
+            return planner.plan_for(ema, graph, recipe, aim.keep, calibration, bar), None
         weighed = planner.weigh(ema, graph, recipe, calibration, bar, run.timing)
-        hit = search.settle(ema, weighed, recipe.target, journal.imgsz(trainer, run.report), keep)
+        hit = search.settle(ema, weighed, recipe.target, journal.imgsz(trainer, run.report), *aim)
         return hit.plan, hit.row
 
     try:

@@ -81,6 +81,8 @@ class Setting:
         for key, value in whole.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise BenchError(f"{key}={value}: must be a whole number of at least 1.")
+        if threads and threads > cores():
+            raise BenchError(f"threads={threads}: this process may use {cores()} cores here, so at most that many.")
         if imgsz % 32:
             raise BenchError(f"imgsz={imgsz}: must be a multiple of 32.")
         if quantize not in PRECISIONS:

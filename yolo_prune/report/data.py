@@ -101,7 +101,7 @@ class LatencyRow(_Row):
 
     def __str__(self) -> str:
         """In words."""
-        return f"{self.ms:.2f} ms of {self.dense_ms:.2f} ms ({self.ratio:.3f}; {self.place})"
+        return f"{self.ratio:.3f} of the dense model's {self.dense_ms:.2f} ms ({self.place})"
 
 
 class RoundRow(_Row):

@@ -184,7 +184,7 @@ def _cards(report: Report, found: Measurement | None) -> list[Card]:
     cards = []
     if dense.fitness is not None or pruned.fitness is not None:
         change = difference(pruned.fitness, dense.fitness)
-        tone = "" if change == MISSING else "worse" if change.startswith("-") else "better"
+        tone = "" if change in (MISSING, "+0.000") else "worse" if change.startswith("-") else "better"
         value = fitness(pruned.fitness if pruned.fitness is not None else dense.fitness)
         note = "" if change == MISSING else change.replace("-", MINUS)
         cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))

@@ -68,9 +68,16 @@ class Axis:
         return [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def axis_for(values: Sequence[float], start: float, end: float, most: int = 5, margin: float = 0.08) -> Axis:
-    """An axis with room around values that are not negative; it begins at 0 where that costs little."""
+def axis_for(
+    values: Sequence[float], start: float, end: float, most: int = 5, margin: float = 0.08, least: float = 0.0
+) -> Axis:
+    """An axis with room around values that are not negative; it begins at 0 where that costs little.
+
+    It spans at least `least`, so that noise does not look like a difference.
+    """
     low, high = min(values), max(values)
+    if (room := (least - (high - low)) / 2) > 0:
+        low, high = max(0.0, low - room), high + room
     if high <= 0:
         return Axis(0.0, 1.0, start, end)
     low = 0.0 if low < 0.35 * high else low

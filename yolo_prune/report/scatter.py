@@ -47,7 +47,7 @@ def scatter(
     plot = Plot(width, height, title)
     heights = [*(dot.y for dot in dots), *([] if limit is None else [limit])]
     x = axis_for([dot.x for dot in dots], LEFT, width - RIGHT, margin=0.12)
-    y = axis_for(heights, height - BOTTOM, TOP, margin=0.15)
+    y = axis_for(heights, height - BOTTOM, TOP, margin=0.15, least=0.02)
     ticks = y.ticks(5)
     for tick in ticks:
         plot.add("line", "grid", x1=LEFT, x2=width - RIGHT, y1=y.at(tick), y2=y.at(tick))

@@ -43,7 +43,10 @@ def summary_table(report: Report) -> str:
         ("GFLOPs", dense.flops, pruned.flops, 1e9),
         ("M params", dense.params, pruned.params, 1e6),
         ("size, MB", dense.size_mb, pruned.size_mb, 1.0),
+        ("latency, ms", dense.latency_ms, pruned.latency_ms, 1.0),
     ):
+        if label == "latency, ms" and before is None and after is None:
+            continue
         rows.append([label, number(before, scale), number(after, scale), percent(after, before)])
     change = difference(pruned.fitness, dense.fitness)
     rows.append(["fitness", fitness(dense.fitness), fitness(pruned.fitness), change])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,7 +40,8 @@ class Trial(NamedTuple):
 
     Attributes:
         plan: as large as the one of the recipe's target.
-        present: fraction of the dense model that the model is, in the target's metric; of a latency, measured.
+        present: fraction of the dense model that the model is, in the target's metric. Of a latency it is measured,
+            unless a profile has to do.
         timing: what takes how long, for a latency target.
     """
 
@@ -78,34 +80,46 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
     if target.profile is not None:
         plan = weighed.plan(METRIC, keep)
         return Trial(plan, plan.predicted.present(METRIC), timing)
-    deepest = weighed.nearest(METRIC, 0.0)
-    present, reached = _measured(model, target, imgsz, keep, weighed, deepest)
-    if reached is not None and reached > keep * (1 + TOLERANCE):
-        raise TargetError(
-            f"target.latency: {keep:g} of the dense model's latency is out of reach: the smallest model that channels "
-            f"and protect allow takes {reached:.3f} of it, as measured. Raise channels.max_removed, lower channels.min "
-            "or channels.round_to, protect less, or ask for less."
-        )
+    present = _tried_out(model, weighed, target, imgsz, keep)
     return Trial(weighed.nearest(METRIC, _ask(weighed, keep, present)), present, timing)
 
 
-def _measured(
-    model: nn.Module, target: Target, imgsz: int, keep: float, weighed: Weighed, deepest: Plan
-) -> tuple[float, float | None]:
-    """What model and deepest cut take of the dense model's latency; of the cut, only where it may be above `keep`."""
-    pruned, doubtful = metadata.is_pruned(model), deepest.predicted.kept(METRIC) > keep * (1 - DOUBT)
-    if not (pruned or doubtful):
-        return 1.0, None
-    cuts = [model] if pruned else []
-    cuts += [_cut(model, deepest)] if doubtful else []
-    with Stopwatch(dense_twin(model), *setting_of(target, imgsz)) as stopwatch:
-        ratios = [found.ratio.median for found in stopwatch.measure(cuts)]
-    present = ratios[0] if pruned else 1.0
+def _tried_out(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float) -> float:
+    """Fraction of the dense model's latency that a model takes, once it is known that `keep` lies below and in reach.
+
+    Nothing is timed where that is clear: for a dense model, and a target far above what the deepest cut comes to.
+    """
+    watch = Stopwatch(dense_twin(model), *setting_of(target, imgsz))
+    pruned = metadata.is_pruned(model)
+    with watch if pruned else contextlib.nullcontext():
+        present = _ratio(watch, model) if pruned else 1.0
     _check_slower(present, keep)
-    return present, ratios[-1] if doubtful else None
+    deepest = weighed.deepest(METRIC)
+    formula = deepest.predicted.kept(METRIC) if deepest else weighed.present(METRIC)
+    if formula * present / weighed.present(METRIC) <= keep * (1 - DOUBT):
+        return present
+    reached = present
+    if deepest:
+        with watch:
+            reached = _ratio(watch, _cut(model, deepest))
+    if reached > keep * (1 + TOLERANCE):
+        raise TargetError(
+            f"target.latency: {keep:g} of the dense model's latency is out of reach: once everything is removed that "
+            f"saves time and that channels and protect allow, the model takes {reached:.3f} of it, as measured. Raise "
+            "channels.max_removed, lower channels.min or channels.round_to, protect less, or ask for less."
+        )
+    return present
 
 
-def settle(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float | None = None) -> Hit:
+def settle(
+    model: nn.Module,
+    weighed: Weighed,
+    target: Target,
+    imgsz: int,
+    keep: float | None = None,
+    present: float = 1.0,
+    tolerance: float = TOLERANCE,
+) -> Hit:
     """Plan a cut, export what it leaves, time it, and correct the cut until it takes as long as wanted.
 
     Where no cut does, it is the one that comes nearest, with a warning.
@@ -116,24 +130,35 @@ def settle(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep:
         target: of the recipe.
         imgsz: of the run.
         keep: fraction of the dense model's latency to keep; the target's where None.
+        present: fraction that the model takes, as measured.
+        tolerance: how near to `keep` it is to come, as a fraction of it.
 
     Raises:
         TargetError: If a profile's formula says that the target is out of reach.
-        NothingToRemoveError: If the model already is as fast.
+        NothingToRemoveError: If the model already is as fast, or nothing may be removed from it any more.
         BenchError: If the models cannot be exported or run.
     """
     keep = target.keep if keep is None else keep
     assert keep is not None
     if target.profile is not None:
         return Hit(weighed.plan(METRIC, keep))
+    _check_slower(present, keep)
+    if not weighed.deepest(METRIC):
+        raise NothingToRemoveError("target.latency: nothing more may be removed from this model that saves time.")
     format, setting = setting_of(target, imgsz)
     with Stopwatch(dense_twin(model), format, setting) as stopwatch:
-        search = _Search(model, weighed, keep, stopwatch)
+        search = _Search(model, weighed, stopwatch, keep, present, tolerance)
         hit = search.run()
-    if abs(hit.ratio / keep - 1) > TOLERANCE:
+    if abs(hit.ratio / keep - 1) > tolerance:
         LOGGER.warning(
-            f"{PREFIX}target.latency: {hit.ratio:.3f} is as near to {keep:g} as the widths of this model allow "
-            f"(within {TOLERANCE:.0%} was wanted). channels.round_to and channels.max_removed limit them."
+            f"{PREFIX}target.latency: {hit.ratio:.3f} is as near to {keep:g} as {search.limit} "
+            f"(within {tolerance:.0%} was wanted). channels.round_to and channels.max_removed limit the widths."
+        )
+    low, high = hit.found.ratio.low, hit.found.ratio.high
+    if (high - low) / 2 > TOLERANCE * hit.ratio:
+        LOGGER.warning(
+            f"{PREFIX}target.latency: the machine is so busy that {hit.ratio:.3f} may be anything from {low:.3f} to "
+            f"{high:.3f}. Measure again when it is idle: yolo-prune bench model=dense.pt,pruned.pt format={format}"
         )
     return Hit(hit.plan, _row(hit.found, str(place_of(format, setting)), setting.imgsz))
 
@@ -144,9 +169,8 @@ def _row(found: Measured, place: str, imgsz: int) -> LatencyRow:
 
 
 class _Tried(NamedTuple):
-    """A cut that was timed: what the formula was asked for, what it says of the cut, and what was measured."""
+    """A cut that was timed: what the formula says of it, and what was measured."""
 
-    ask: float
     formula: float
     plan: Plan
     found: Measured
@@ -159,55 +183,74 @@ class _Tried(NamedTuple):
 class _Search:
     """From cut to cut: each one lies between the slowest that is fast enough and the fastest that is too slow."""
 
-    def __init__(self, model: nn.Module, weighed: Weighed, keep: float, stopwatch: Stopwatch) -> None:
-        self.model, self.weighed, self.keep, self.stopwatch = model, weighed, keep, stopwatch
+    def __init__(
+        self,
+        model: nn.Module,
+        weighed: Weighed,
+        stopwatch: Stopwatch,
+        keep: float,
+        present: float,
+        tolerance: float,
+    ) -> None:
+        self.model, self.weighed, self.stopwatch = model, weighed, stopwatch
+        self.keep, self.present, self.tolerance = keep, present, tolerance
         self.tried: list[_Tried] = []
-        self.present = stopwatch.measure([model])[0].ratio.median if metadata.is_pruned(model) else 1.0
-        self.points = [(weighed.present(METRIC), self.present)]
-        """Of the uncut model and all cuts: what the formula says, and what was measured."""
-        _check_slower(self.present, keep)
+        self.limit = "the widths of this model allow"
 
     def run(self) -> _Tried:
         """The first cut that is within the tolerance, or the nearest that there is."""
-        low, high = 0.0, self.weighed.present(METRIC)  # no cut is left to try outside
+        low, high = 0.0, self.weighed.present(METRIC)  # what may be asked for: outside, no cut is left to try
+        slow, fast = (high, self.present), None  # what the formula says, and what was measured
         ask = _ask(self.weighed, self.keep, self.present)
-        while len(self.tried) < ATTEMPTS and high - low > FINEST:
+        while high - low > FINEST:
+            if len(self.tried) == ATTEMPTS:
+                self.limit = f"{ATTEMPTS} attempts came"
+                break
+            width, known = high - low, len(self.tried)
             tried = self._try(ask)
-            if abs(tried.ratio / self.keep - 1) <= TOLERANCE:
+            if abs(tried.ratio / self.keep - 1) <= self.tolerance:
                 return tried
             if tried.ratio < self.keep:
-                low = max(low, ask)
-            else:  # whatever is asked down to what the cut came to gives the same cut, and none goes deeper than asked
-                high, low = min(high, tried.formula), low if tried.formula <= ask + FINEST else tried.formula
-            ask = self._next(low, high) if tried is self.tried[-1] else (low + high) / 2
+                low, fast = max(low, ask), (tried.formula, tried.ratio)
+            elif tried.formula > ask + FINEST:  # no cut goes as deep as asked
+                break
+            else:  # whatever is asked down to what the cut came to gives the same cut
+                before, high, slow = slow, min(high, tried.formula), (tried.formula, tried.ratio)
+            if fast is None:
+                ask = max(_line(slow, before, self.keep), high / 2)
+            elif len(self.tried) > known and high - low <= width / 2:
+                ask = _line(slow, fast, self.keep)
+            else:
+                ask = (low + high) / 2
+            margin = 0.1 * (high - low)
+            ask = min(max(ask, low + margin), high - margin)
         return min(self.tried, key=lambda t: abs(t.ratio - self.keep))
 
     def _try(self, ask: float) -> _Tried:
+        """The cut that the formula has for what is asked; timed, if it is a new one."""
         plan = self.weighed.nearest(METRIC, ask)
         known = next((t for t in self.tried if t.plan.hash == plan.hash), None)
         if known:
             return known
         found = self.stopwatch.measure([_cut(self.model, plan)])[0]
         LOGGER.info(
-            f"{PREFIX}attempt {len(self.tried) + 1}: {found.ms:.2f} ms of {found.dense_ms:.2f} ms, "
-            f"{found.ratio.median:.3f} of the dense model's latency (wanted {self.keep:g})"
+            f"{PREFIX}attempt {len(self.tried) + 1}: {found.ratio.median:.3f} of the dense model's "
+            f"{found.dense_ms:.2f} ms (95 %: {found.ratio.low:.3f} to {found.ratio.high:.3f}; wanted {self.keep:g})"
         )
-        formula = plan.predicted.kept(METRIC)
-        self.tried.append(_Tried(ask, formula, _restated(plan, found, self.present), found))
-        self.points.append((formula, found.ratio.median))
+        self.tried.append(_Tried(plan.predicted.kept(METRIC), _restated(plan, found, self.present), found))
         return self.tried[-1]
 
-    def _next(self, low: float, high: float) -> float:
-        """What to ask for between two limits: along the line through the points that lie nearest, but not at the ends.
 
-        Where nothing was fast enough so far, it may go as deep as half of what was not.
-        """
-        (a, at_a), (b, at_b) = sorted(self.points, key=lambda point: abs(point[1] - self.keep))[:2]
-        rising = (a - b) * (at_a - at_b) > 0  # if not, that is noise
-        line = a + (a - b) / (at_a - at_b) * (self.keep - at_a) if rising else (low + high) / 2
-        low = low or high / 2
-        margin = 0.1 * (high - low)
-        return min(max(line, low + margin), high - margin)
+def _line(a: tuple[float, float], b: tuple[float, float], wanted: float) -> float:
+    """Where the line through two points has the value that is wanted; between them where it does not rise."""
+    (x, at_x), (y, at_y) = a, b
+    if (x - y) * (at_x - at_y) <= 0:  # noise
+        return (x + y) / 2
+    return x + (x - y) / (at_x - at_y) * (wanted - at_x)
+
+
+def _ratio(stopwatch: Stopwatch, model: nn.Module) -> float:
+    return stopwatch.measure([model])[0].ratio.median
 
 
 def _cut(model: nn.Module, plan: Plan) -> nn.Module:
@@ -230,8 +273,8 @@ def _restated(plan: Plan, found: Measured, present: float) -> Plan:
 
 
 def _check_slower(present: float, keep: float) -> None:
-    if present <= keep:
+    if present <= keep * (1 + TOLERANCE):
         raise NothingToRemoveError(
-            f"target.latency: the model already takes {present:.3f} of the dense model's latency, as measured; a "
-            f"target of {keep:g} leaves nothing to remove. Ask for less."
+            f"target.latency: the model takes {present:.3f} of the dense model's latency, as measured; a target of "
+            f"{keep:g} (within {TOLERANCE:.0%}) leaves nothing to remove. Ask for less."
         )

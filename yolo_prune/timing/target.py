@@ -79,7 +79,11 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     format, setting = setting_of(target, imgsz)
     layers = layers_of(dense, setting.imgsz)
     table = measured(dense, layers, format, setting)
-    return table.timing(layers, model_key(layers, setting.imgsz))
+    key = table.find(layers, setting.imgsz)  # where only the classes are others, the models that were timed will do
+    assert key
+    timing = table.timing(layers, key)
+    LOGGER.info(f"{PREFIX}{table.place.format} works in widths of {timing.multiple} there")
+    return timing
 
 
 def _profiled(dense: nn.Module, path: str, imgsz: int) -> Timing:
@@ -88,6 +92,11 @@ def _profiled(dense: nn.Module, path: str, imgsz: int) -> Timing:
     anew = f"On the device: yolo-prune profile model=... format={table.place.format} imgsz=..."
     sizes = {size: layers_of(dense, size) for size in table.sizes() if size % probes.stride(dense) == 0}
     keys = {size: key for size, layers in sizes.items() if (key := table.find(layers, size))}
+    if not sizes:
+        raise BenchError(
+            f"target.profile: '{path}' ({table.place}) is of imgsz {', '.join(map(str, table.sizes()))}, which this "
+            f"model cannot take: sizes must be multiples of {probes.stride(dense)}. {anew}"
+        )
     if not keys:
         raise BenchError(f"target.profile: '{path}' ({table.place}) is of another model. {anew}")
     if len(keys) > 1 and imgsz not in keys:
@@ -107,13 +116,16 @@ def _profiled(dense: nn.Module, path: str, imgsz: int) -> Timing:
 
 @runtimes.undisturbed()
 def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, setting: Setting) -> Table:
-    """The table of this machine, with the layers of a dense model and with the model itself; what is new is kept."""
+    """The table of this machine, with the layers of a dense model and with the model itself; what is new is kept.
+
+    A model that differs in its classes alone is as good as the model itself.
+    """
     place = place_of(format, setting)
     path = _memory(place)
     table = _recall(path, place)
-    key = model_key(layers, setting.imgsz)
+    key = table.find(layers, setting.imgsz)
     missing = table.missing(layers)
-    if missing or key not in table.wholes:
+    if missing or not key:
         LOGGER.info(f"{PREFIX}timing layers and models: {place}. This is done once, and kept in {path}.")
         if (busy := subjects.busy()) is not None and busy > 0.25 * subjects.cores():
             LOGGER.warning(
@@ -123,8 +135,11 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
         if missing:
             table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
             _keep(table, path)  # minutes of work, that are not lost where a whole model cannot be timed
-        table.wholes[key] = _wholes(dense, table, layers, format, setting)
-        _keep(table, path)
+        if not key:
+            table.wholes[model_key(layers, setting.imgsz)] = _wholes(dense, table, layers, format, setting)
+            _keep(table, path)
+    else:
+        LOGGER.info(f"{PREFIX}the times of {place} are those kept in {path}; without that file they are taken anew")
     return table
 
 
@@ -145,7 +160,9 @@ def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Pa
     dense = dense_twin(metadata.inner(model.model))
     layers = layers_of(dense, setting.imgsz)
     table = measured(dense, layers, format, setting)
-    return table.only(layers, model_key(layers, setting.imgsz)).save(save)
+    key = table.find(layers, setting.imgsz)
+    assert key
+    return table.only(layers, key).save(save)
 
 
 def place_of(format: str, setting: Setting) -> Place:
@@ -169,10 +186,9 @@ def _wholes(
     graph = planner.survey(dense, recipe, setting.imgsz)
     sums = table.sums(layers)
     weighed = planner.weigh(dense, graph, recipe, timing=sums)
-    try:
-        floor = weighed.nearest("latency", 0.0).predicted.kept("latency")
-    except TargetError as e:
-        raise TargetError("target.latency: no layer of this model can be cut so that it gets any faster here.") from e
+    if not (deepest := weighed.deepest("latency")):
+        raise TargetError("target.latency: no layer of this model can be cut so that it gets any faster here.")
+    floor = deepest.predicted.kept("latency")
     plans = [weighed.nearest("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]
     cuts = [bare_copy(dense) for _ in plans]
     for cut, plan in zip(cuts, plans, strict=True):

@@ -23,9 +23,9 @@ from yolo_prune.runtimes import Session
 from yolo_prune.subjects import Setting
 
 BUDGET = 5.0
-"""Seconds that rounds go on for at least, and three times as long where a ratio is not certain by then."""
-CERTAIN = 0.01
-"""Half the width of a ratio's 95 % interval, as a fraction of it."""
+"""Seconds that rounds go on for, unless they are `latency.MOST`; several times as long where a ratio is uncertain."""
+CERTAIN, UNCERTAIN = 0.01, 0.03
+"""Half the width of a ratio's 95 % interval, as a fraction of it: worth three budgets, and worth ten."""
 
 
 class Measured(NamedTuple):
@@ -71,11 +71,12 @@ class Stopwatch:
         runs = [self._reference.run, *(self._open(model).run for model in models)]
         rounds = latency.rounds_for(latency.warm_up(runs, seconds=0.5), BUDGET)
         times: list[list[float]] = [[] for _ in runs]
-        for _ in range(3):
+        for budgets in range(1, 11):
             for found, more in zip(times, latency.interleave(runs, range(rounds)), strict=True):
                 found += more
             ratios = [latency.paired_ratio(found, times[0]) for found in times[1:]]
-            if all((r.high - r.low) / 2 <= CERTAIN * r.median for r in ratios):
+            doubt = max((r.high - r.low) / 2 / r.median for r in ratios)
+            if doubt <= (CERTAIN if budgets < 3 else UNCERTAIN):
                 break
         dense, *others = (1000 * latency.quartiles(found).median for found in times)
         return [Measured(dense, ms, ratio) for ms, ratio in zip(others, ratios, strict=True)]
