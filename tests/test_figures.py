@@ -30,7 +30,7 @@ CUT = {"criterion": "magnitude", "channels.round_to": 2, "channels.min": 4}
 def test_the_page_says_what_was_measured() -> None:
     text = Page(PAGES["measured"]()).text.replace("\N{MINUS SIGN}", "-")
     for said in (
-        "Latency, onnxruntime 7.50 ms dense 12.0 62.5 % kept",  # the ratio of rounds, here that of the medians too
+        "Latency, onnxruntime, 1 thread 7.50 ms dense 12.0 62.5 % kept",  # of rounds, here that of the medians too
         "image 320 \N{MULTIPLICATION SIGN} 320 batch 1 on A Processor threads 1 on 4 cores",
         "onnx, fp32 onnxruntime 1.20, 2 rounds",
         "dense 4.00 1.000 \N{EN DASH}",
@@ -50,7 +50,7 @@ def test_the_page_says_what_was_measured() -> None:
 def test_latency_is_what_the_ratio_of_the_rounds_says() -> None:
     found = timed()
     found.rows[1].ratio = 0.7
-    assert "Latency, onnxruntime 7.50 ms dense 12.0 70.0 % kept" in Page(render(full(), found=found)).text
+    assert "Latency, onnxruntime, 1 thread 7.50 ms dense 12.0 70.0 % kept" in Page(render(full(), found=found)).text
 
 
 def test_a_comparison_has_latency_as_cost() -> None:
@@ -140,7 +140,7 @@ def test_a_report_measures_once_and_shows_it_ever_after(
     for again in (["report", str(run)], ["report", str(run / "prune.json")]):
         page = page_of(run)
         assert {"summary", "latency", "parity", "images"} <= set(page.sections)
-        assert f"Latency, torchscript {times[0]}" in page.text
+        assert f"Latency, torchscript, 1 thread {times[0]}" in page.text
         assert f"dense {times[1]}" in page.text
         assert page.text.count("agrees") == 2
         (run / "report.html").unlink()

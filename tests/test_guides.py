@@ -114,6 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPat
         patch.setattr(BaseValidator, "__call__", validate)
         patch.setattr(ultralytics.cfg, "ARGV", [])
         patch.setattr(images, "MEMORY", tmp_path_factory.mktemp("memory"))
+        patch.setattr(subjects, "cores", lambda: 4)  # of the devices that the guides are about
         clock.install(patch)
         yield patch
 

@@ -536,4 +536,4 @@ def test_a_latency_that_was_the_target_is_on_the_page() -> None:
     assert "Latency, onnxruntime" in page
     assert "61.7 % kept" in page  # round by round, as in the log; the medians would be 63.0 %
     assert "60 % latency, came to 61.7 %" in page
-    assert "timed in onnxruntime 1.32.0 on a Pi" in page
+    assert "cuts timed in onnxruntime 1.32.0 on a Pi" in page

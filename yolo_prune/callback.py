@@ -11,7 +11,7 @@ from typing import Any
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER, colorstr
 
-from yolo_prune import control, guard, journal, metadata, pages, planner, ranks, resume, rounds, surgery
+from yolo_prune import agenda, control, guard, journal, metadata, pages, planner, ranks, resume, rounds, surgery
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.errors import RunError
 from yolo_prune.files import write_text
@@ -169,7 +169,7 @@ def _begin(trainer: BaseTrainer, recipe: Recipe, source: str) -> Run:
         weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
         for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
             old.unlink(missing_ok=True)  # of an earlier run in the same folder
-    due = planner.rounds(recipe, trainer.epochs, present)
+    due = agenda.rounds(recipe, trainer.epochs, present)
     report = journal.open_new(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     exact = bool(trainer.args.deterministic)
@@ -182,7 +182,7 @@ def _go_on(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
         resume.restore(trainer, guard.turns([r.get("held") for r in record.rounds]), trainer.cadence)
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
-    due = planner.rounds(recipe, trainer.epochs, record.start)
+    due = agenda.rounds(recipe, trainer.epochs, record.start)
     cut = int(record.rounds[-1]["number"]) if record.rounds else 0
     done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # no record is kept of rounds without a cut
     report = journal.reopen(trainer, recipe, source, record)

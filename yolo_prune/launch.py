@@ -14,7 +14,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, checks
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.files import get_latest_run
 
-from yolo_prune import doctor, journal, keys, metadata, planner
+from yolo_prune import agenda, doctor, journal, keys, metadata, planner
 from yolo_prune.callback import PruneCallback
 from yolo_prune.compat import load_checkpoint, load_yaml, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
@@ -140,7 +140,7 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
             f"{PREFIX}{settings.get('model')} is of an unfinished pruning run; this begins a new one from it. To "
             "finish that one, use 'yolo train resume model=...'."
         )
-    if planner.sparsity(recipe) and recipe.schedule.start == 0:
+    if agenda.sparsity(recipe) and recipe.schedule.start == 0:
         LOGGER.warning(
             f"{PREFIX}criterion.sparsity: with schedule.start 0 the first cut comes before any sparse training. Give a "
             "later start, or leave it out."
@@ -289,7 +289,7 @@ def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) 
         present = search.trial(module, graph, recipe, size).present
     except NothingToRemoveError as e:
         raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
-    planner.rounds(recipe, int(settings["epochs"]), present)
+    agenda.rounds(recipe, int(settings["epochs"]), present)
 
 
 def _check_keeps_structure(model: Any, settings: Mapping[str, Any]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from yolo_prune import allocation, criteria, schedule
+from yolo_prune import allocation, criteria
 from yolo_prune.calibration import Calibration, Progress
 from yolo_prune.cost import Cost, Timing, measure
 from yolo_prune.criteria.base import Observer
-from yolo_prune.errors import NothingToRemoveError, RecipeError, ScheduleError, TargetError
+from yolo_prune.errors import NothingToRemoveError, RecipeError, TargetError
 from yolo_prune.forecast import Forecast
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.graph.structure import ChannelSet
@@ -89,35 +89,6 @@ def looks(recipe: Recipe) -> dict[str, int]:
         "allocation": allocation.create(recipe.allocation.name, recipe.allocation.options).images,
     }
     return {key: count for key, count in counts.items() if count}
-
-
-def sparsity(recipe: Recipe) -> float:
-    """Weight of the L1 norm of batch norm scales in training up to the last cut; 0 where nobody asks for it."""
-    return float(getattr(criteria.create(recipe.criterion.name, recipe.criterion.options), "sparsity", 0.0))
-
-
-def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[schedule.Round, ...]:
-    """The rounds of a run; see `schedule.rounds`.
-
-    Where the recipe does not say when to begin, what has to come before the first cut does: the weights to rewind to,
-    sparse training, and in either case a quarter of the run. Where it does not say how many, and the weights are
-    refitted, it is one: the epochs are better spent after it. A guard needs more, to have something to go back to.
-
-    Raises:
-        ScheduleError: If they do not fit the epochs of the run.
-    """
-    asked, early = recipe.schedule, recipe.recover.rewind
-    if early and early.epoch > epochs - 2:
-        raise ScheduleError(
-            f"recover.rewind.epoch: {early.epoch}, counted from 0, leaves no epoch for a cut and what follows in a run "
-            f"of {epochs}. It can be at most {epochs - 2}, or train longer."
-        )
-    if asked.start is None and (early or sparsity(recipe)):
-        start = max(schedule.quarter(epochs), early.epoch + 1 if early else 0)
-        asked = asked.model_copy(update={"start": start})
-    if asked.rounds is None and recipe.recover.refit and recipe.limit is None:
-        asked = asked.model_copy(update={"rounds": 1})
-    return schedule.rounds(asked, recipe.target.keep, epochs, present)
 
 
 def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:

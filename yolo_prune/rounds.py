@@ -250,7 +250,7 @@ def _decide(
         plan, latency = _plan(trainer, run, due, graph, Aim.of(keep, found, trainer), calibration)
     except NothingToRemoveError:
         return None, None, keep, None
-    if guard.is_known_to_fail(found, plan.predicted.kept(recipe.target.metric)):
+    if searches and guard.is_known_to_fail(found, plan.predicted.kept(recipe.target.metric)):
         return None, None, keep, None
     return plan, proof.prove(ema, plan) if recipe.proof else None, keep, latency
 

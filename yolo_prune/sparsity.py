@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolo_prune import control, journal, planner
+from yolo_prune import agenda, control, journal, planner
 from yolo_prune.graph import Graph
 
 
@@ -78,7 +78,7 @@ class SparseTraining:
 
     def _asked(self, run: journal.Run) -> float:
         if self._sparsity is None:
-            self._sparsity = planner.sparsity(run.recipe)
+            self._sparsity = agenda.sparsity(run.recipe)
         return self._sparsity
 
     def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -174,7 +174,7 @@ def _facts(report: Report) -> list[str]:
     facts = [Path(report.data).name, "" if report.imgsz is None else f"imgsz {report.imgsz}"]
     facts += ["" if report.epochs is None else f"{report.epochs} epoch{'s' * (report.epochs != 1)}"]
     facts += [f"{rounds} round{'s' * (rounds != 1)}" if rounds else ""]
-    facts += [f"timed in {report.timed.place}" if report.timed else ""]
+    facts += [f"cuts timed in {report.timed.place}" if report.timed else ""]
     facts += [f"criterion {name}" if (name := (report.recipe.get("criterion") or {}).get("name")) else ""]
     return [fact for fact in facts if fact]
 
@@ -190,7 +190,7 @@ def _cards(report: Report, found: Measurement | None) -> list[Card]:
         cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))
     ratio, where = report.timed.ratio if report.timed else None, report.timed.runtime if report.timed else ""
     if found and found.ends:
-        ratio, where = found.ends[1].ratio, timing.runtime(found.ends[1])
+        ratio, where = found.ends[1].ratio, timing.runtime(found.ends[1]) + timing.threads(found)
     for label, unit, before, after, scale in (
         ("FLOPs", "G", dense.flops, pruned.flops, 1e9),
         ("Parameters", "M", dense.params, pruned.params, 1e6),

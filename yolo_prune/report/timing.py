@@ -50,6 +50,11 @@ def failures(found: Measurement) -> list[str]:
     return [f"{name}: {failure}." for name, parity in rows for failure in parity.failures]
 
 
+def threads(found: Measurement) -> str:
+    """How many of them a runtime had, where that was said."""
+    return f", {found.threads} thread{'s' * (found.threads > 1)}" if found.threads else ""
+
+
 def runtime(row: TimingRow) -> str:
     """The name of what ran a model, and its format where that says more."""
     name = row.runtime.split()[0] if row.runtime else row.format

@@ -75,7 +75,7 @@ class Stopwatch:
             for found, more in zip(times, latency.interleave(runs, range(rounds)), strict=True):
                 found += more
             ratios = [latency.paired_ratio(found, times[0]) for found in times[1:]]
-            doubt = max((r.high - r.low) / 2 / r.median for r in ratios)
+            doubt = max(((r.high - r.low) / 2 / r.median for r in ratios), default=0.0)
             if doubt <= (CERTAIN if budgets < 3 else UNCERTAIN):
                 break
         dense, *others = (1000 * latency.quartiles(found).median for found in times)
