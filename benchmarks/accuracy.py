@@ -236,10 +236,7 @@ def main() -> None:
         sys.exit(__doc__)
     rows = KINDS[kind]({**DEFAULTS, **dict(a.split("=", 1) for a in rest)})
     with TABLE.open("a", encoding="utf-8") as table:
-        print(
-            f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {where()}\n",
-            file=table,
-        )
+        print(f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {where()}\n", file=table)
         for line in ("| | FLOPs kept | val | test | seconds |", "|---|---|---|---|---|"):
             print(line, file=table)
         for row in rows:

@@ -152,7 +152,7 @@ def crooked(seed: int, pieces: int) -> Law:
 def test_what_is_there_is_found(
     laws: list[Law], noise: float, most_misses: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "_cut", lambda model, plan: plan)
+    monkeypatch.setattr(search, "cut_copy", lambda model, plan: plan)
     monkeypatch.setattr(search, "_restated", lambda plan, *_: plan)
     missed = asked = tried = 0
     for seed, law in enumerate(laws * (30 // len(laws))):

@@ -55,13 +55,14 @@ def plan(
     if isinstance(model, str | Path):
         model = open_model(model)
     count = planner.images_for(asked)
-    full, asked = asked, asked if data else planner.rehearsal(asked)
+    missed = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
+    asked = asked if data else planner.rehearsal(asked)
     module, target = _module(model), asked.target
     graph, bar = planner.survey(module, asked, imgsz), journal.bar("weighing channels")
     tried = search.trial(module, graph, asked, imgsz) if target.latency else None
-    for key in planner.looks(full) if not data else ():
+    for key, name in missed.items():
         LOGGER.warning(
-            f"{key} {getattr(full, key).name} looks at training images, and data= was not given: this plan is as "
+            f"{key} {name} looks at training images, and data= was not given: this plan is as "
             f"large, but made with the {key} {planner.STAND_INS[key].name}."
         )
     calibration = _calibration(model, data, imgsz, count) if data and count else None

@@ -45,7 +45,7 @@ def perform(trainer: BaseTrainer, run: Run, due: schedule.Round) -> bool:
         return changed
     images = max(planner.images_for(recipe), recipe.recover.refit)
     calibration = control.calibration(trainer, images) if images and ranks.first() else None
-    plan, proven, asked, latency = ranks.agree(lambda: _decide(trainer, run, due, found, calibration))
+    plan, proven, asked, latency = ranks.agree(lambda: _decide(trainer, run, due, record, calibration))
     if plan is None:
         why = "the round before already went this far" if recipe.target.keep else "no other size is left to try"
         LOGGER.info(f"{PREFIX}round {due.number}: {why}; nothing to remove")
@@ -233,13 +233,13 @@ def _recover(
 
 
 def _decide(
-    trainer: BaseTrainer, run: Run, due: schedule.Round, found: Sequence[Stage], calibration: Calibration | None
+    trainer: BaseTrainer, run: Run, due: schedule.Round, record: Record, calibration: Calibration | None
 ) -> tuple[Plan | None, proof.Proof | None, float, LatencyRow | None]:
     """The proved plan of a round, what it aims at, and how fast it makes the model where that is the target.
 
     No plan where the rounds before went this far already.
     """
-    ema, recipe = control.average(trainer), run.recipe
+    ema, recipe, found = control.average(trainer), run.recipe, guard.stages(record.start, record.rounds)
     graph = planner.survey(ema, recipe, journal.imgsz(trainer, run.report), run.frozen)
     searches = recipe.target.keep is None
     floor = planner.reachable(ema, graph, recipe) if searches else 0.0
@@ -247,7 +247,8 @@ def _decide(
     if searches and guard.is_found(found):
         return None, None, keep, None
     try:
-        plan, latency = _plan(trainer, run, due, graph, Aim.of(keep, found, trainer), calibration)
+        aim = Aim(keep, _present(record), guard.tolerance(found, keep, search.TOLERANCE))
+        plan, latency = _plan(trainer, run, due, graph, aim, calibration)
     except NothingToRemoveError:
         return None, None, keep, None
     if searches and guard.is_known_to_fail(found, plan.predicted.kept(recipe.target.metric)):
@@ -262,13 +263,11 @@ class Aim(NamedTuple):
     present: float
     tolerance: float
 
-    @classmethod
-    def of(cls, keep: float, found: Sequence[Stage], trainer: BaseTrainer) -> Aim:
-        """What a round aims at."""
-        record = metadata.read(control.live(trainer))
-        kept = [r["keep"] for r in record.rounds if r.get("held") is not False] if record else []
-        present = kept[-1] if kept else record.start if record else 1.0
-        return cls(keep, present, guard.tolerance(found, keep, search.TOLERANCE))
+
+def _present(record: Record) -> float:
+    """Fraction of the dense model that the model is: what the last cut left that was not taken back."""
+    kept = [float(r["keep"]) for r in record.rounds if r.get("held") is not False]
+    return kept[-1] if kept else record.start
 
 
 def _plan(

@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 from ultralytics.utils import LOGGER
 
-from yolo_prune import metadata, planner, surgery
+from yolo_prune import metadata, planner
 from yolo_prune.cost import Timing
 from yolo_prune.errors import NothingToRemoveError, TargetError
 from yolo_prune.graph import Graph
 from yolo_prune.journal import PREFIX
 from yolo_prune.planner import Weighed
 from yolo_prune.plans import Plan
-from yolo_prune.proof import bare_copy
 from yolo_prune.recipe import Recipe
 from yolo_prune.recipe.schema import Target
 from yolo_prune.report.data import LatencyRow
 from yolo_prune.timing.target import find, place_of, setting_of
-from yolo_prune.timing.whole import Measured, Stopwatch, dense_twin
+from yolo_prune.timing.whole import Measured, Stopwatch, cut_copy, dense_twin
 
 METRIC = "latency"
 TOLERANCE = 0.03
@@ -89,19 +87,19 @@ def _tried_out(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, k
 
     Nothing is timed where that is clear: for a dense model, and a target far above what the deepest cut comes to.
     """
-    watch = Stopwatch(dense_twin(model), *setting_of(target, imgsz))
-    pruned = metadata.is_pruned(model)
-    with watch if pruned else contextlib.nullcontext():
-        present = _ratio(watch, model) if pruned else 1.0
-    _check_slower(present, keep)
     deepest = weighed.deepest(METRIC)
-    formula = deepest.predicted.kept(METRIC) if deepest else weighed.present(METRIC)
-    if formula * present / weighed.present(METRIC) <= keep * (1 - DOUBT):
-        return present
-    reached = present
-    if deepest:
-        with watch:
-            reached = _ratio(watch, _cut(model, deepest))
+    share = deepest.predicted.kept(METRIC) / weighed.present(METRIC) if deepest else 1.0
+    pruned = metadata.is_pruned(model)
+    if not pruned:
+        _check_slower(1.0, keep)
+        if share <= keep * (1 - DOUBT):
+            return 1.0
+    with Stopwatch(dense_twin(model), *setting_of(target, imgsz)) as stopwatch:
+        present = _ratio(stopwatch, model) if pruned else 1.0
+        _check_slower(present, keep)
+        if share * present <= keep * (1 - DOUBT):
+            return present
+        reached = _ratio(stopwatch, cut_copy(model, deepest)) if deepest else present
     if reached > keep * (1 + TOLERANCE):
         raise TargetError(
             f"target.latency: {keep:g} of the dense model's latency is out of reach: once everything is removed that "
@@ -200,7 +198,8 @@ class _Search:
     def run(self) -> _Tried:
         """The first cut that is within the tolerance, or the nearest that there is."""
         low, high = 0.0, self.weighed.present(METRIC)  # what may be asked for: outside, no cut is left to try
-        slow, fast = (high, self.present), None  # what the formula says, and what was measured
+        before = slow = high, self.present  # what the formula says, and what was measured
+        fast = None
         ask = _ask(self.weighed, self.keep, self.present)
         while high - low > FINEST:
             if len(self.tried) == ATTEMPTS:
@@ -232,7 +231,7 @@ class _Search:
         known = next((t for t in self.tried if t.plan.hash == plan.hash), None)
         if known:
             return known
-        found = self.stopwatch.measure([_cut(self.model, plan)])[0]
+        found = self.stopwatch.measure([cut_copy(self.model, plan)])[0]
         LOGGER.info(
             f"{PREFIX}attempt {len(self.tried) + 1}: {found.ratio.median:.3f} of the dense model's "
             f"{found.dense_ms:.2f} ms (95 %: {found.ratio.low:.3f} to {found.ratio.high:.3f}; wanted {self.keep:g})"
@@ -251,12 +250,6 @@ def _line(a: tuple[float, float], b: tuple[float, float], wanted: float) -> floa
 
 def _ratio(stopwatch: Stopwatch, model: nn.Module) -> float:
     return stopwatch.measure([model])[0].ratio.median
-
-
-def _cut(model: nn.Module, plan: Plan) -> nn.Module:
-    cut = bare_copy(model)
-    surgery.apply(cut, plan)
-    return cut
 
 
 def _ask(weighed: Weighed, keep: float, present: float) -> float:

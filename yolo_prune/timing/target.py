@@ -12,19 +12,18 @@ from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
-from yolo_prune import images, metadata, planner, runtimes, subjects, surgery
+from yolo_prune import images, metadata, planner, runtimes, subjects
 from yolo_prune.cost import Shapes, Timing
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import probes
 from yolo_prune.journal import PREFIX, bar
-from yolo_prune.proof import bare_copy
 from yolo_prune.recipe import Recipe
 from yolo_prune.recipe.schema import CriterionSpec, Target
 from yolo_prune.subjects import Setting
 from yolo_prune.timing import probe
 from yolo_prune.timing.layers import Layer, layers_of
 from yolo_prune.timing.table import Place, Table, Whole, model_key
-from yolo_prune.timing.whole import Stopwatch, dense_twin
+from yolo_prune.timing.whole import Stopwatch, cut_copy, dense_twin
 from yolo_prune.versions import PACKAGES, installed
 
 DEPTHS = (0.5, 0.9)
@@ -190,9 +189,7 @@ def _wholes(
         raise TargetError("target.latency: no layer of this model can be cut so that it gets any faster here.")
     floor = deepest.predicted.kept("latency")
     plans = [weighed.nearest("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]
-    cuts = [bare_copy(dense) for _ in plans]
-    for cut, plan in zip(cuts, plans, strict=True):
-        surgery.apply(cut, plan)
+    cuts = [cut_copy(dense, plan) for plan in plans]
     with Stopwatch(dense, format, setting) as stopwatch:
         found = stopwatch.measure(cuts)
     whole = found[0].dense_ms

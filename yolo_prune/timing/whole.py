@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from yolo_prune import latency, metadata, models, runtimes, subjects
+from yolo_prune import latency, metadata, models, runtimes, subjects, surgery
 from yolo_prune.errors import BenchError
 from yolo_prune.graph import probes
 from yolo_prune.latency import Interval
-from yolo_prune.proof import lean_copy
+from yolo_prune.plans import Plan
+from yolo_prune.proof import bare_copy, lean_copy
 from yolo_prune.runtimes import Session
 from yolo_prune.subjects import Setting
 
@@ -93,6 +94,13 @@ class Stopwatch:
         size = (self.setting.batch, probes.image_channels(model) or 3, self.setting.imgsz, self.setting.imgsz)
         session.prepare(np.random.default_rng(0).random(size, dtype=np.float32))
         return session
+
+
+def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a model after a plan; to be timed, not to be kept: it has no record of the cut."""
+    cut = bare_copy(model)
+    surgery.apply(cut, plan)
+    return cut
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
