@@ -65,12 +65,12 @@ PLAIN = {
 }
 ABLATION: dict[str, dict[str, Any]] = {
     "all parts": {},
-    "criterion magnitude": {"recipe.criterion": "magnitude"},
-    "criterion taylor": {"recipe.criterion": "taylor"},
+    **{f"criterion {name}": {"recipe.criterion": name} for name in CRITERIA[1:]},
     "allocation uniform": {"recipe.allocation": "uniform"},
     "allocation isomorphic": {"recipe.allocation": "isomorphic"},
     "batch norm instead of refit": {"recipe.recover.refit": 0, **GENTLE, "recipe.schedule.rounds": 1},
     "nothing before training": {"recipe.recover": {"refit": 0, "batchnorm": 0}, **GENTLE, "recipe.schedule.rounds": 1},
+    "rewound instead of refit": {"recipe.recover": {"rewind": {"epoch": 3}}, **GENTLE, "recipe.schedule.rounds": 1},
     "Ultralytics' average": {"recipe.recover.average": 0},
     "Ultralytics' settings": STOCK,
     "with mosaic": {"close_mosaic": 10},

@@ -6,26 +6,57 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from models import scaled
 from PIL import Image
 from ultralytics import YOLO
 
 from yolo_prune.scenes import make_dataset
 
 IMGSZ = 64
+SHORT: dict[str, Any] = {
+    "backbone": [
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "Conv", [32, 3, 2]],
+        [-1, 1, "C3k2", [64, False, 0.25]],
+        [-1, 1, "Conv", [64, 3, 2]],
+        [-1, 1, "Conv", [128, 3, 2]],
+        [-1, 1, "SPPF", [128, 5]],
+        [-1, 1, "C2PSA", [128]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 3], 1, "Concat", [1]],
+        [-1, 1, "C3k2", [64, True]],
+        [[9], 1, "Detect", ["nc"]],
+    ],
+}
+"""A YOLO11 with what makes up one, but a third of its layers: for what does not depend on the architecture."""
 
 
-def tiny(folder: Path, train: int) -> Path:
-    """A folder with a small detection dataset, `scenes`, and a thin untrained model for it, `dense.pt`."""
-    make_dataset(folder / "scenes", train=train, val=4, imgsz=IMGSZ)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo11", "n", 0.33, 0.125), "nc": 5}))
+def tiny(folder: Path, train: int, val: int = 4, **fields: Any) -> Path:
+    """A folder with a small detection dataset, `scenes`, and a small untrained model for it, `dense.pt`.
+
+    Args:
+        folder: where.
+        train: number of training images.
+        val: number of validation images.
+        fields: of the model's YAML, instead of those of `SHORT`.
+    """
+    make_dataset(folder / "scenes", train=train, val=val, imgsz=IMGSZ)
+    short_checkpoint(folder, **fields)
+    return folder
+
+
+def short_checkpoint(folder: Path, **fields: Any) -> Path:
+    """The untrained model of `tiny` alone, `dense.pt`."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**SHORT, **fields, "nc": 5}))
     torch.manual_seed(0)
     YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
-    return folder
+    return folder / "dense.pt"
 
 
 def make(task: str, folder: Path, train: int = 8, val: int = 4) -> Path:

@@ -22,6 +22,7 @@ import torch
 import ultralytics.cfg
 import yaml
 from datasets import IMGSZ, tiny
+from models import scaled
 from quick import QUICK
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.engine.exporter import export_formats
@@ -49,6 +50,8 @@ EXPORTED = {".tflite": "litert", ".mlpackage": "coreml", ".engine": "engine"}
 PACKAGES = {"nncf", "nvidia-modelopt", "litert-torch", "coremltools", "tensorrt"}  # to install beside our extras
 MODELS = ("best.pt", "cut.pt", "yolo11n.pt", "bccd-yolo11n.pt")  # that pages speak of; and pruned.pt, from a run
 FITNESS = 0.5  # of every model: the stand-in has learnt nothing, and a limit on the drop would refuse it
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPat
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, place: pytest.MonkeyPatch) -> Path:
     """A folder as a user has it: checkpoints, a dataset, a recipe and a run that has pruned."""
-    folder = tiny(tmp_path_factory.mktemp("original"), train=4)
+    folder = tiny(tmp_path_factory.mktemp("original"), train=4, **scaled("yolo11", "n", 0.33, 0.125))
     scenes = yaml.safe_load((folder / "scenes/scenes.yaml").read_text(encoding="utf-8"))
     for name in ("images", "labels"):
         (folder / "scenes" / name).rename(folder / name)

@@ -14,18 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-import yaml
 from quick import QUICK
-from ultralytics import YOLO
-from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import ROOT
 
 from yolo_prune import metadata
 from yolo_prune.compat import load_checkpoint
 from yolo_prune.report import Report
-from yolo_prune.scenes import make_dataset
 
 NEW = (ROOT / "cfg/models/26").exists()  # `nox -s releases` runs this file on releases before YOLO26, too
 RUN: dict[str, Any] = {
@@ -117,14 +114,8 @@ class Zygote:
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("kill")
-    data = make_dataset(folder / "scenes", train=18, val=4, imgsz=64)
-    family = yaml_model_load("yolo26n.yaml" if NEW else "yolo11n.yaml")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**family, "scales": {"n": [0.33, 0.125, 1024]}, "nc": 5}))
-    torch.manual_seed(0)
-    model = YOLO(folder / "tiny.yaml").model
-    model.args, model.task = {}, "detect"
-    torch.save({"model": model, "train_args": {}, "date": "", "version": ""}, folder / "dense.pt")
-    zygote = Zygote(folder, str(data))
+    datasets.tiny(folder, train=18, **({"end2end": True, "reg_max": 1} if NEW else {}))
+    zygote = Zygote(folder, str(folder / "scenes/scenes.yaml"))
     yield zygote
     zygote.process.kill()
     zygote.process.wait()

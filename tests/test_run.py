@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import short_checkpoint
 from PIL import Image
 from torch import nn
 from ultralytics import YOLO
@@ -42,6 +43,8 @@ TINY: dict[str, Any] = {
     "optimizer": "AdamW",
     "lr0": 0.001,
 }
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
@@ -205,7 +208,7 @@ def test_pruning_as_far_as_it_is_already_is_refused_before_a_folder_exists(
 
 def test_resume_goes_on_with_the_right_round_and_ends_like_an_unbroken_run(data: str, tmp_path: Path) -> None:
     keys = {"callbacks": "prune", "recipe.schedule.rounds": 2, "recipe.schedule.interval": 2}
-    dense = dense_checkpoint(tmp_path)
+    dense = short_checkpoint(tmp_path)
 
     def stop(trainer: Any) -> None:
         if trainer.epoch == 2:  # the second cut was made, its first epoch is running
@@ -261,7 +264,7 @@ def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters
             now = trainer.ema.ema.state_dict()
             seen["moved"] = [k for k, v in seen["ema"].items() if v.is_floating_point() and not torch.equal(v, now[k])]
 
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
     model.add_callback("on_train_epoch_start", cut_comes)
     model.add_callback("on_train_batch_start", cut_made)
     model.add_callback("on_train_epoch_end", trained)
@@ -290,7 +293,7 @@ def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters
 
 def test_early_stopping_waits_for_the_last_round(data: str, tmp_path: Path) -> None:
     patience: list[float] = []
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
     model.add_callback("on_train_epoch_end", lambda trainer: patience.append(trainer.stopper.patience))
     overrides = {"recipe.schedule.rounds": 2, "recipe.schedule.interval": 2, "recipe.measure": False}
     model.train(data=data, epochs=3, patience=1, callbacks="prune", project=str(tmp_path), **TINY, **overrides)
@@ -315,7 +318,7 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
         return plan
 
     seen = {}
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
     model.add_callback("teardown", lambda t: seen.update(parameters=parameters(t.model), files=list(t.wdir.iterdir())))
     monkeypatch.setattr(planner, "plan_for", wrong)
     with pytest.raises(yolo_prune.PruneError, match=r"first layer that differs is 'model\..*unchanged") as error:
@@ -368,7 +371,7 @@ def test_bad_arguments_are_refused_before_a_folder_exists(
 
 
 def test_callbacks_do_not_outlive_the_call(data: str, tmp_path: Path) -> None:
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
     before = {event: list(functions) for event, functions in model.callbacks.items()}
     with pytest.raises(TargetError):
         model.train(data=data, epochs=4, callbacks="prune", **{"recipe.target.flops": 0.01}, **TINY)
@@ -427,7 +430,7 @@ def test_onnx_export_agrees_with_torch_and_says_that_it_was_pruned(pruned: Path)
 
 
 def test_a_result_that_is_not_pruned_fails_loudly(data: str, tmp_path: Path) -> None:
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
 
     def stop(trainer: Any) -> None:
         trainer.stop = True  # another callback ends the run before the first round
@@ -473,7 +476,7 @@ def test_rectangular_batches_work(data: str, tmp_path: Path) -> None:
         with Image.open(path) as image:
             wide = image.resize((128, 64))
         wide.save(path)
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
     text = Path(data).read_text(encoding="utf-8").replace(str(Path(data).parent), str(tmp_path / "scenes"))
     (tmp_path / "scenes/scenes.yaml").write_text(text, encoding="utf-8")
     model.train(
@@ -488,7 +491,7 @@ def test_rectangular_batches_work(data: str, tmp_path: Path) -> None:
 
 
 def test_saved_epochs_stay_as_they_were_saved(data: str, tmp_path: Path) -> None:
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
     dense = parameters(model.model)
     overrides = {"recipe.schedule.rounds": 1, "recipe.schedule.start": 1}
     model.train(data=data, epochs=2, save_period=1, callbacks="prune", project=str(tmp_path), **TINY, **overrides)
@@ -533,7 +536,7 @@ def test_resuming_a_finished_run_says_so(pruned: Path) -> None:
 def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
     data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = YOLO(dense_checkpoint(tmp_path))
+    model = YOLO(short_checkpoint(tmp_path))
     model.add_callback("on_train_batch_end", killed_in_epoch(2))
     rounds: dict[str, Any] = {"recipe.schedule.rounds": 3}
     with pytest.raises(KeyboardInterrupt):

@@ -308,6 +308,7 @@ def train(folder: Path, place: Path, source: Path | None = None, **fields: Any) 
     return Report.load(model.trainer.save_dir)
 
 
+@pytest.mark.slow
 def test_a_run(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = train(folder, tmp_path)
     assert "Optimizer stripped from" in caplog.text
@@ -328,6 +329,7 @@ def test_a_run(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert record.rounds[0]["keep"] == pytest.approx(row.latency.ratio)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_rounds_and_one_from_what_it_left(folder: Path, tmp_path: Path, clock: Any) -> None:
     clock(LAWS["slower"])
     ratios = [row.latency.ratio for row in train(folder, tmp_path, schedule={"rounds": 3}).rounds if row.latency]
@@ -343,6 +345,7 @@ def test_a_run_of_several_rounds_and_one_from_what_it_left(folder: Path, tmp_pat
         train(folder, tmp_path / "again", tmp_path / "run/weights/best.pt", target={**target, "latency": 0.8})
 
 
+@pytest.mark.slow
 def test_rounds_that_have_nothing_left_to_remove_are_left_out(folder: Path, tmp_path: Path, clock: Any) -> None:
     limits = {"round_to": 2, "min": 2, "max_removed": 0.5}
     model = YOLO(folder / "dense.pt").model
