@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,19 @@ def test_a_stopwatch_that_fails_leaves_everything_as_it_was(folder: Path, monkey
     monkeypatch.setattr(subjects, "session", fail)
     with pytest.raises(BenchError, match="no luck"), whole.Stopwatch(YOLO(folder / "dense.pt").model, "torch", SETTING):
         pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"device": "7"}, "recipe.target: device=7 is not here: torch sees"),
+        ({"threads": 9999}, "recipe.target: threads=9999: this process may use"),
+        ({"format": "torch", "quantize": 16}, "recipe.target: format=torch computes in float32 on a CPU"),
+    ],
+)
+def test_what_cannot_be_timed_here_is_named_as_part_of_the_recipe(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BenchError, match=f"^{re.escape(message)}"):
+        target.setting_of(Target(latency=0.6, **fields), IMGSZ)
 
 
 def test_other_targets_need_no_times() -> None:

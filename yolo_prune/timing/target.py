@@ -38,11 +38,12 @@ def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
     Raises:
         BenchError: If it cannot be measured here.
     """
-    asked = Setting.of(
-        target.imgsz or imgsz, target.batch or 1, target.device or "cpu", target.threads, quantize=target.quantize
-    )
-    format = target.format or "onnx"
-    _check(format, asked)
+    format, size, device = target.format or "onnx", target.imgsz or imgsz, target.device or "cpu"
+    try:
+        asked = Setting.of(size, target.batch or 1, device, target.threads, quantize=target.quantize)
+        _check(format, asked)
+    except BenchError as e:  # which speaks of arguments
+        raise BenchError(f"recipe.target: {e}") from e
     return format, asked
 
 
