@@ -56,6 +56,7 @@ DEFAULTS = {
 }
 GENTLE = {**launch.GENTLE, "close_mosaic": 30}
 STOCK = {"optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 3.0, "cos_lr": False, "close_mosaic": 10}
+AS_REFITTED = {**GENTLE, "recipe.schedule.rounds": 1}  # what a refit brings about, for what goes without one
 PLAIN = {
     **STOCK,
     "recipe.criterion": {"name": "magnitude", "norm": 2},
@@ -68,9 +69,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     **{f"criterion {name}": {"recipe.criterion": name} for name in CRITERIA[1:]},
     "allocation uniform": {"recipe.allocation": "uniform"},
     "allocation isomorphic": {"recipe.allocation": "isomorphic"},
-    "batch norm instead of refit": {"recipe.recover.refit": 0, **GENTLE, "recipe.schedule.rounds": 1},
-    "nothing before training": {"recipe.recover": {"refit": 0, "batchnorm": 0}, **GENTLE, "recipe.schedule.rounds": 1},
-    "rewound instead of refit": {"recipe.recover": {"rewind": {"epoch": 3}}, **GENTLE, "recipe.schedule.rounds": 1},
+    "batch norm instead of refit": {"recipe.recover.refit": 0, **AS_REFITTED},
+    "nothing before training": {"recipe.recover": {"refit": 0, "batchnorm": 0}, **AS_REFITTED},
+    "rewound instead of refit": {"recipe.recover": {"rewind": {"epoch": 3}}, **AS_REFITTED},
     "Ultralytics' average": {"recipe.recover.average": 0},
     "Ultralytics' settings": STOCK,
     "with mosaic": {"close_mosaic": 10},
