@@ -26,7 +26,7 @@ from yolo_prune.timing import search
 from yolo_prune.trainer import prune_trainer
 
 GENTLE: dict[str, Any] = {"warmup_epochs": 0.0, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.002}
-"""What keeps what a refit left: found by experiment, see `benchmarks/accuracy.py`."""
+"""What ends best after a refit, though the first epochs fall below it: found by experiment, with `benchmarks/`."""
 
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
