@@ -238,6 +238,13 @@ def test_callback_events_exist_and_epoch_start_comes_before_anything_of_the_epoc
     assert source.index("on_train_epoch_end") < source.index("self.validate()") < source.index("on_fit_epoch_end")
 
 
+def test_a_warm_up_sets_how_often_to_step_before_the_batch_is_prepared() -> None:
+    source = inspect.getsource(BaseTrainer._do_train)
+    order = ["on_train_batch_start", "self.accumulate = max(", "self.preprocess_batch(", ">= self.accumulate:"]
+    places = [source.index(text) for text in order]
+    assert places == sorted(places)
+
+
 def test_trainer_finds_these_in_the_trainer() -> None:
     source = inspect.getsource(BaseTrainer)
     used = "ema optimizer stopper best last wdir epoch start_epoch epochs best_fitness fitness resume loss_items"

@@ -47,14 +47,15 @@ def chosen(folder: Path, tmp_path: Path, model: str, **settings: Any) -> dict[st
 @pytest.mark.slow
 def test_a_trained_model_is_treated_gently(folder: Path, tmp_path: Path) -> None:
     found = chosen(folder, tmp_path, str(folder / "dense.pt"), nbs=4)
-    names = ("warmup_epochs", "optimizer", "lr0", "cos_lr", "close_mosaic")
-    assert [found[name] for name in names] == [0.0, "AdamW", 0.002, True, 2]
+    names = ("warmup_epochs", "warmup_bias_lr", "optimizer", "lr0", "cos_lr", "close_mosaic")
+    assert [found[name] for name in names] == [3.0, 0.0, "AdamW", 0.002, True, 2]
     assert found["memory"] == pytest.approx(1.0)  # a quarter of two epochs of two batches
 
 
 @pytest.mark.slow
 def test_what_somebody_chose_stays(folder: Path, tmp_path: Path) -> None:
     mine = {"warmup_epochs": 1.0, "optimizer": "SGD", "lr0": 0.002, "cos_lr": False, "close_mosaic": 1}
+    mine |= {"warmup_bias_lr": 0.01}
     average: dict[str, Any] = {"recipe.recover.average": 1.0}
     found = chosen(folder, tmp_path, str(folder / "dense.pt"), nbs=4, **mine, **average)
     assert {name: found[name] for name in mine} == mine
@@ -67,4 +68,4 @@ def test_without_a_refit_the_average_is_that_of_ultralytics(folder: Path, tmp_pa
     found = chosen(folder, tmp_path, str(folder / "dense.pt"), **refit)
     assert found["memory"] < 1.01
     assert found["lr0"] != 0.002
-    assert (found["cos_lr"], found["close_mosaic"], found["warmup_epochs"]) == (False, 10, 0.0)
+    assert (found["cos_lr"], found["close_mosaic"], found["warmup_bias_lr"]) == (False, 10, 0.0)

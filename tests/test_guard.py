@@ -265,6 +265,35 @@ def test_a_round_that_costs_too_much_is_taken_back_and_half_of_it_tried(folder: 
 
 
 @pytest.mark.slow
+def test_an_optimizer_that_starts_anew_takes_short_steps_at_first(folder: Path, tmp_path: Path) -> None:
+    taken: list[tuple[int, float]] = []
+
+    def watch(trainer: Any) -> None:
+        judged(trainer)
+
+        def stepped(optimizer: Any, *_: Any) -> None:
+            group = optimizer.param_groups[0]
+            taken.append((trainer.epoch, group["lr"] / group["initial_lr"] / trainer.lf(trainer.epoch)))
+
+        trainer.optimizer.register_step_post_hook(stepped)
+
+    recipe = {
+        **RECIPE,
+        "target": {"flops": 0.4},
+        "schedule": {"rounds": 3, "curve": "linear", "interval": 2},
+        "guard": {"max_drop": 0.32},
+    }
+    model = YOLO(folder / "dense.pt")
+    model.add_callback("on_pretrain_routine_end", watch)
+    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
+    model.train(**{**RUN, "warmup_epochs": 1.0, **places, "recipe": recipe})
+    assert [row.held for row in Report.load(tmp_path / "run").rounds] == [True, False, True]
+    shares = {0: [0, 0.5], 4: [0, 0.5]}  # the run's own warm-up, and that after the second round is taken back
+    expected = [(epoch, share) for epoch in range(7) for share in shares.get(epoch, [1, 1])]
+    assert taken == [(epoch, pytest.approx(share)) for epoch, share in expected]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "epochs"), [(0, 4), (1, 5)])
 def test_what_is_delivered_holds_also_when_the_last_round_did_not(
     folder: Path, tmp_path: Path, start: int, epochs: int, caplog: pytest.LogCaptureFixture

@@ -33,6 +33,7 @@ RUN: dict[str, Any] = {
     **QUICK,
     "optimizer": "MuSGD" if NEW else "SGD",
     "lr0": 0.01,
+    "warmup_epochs": 0.0,
     "close_mosaic": 2,
     "callbacks": "prune",
     "recipe": {
@@ -176,6 +177,18 @@ def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote
     else:
         assert zygote.train("random", None) == 0, zygote.log("random")
     assert_same_run(zygote.folder / "random", unbroken)
+
+
+@pytest.mark.slow
+def test_a_warm_up_steps_as_often_as_if_it_had_not_been_killed(zygote: Zygote) -> None:
+    settings: dict[str, Any] = {"epochs": 5, "warmup_epochs": 4.0, "optimizer": "AdamW", "lr0": 0.001}
+    settings["recipe"] = {**RUN["recipe"], "schedule": {"rounds": 1}}
+    assert zygote.train("warm", None, **settings) == 0, zygote.log("warm")
+    for batch in (12, 8, 8):  # three are looked at before the first epoch: in the second, third and fourth
+        status = zygote.train("warming", ("in a batch", batch), **settings)
+        assert os.WIFSIGNALED(status), f"not killed: {zygote.log('warming')}"
+    assert zygote.train("warming", None, **settings) == 0, zygote.log("warming")
+    assert_same_run(zygote.folder / "warming", zygote.folder / "warm", rounds=1)
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class Watched:
     Attributes:
         early: the live model as the epoch to rewind to began.
         plans: of the cuts.
-        after: for each cut, states of live model and average and the optimizer's right after it.
+        after: for each cut, states of live model and average, the optimizer's, and the steps it warms up for.
         kept: whether the early weights lay in the folder in each epoch.
     """
 
@@ -109,7 +109,7 @@ class Watched:
             if len(self.after) < len(self.plans):
                 states = (trainer.model.state_dict(), trainer.ema.ema.state_dict())
                 held = [{n: t.clone() for n, t in state.items()} for state in states]
-                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates))
+                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates, trainer.restart.over))
 
         def ends(trainer: Any) -> None:
             self.kept.append((trainer.wdir / "rewind.pt").exists())
@@ -129,17 +129,17 @@ def test_after_each_cut_the_weights_are_those_of_the_early_epoch(
         watched = Watched(YOLO(start), epoch, monkeypatch)
         recipe = {**RECIPE, "target": {"flops": target}, "recover": {"batchnorm": 0, "rewind": {"epoch": epoch}}}
         places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path), "name": str(epoch)}
-        watched.model.train(**{**RUN, "recipe": recipe, **places})
+        watched.model.train(**{**RUN, "warmup_epochs": 0.5, "recipe": recipe, **places})
         assert len(watched.plans) == len(watched.after) == 2
         expected = watched.early
-        for plan, (live, average, state, updates) in zip(watched.plans, watched.after, strict=True):
+        for plan, (live, average, state, updates, over) in zip(watched.plans, watched.after, strict=True):
             surgery.apply(expected, plan)
             wanted = expected.state_dict()
             assert wanted.keys() == live.keys() == average.keys()
             for name, value in wanted.items():
                 assert torch.equal(live[name], value), name
                 assert torch.equal(average[name], value), name
-            assert (state, updates) == (0, 2 * epoch)
+            assert (state, updates, over) == (0, 2 * epoch, 1)
         assert watched.kept == [i >= epoch for i in range(6)]
         start = tmp_path / str(epoch) / "weights/best.pt"
         assert not start.with_name("rewind.pt").exists()

@@ -39,7 +39,6 @@ class PruneCallback:
     EVENTS = (
         "on_pretrain_routine_end",
         "on_train_epoch_start",
-        "on_train_batch_start",
         "on_train_batch_end",
         "on_train_epoch_end",
         "on_fit_epoch_end",
@@ -91,12 +90,8 @@ class PruneCallback:
             share = run.recipe.recover.average
             control.average_over(trainer, share * run.stage(trainer.epochs))  # each time: NaN recovery makes a new one
 
-    def on_train_batch_start(self, trainer: BaseTrainer) -> None:
-        """A resumed run takes up the cadence of the optimizer's steps."""
-        trainer.cadence.batch_starts(trainer)
-
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
-        """See `on_train_batch_start`."""
+        """A resumed run takes up the cadence of the optimizer's steps."""
         trainer.cadence.batch_ends()
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:

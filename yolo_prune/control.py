@@ -140,6 +140,7 @@ def go_back(trainer: BaseTrainer, source: nn.Module, plan: Plan) -> None:
             replaced |= surgery.become(whole.projector, projector, Plan({}, {}, {}))
             surgery.become(trainer.ema.ema.projector, projector, Plan({}, {}, {}))
         surgery.start_optimizer_anew(trainer.optimizer, replaced)
+        trainer.restart.begin(trainer)
     trainer.fitness = None  # was that of another model
 
 
@@ -367,6 +368,7 @@ def rewind(trainer: BaseTrainer, early: Early) -> None:
     start_from_average(trainer)
     trainer.ema.updates = early.updates
     trainer.optimizer.state.clear()
+    trainer.restart.begin(trainer)
 
 
 @contextmanager

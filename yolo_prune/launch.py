@@ -25,8 +25,11 @@ from yolo_prune.report import Report
 from yolo_prune.timing import search
 from yolo_prune.trainer import prune_trainer
 
-GENTLE: dict[str, Any] = {"warmup_epochs": 0.0, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.002}
-"""What ends best after a refit, though the first epochs fall below it: found by experiment, with `benchmarks/`."""
+TRAINED: dict[str, Any] = {"warmup_bias_lr": 0.0}
+"""For a trained model: a warm-up in which every learning rate rises. Ultralytics lets that of biases fall from 0.1."""
+
+GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.002}
+"""After a refit: what goes up from it, and ends best. Found by experiment, with `benchmarks/`."""
 
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
@@ -92,10 +95,11 @@ def _trainer_class(given: Any, model: Any) -> Any:
 def _gentle(recipe: Recipe, explicit: set[str], epochs: int) -> dict[str, Any]:
     """Settings, of those nobody chose, that keep what a cut left of a trained model.
 
-    Ultralytics' warm-up (bias learning rate 0.1) and its learning rates, which are for training from scratch, undo it;
-    mosaics are not what the weights were refitted on.
+    Ultralytics' learning rates, of biases in the warm-up (0.1) as later, are for training from scratch and undo it. So
+    does no warm-up at all: AdamW's first steps move every weight by the whole rate. Mosaics are not what the weights
+    were refitted on.
     """
-    gentle = {**GENTLE, "close_mosaic": epochs} if recipe.recover.refit else {"warmup_epochs": 0.0}
+    gentle = {**GENTLE, "close_mosaic": epochs} if recipe.recover.refit else TRAINED
     if explicit & {"optimizer", "lr0"}:  # which belong together
         explicit = explicit | {"optimizer", "lr0"}
     return {key: value for key, value in gentle.items() if key not in explicit}

@@ -56,6 +56,8 @@ class Cadence:
     def batch_starts(self, trainer: BaseTrainer) -> None:
         """After a resume the loop would step at once: hold it until the unbroken run would have stepped."""
         if self.nominal is not None:
+            if trainer.accumulate != NEVER:
+                self.nominal = trainer.accumulate  # which a warm-up sets for every batch
             trainer.accumulate = NEVER if self.pending + 1 < self.nominal else self.nominal
 
     def batch_ends(self) -> None:
@@ -115,6 +117,7 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         "stopper": {name: getattr(trainer.stopper, name) for name in PATIENCE},
         "stop": bool(trainer.stop),
         "pending": cadence.pending,
+        "restart": vars(trainer.restart),
         "gradients": gradients,
     }
     buffer = io.BytesIO()
@@ -155,6 +158,7 @@ def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
     closes = trainer.epochs - trainer.args.close_mosaic
     if trainer.args.close_mosaic and trainer.start_epoch > closes and (closes >= 0 or closes_mosaic_late()):
         trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch
+    vars(trainer.restart).update(state["restart"])
     cadence.pending = state["pending"]
     cadence.gradients = {name: gradient.to(trainer.device) for name, gradient in state["gradients"].items()}
     cadence.nominal = trainer.accumulate

@@ -23,6 +23,7 @@ from yolo_prune.compat import strip_qat
 from yolo_prune.errors import RunError
 from yolo_prune.files import WholeFile, write_bytes
 from yolo_prune.graph.probes import image_channels
+from yolo_prune.restart import Restart
 from yolo_prune.sparsity import SparseTraining
 
 
@@ -31,6 +32,7 @@ class KeepStructure:
 
     Attributes:
         cadence: when the optimizer steps; a resumed run takes it up where it was.
+        restart: how long these steps are where the optimizer has started anew.
         sparse: what shrinks beside these steps.
         stopped_early: the run that is resumed had stopped, for want of progress, when it was killed.
     """
@@ -50,6 +52,7 @@ class KeepStructure:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
         self.cadence = resume.Cadence()
+        self.restart = Restart()
         self.sparse = SparseTraining()
         self._stripped: Path | None = None
 
@@ -116,9 +119,14 @@ class KeepStructure:
         self.lf = lf
         self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]
 
+    def preprocess_batch(self, batch: Any) -> Any:
+        """Stock; called once a batch, between the warm-up's own cadence and the question whether to step."""
+        self.cadence.batch_starts(self)
+        return super().preprocess_batch(batch)  # type: ignore[misc]
+
     def optimizer_step(self) -> None:
-        """Stock; counted, and beside it sparse training, where the criterion asks for that."""
-        with self.sparse.beside(self):
+        """Stock; counted, gently after a restart, and beside it sparse training, where the criterion asks for that."""
+        with self.restart.beside(self.optimizer), self.sparse.beside(self):
             super().optimizer_step()  # type: ignore[misc]
         self.cadence.stepped()
 
