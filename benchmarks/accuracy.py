@@ -37,6 +37,7 @@ from ultralytics.nn.tasks import yaml_model_load
 import yolo_prune
 from yolo_prune import control as control_room
 from yolo_prune import launch, planner
+from yolo_prune.recipe import load_recipe
 
 KEEPS = (0.75, 0.5, 0.25)
 EPOCHS = {0.75: 30, 0.5: 30, 0.25: 45}
@@ -54,9 +55,8 @@ DEFAULTS = {
     "only": "",
     "amp": "False",
 }
-GENTLE = {**launch.GENTLE, "close_mosaic": 30}
-STOCK = {"optimizer": "AdamW", "lr0": 0.001, "warmup_epochs": 3.0, "cos_lr": False, "close_mosaic": 10}
-AS_REFITTED = {**GENTLE, "recipe.schedule.rounds": 1}  # what a refit brings about, for what goes without one
+STOCK = {"optimizer": "AdamW", "lr0": 0.001, "warmup_bias_lr": 0.1, "cos_lr": False, "close_mosaic": 10}
+AS_REFITTED = {"as refitted": True, "recipe.schedule.rounds": 1}  # what a refit brings about, where there is none
 PLAIN = {
     **STOCK,
     "recipe.criterion": {"name": "magnitude", "norm": 2},
@@ -74,6 +74,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "rewound instead of refit": {"recipe.recover": {"rewind": {"epoch": 3}}, **AS_REFITTED},
     "Ultralytics' average": {"recipe.recover.average": 0},
     "Ultralytics' settings": STOCK,
+    "no warm-up": {"warmup_epochs": 0.0},
     "with mosaic": {"close_mosaic": 10},
     "three cuts": {"recipe.schedule.rounds": 3},
     "three cuts and learning rates": {"recipe.schedule.rounds": 3, "recipe.recover.learning_rate": "rewind"},
@@ -150,8 +151,10 @@ def row(ask: dict[str, str], keep: float, name: str, changes: Mapping[str, Any])
     epochs = int(ask["epochs"] or EPOCHS[keep])
     for seed in map(int, ask["seeds"].split(",")):
         model = YOLO(ask["model"])
-        recipe: Any = {"recipe": "half-flops", "recipe.target.flops": keep}
-        model.train(**settings(ask, epochs, seed), callbacks="prune", **{**recipe, **changes})
+        asked: dict[str, Any] = {"recipe": "half-flops", "recipe.target.flops": keep, **changes}
+        if asked.pop("as refitted", False):
+            asked |= launch.after_refit(load_recipe({"target": {"flops": keep}}).target, epochs)
+        model.train(**settings(ask, epochs, seed), callbacks="prune", **asked)
         found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
     return [f"{name}, {epochs} epochs", keep, *together(found), time.perf_counter() - began]
 
@@ -173,13 +176,13 @@ def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The model itself, trained further as pruned ones are."""
 
     def average(trainer: Any) -> None:
-        control_room.average_over(trainer, 0.25 * trainer.epochs)
+        control_room.average_over(trainer, load_recipe().recover.average * trainer.epochs)
 
     found, began, epochs = [], time.perf_counter(), int(ask["epochs"] or 30)
     for seed in map(int, ask["seeds"].split(",")):
         model = YOLO(ask["model"])
         model.add_callback("on_train_epoch_start", average)
-        model.train(**settings(ask, epochs, seed), **{**GENTLE, "close_mosaic": epochs})
+        model.train(**settings(ask, epochs, seed), **launch.GENTLE, close_mosaic=epochs)
         found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
     yield [f"dense, {epochs} epochs more", 1.0, *together(found), time.perf_counter() - began]
 

@@ -11,6 +11,8 @@ import torch
 from quick import QUICK
 from ultralytics import YOLO
 
+from yolo_prune import launch
+from yolo_prune.recipe import load_recipe
 from yolo_prune.scenes import make_dataset
 
 RUN: dict[str, Any] = {
@@ -48,8 +50,23 @@ def chosen(folder: Path, tmp_path: Path, model: str, **settings: Any) -> dict[st
 def test_a_trained_model_is_treated_gently(folder: Path, tmp_path: Path) -> None:
     found = chosen(folder, tmp_path, str(folder / "dense.pt"), nbs=4)
     names = ("warmup_epochs", "warmup_bias_lr", "optimizer", "lr0", "cos_lr", "close_mosaic")
-    assert [found[name] for name in names] == [3.0, 0.0, "AdamW", 0.002, True, 2]
-    assert found["memory"] == pytest.approx(1.0)  # a quarter of two epochs of two batches
+    assert [found[name] for name in names] == [3.0, 0.0, "AdamW", 0.001, True, 2]
+    assert found["memory"] == pytest.approx(2.0)  # half of two epochs of two batches
+
+
+@pytest.mark.parametrize(
+    ("target", "rate"),
+    [
+        ({"flops": 0.5}, 0.001),
+        ({"flops": 0.4}, 0.002),
+        ({"params": 0.18}, 0.001),  # about half of the FLOPs
+        ({"params": 0.15}, 0.002),
+        ({"latency": 0.3}, 0.002),
+        ({"max_drop": 0.01}, 0.001),
+    ],
+)
+def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: float) -> None:
+    assert launch.after_refit(load_recipe({"target": target}).target, 30)["lr0"] == rate
 
 
 @pytest.mark.slow
@@ -67,5 +84,5 @@ def test_without_a_refit_the_average_is_that_of_ultralytics(folder: Path, tmp_pa
     refit: dict[str, Any] = {"recipe.recover.refit": 0}
     found = chosen(folder, tmp_path, str(folder / "dense.pt"), **refit)
     assert found["memory"] < 1.01
-    assert found["lr0"] != 0.002
+    assert found["lr0"] != 0.001
     assert (found["cos_lr"], found["close_mosaic"], found["warmup_bias_lr"]) == (False, 10, 0.0)

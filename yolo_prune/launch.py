@@ -20,7 +20,7 @@ from yolo_prune.compat import load_checkpoint, load_yaml, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
 from yolo_prune.graph.probes import stride
 from yolo_prune.journal import PREFIX
-from yolo_prune.recipe import Recipe, load_recipe
+from yolo_prune.recipe import Recipe, Target, load_recipe
 from yolo_prune.report import Report
 from yolo_prune.timing import search
 from yolo_prune.trainer import prune_trainer
@@ -28,8 +28,11 @@ from yolo_prune.trainer import prune_trainer
 TRAINED: dict[str, Any] = {"warmup_bias_lr": 0.0}
 """For a trained model: a warm-up in which every learning rate rises. Ultralytics lets that of biases fall from 0.1."""
 
-GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.002}
+GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.001}
 """After a refit: what goes up from it, and ends best. Found by experiment, with `benchmarks/`."""
+
+DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
+"""Where no more than this is to be left, there is more to learn anew: twice the learning rate ends better."""
 
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
@@ -99,10 +102,21 @@ def _gentle(recipe: Recipe, explicit: set[str], epochs: int) -> dict[str, Any]:
     does no warm-up at all: AdamW's first steps move every weight by the whole rate. Mosaics are not what the weights
     were refitted on.
     """
-    gentle = {**GENTLE, "close_mosaic": epochs} if recipe.recover.refit else TRAINED
+    gentle = after_refit(recipe.target, epochs) if recipe.recover.refit else TRAINED
     if explicit & {"optimizer", "lr0"}:  # which belong together
         explicit = explicit | {"optimizer", "lr0"}
     return {key: value for key, value in gentle.items() if key not in explicit}
+
+
+def after_refit(target: Target, epochs: int) -> dict[str, Any]:
+    """The settings of a run after whose cuts the weights are refitted.
+
+    Args:
+        target: how much is to be left.
+        epochs: of the run; none of them has mosaics.
+    """
+    deep = target.keep is not None and target.keep <= DEEP[target.metric]
+    return {**GENTLE, "lr0": GENTLE["lr0"] * (2 if deep else 1), "close_mosaic": epochs}
 
 
 def _check_devices(settings: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from yolo_prune.recipe.schema import (
     LayerLimits,
     Recipe,
     Schedule,
+    Target,
     json_schema,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "LayerLimits",
     "Recipe",
     "Schedule",
+    "Target",
     "bundled_names",
     "json_schema",
     "load_recipe",

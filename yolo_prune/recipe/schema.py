@@ -186,7 +186,7 @@ class Recover(_Part):
         description="without refit: training batches to re-estimate batch norm statistics with; 0 leaves them",
     )
     average: float = Field(
-        0.25,
+        0.5,
         ge=0,
         le=1,
         description="after a refit: share of the epochs up to the next cut or the end that the delivered average "
