@@ -279,7 +279,7 @@ LIMITS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
 @pytest.mark.parametrize("kind", LIMITS)
 def test_a_run_with_a_limit_goes_the_same_way_however_often_it_is_killed(zygote: Zygote, kind: str) -> None:
     fields, kills = LIMITS[kind]
-    settings: dict[str, Any] = {"epochs": 8, "recipe": {**RUN["recipe"], **fields}}
+    settings: dict[str, Any] = {"epochs": 8, "warmup_epochs": 1.0, "recipe": {**RUN["recipe"], **fields}}
     assert zygote.train(f"{kind}-whole", None, **settings) == 0, zygote.log(f"{kind}-whole")
     whole = Report.load(zygote.folder / f"{kind}-whole")
     assert {row.held for row in whole.rounds} == {True, False}
@@ -301,7 +301,7 @@ def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
         "schedule": {"rounds": 2, "start": 2, "interval": 1},
         "recover": {"batchnorm": 1, "rewind": {"epoch": 1}, "learning_rate": "rewind"},
     }
-    settings: dict[str, Any] = {"epochs": 4, "recipe": recipe}
+    settings: dict[str, Any] = {"epochs": 4, "warmup_epochs": 1.0, "recipe": recipe}
     assert zygote.train("rewound", None, **settings) == 0, zygote.log("rewound")
     for kill in (
         ("writing the early weights", 1),

@@ -109,7 +109,7 @@ class Watched:
             if len(self.after) < len(self.plans):
                 states = (trainer.model.state_dict(), trainer.ema.ema.state_dict())
                 held = [{n: t.clone() for n, t in state.items()} for state in states]
-                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates, trainer.restart.over))
+                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates, trainer.restart.total))
 
         def ends(trainer: Any) -> None:
             self.kept.append((trainer.wdir / "rewind.pt").exists())
@@ -132,14 +132,14 @@ def test_after_each_cut_the_weights_are_those_of_the_early_epoch(
         watched.model.train(**{**RUN, "warmup_epochs": 0.5, "recipe": recipe, **places})
         assert len(watched.plans) == len(watched.after) == 2
         expected = watched.early
-        for plan, (live, average, state, updates, over) in zip(watched.plans, watched.after, strict=True):
+        for plan, (live, average, state, updates, warm) in zip(watched.plans, watched.after, strict=True):
             surgery.apply(expected, plan)
             wanted = expected.state_dict()
             assert wanted.keys() == live.keys() == average.keys()
             for name, value in wanted.items():
                 assert torch.equal(live[name], value), name
                 assert torch.equal(average[name], value), name
-            assert (state, updates, over) == (0, 2 * epoch, 1)
+            assert (state, updates, warm) == (0, 2 * epoch, 2)
         assert watched.kept == [i >= epoch for i in range(6)]
         start = tmp_path / str(epoch) / "weights/best.pt"
         assert not start.with_name("rewind.pt").exists()

@@ -86,6 +86,7 @@ class PruneCallback:
                 break
         if due and run.exact:
             resume.seed_epoch(trainer)
+        trainer.restart.epoch_starts(trainer)
         if run.done and run.recipe.recover.refit and run.recipe.recover.average:  # there is something to remember
             share = run.recipe.recover.average
             control.average_over(trainer, share * run.stage(trainer.epochs))  # each time: NaN recovery makes a new one

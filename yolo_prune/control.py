@@ -140,7 +140,6 @@ def go_back(trainer: BaseTrainer, source: nn.Module, plan: Plan) -> None:
             replaced |= surgery.become(whole.projector, projector, Plan({}, {}, {}))
             surgery.become(trainer.ema.ema.projector, projector, Plan({}, {}, {}))
         surgery.start_optimizer_anew(trainer.optimizer, replaced)
-        trainer.restart.begin(trainer)
     trainer.fitness = None  # was that of another model
 
 
@@ -307,9 +306,14 @@ def average_over(trainer: BaseTrainer, epochs: float) -> None:
     Ultralytics' own begins with hardly any memory and takes some 2000 steps to gain one, so that in a short run it is
     as noisy as the live model. After a refit there is something to remember.
     """
-    steps = epochs * len(trainer.train_loader) / max(trainer.args.nbs / trainer.batch_size, 1)
-    decay = 1 - 1 / max(steps, 1)
+    decay = 1 - 1 / max(epochs * steps_per_epoch(trainer), 1)
     trainer.ema.decay = lambda updates: decay
+
+
+def steps_per_epoch(trainer: BaseTrainer) -> float:
+    """Steps that the optimizer takes in an epoch, once it is warm."""
+    batches = float(len(trainer.train_loader))
+    return batches / max(round(float(trainer.args.nbs) / trainer.batch_size), 1)
 
 
 def start_from_average(trainer: BaseTrainer) -> None:
@@ -368,7 +372,6 @@ def rewind(trainer: BaseTrainer, early: Early) -> None:
     start_from_average(trainer)
     trainer.ema.updates = early.updates
     trainer.optimizer.state.clear()
-    trainer.restart.begin(trainer)
 
 
 @contextmanager

@@ -72,7 +72,11 @@ class Run:
             epochs: of the run.
         """
         begin = self.rounds[self.done - 1].epoch if self.done else 0
-        return (self.rounds[self.done].epoch if self.done < len(self.rounds) else epochs) - begin
+        return self.ahead(begin, epochs)
+
+    def ahead(self, epoch: int, epochs: int) -> int:
+        """Epochs from the start of `epoch` to the next round, or to the end of the run of `epochs`."""
+        return (self.rounds[self.done].epoch if self.done < len(self.rounds) else epochs) - epoch
 
     @property
     def turns(self) -> int:

@@ -26,10 +26,13 @@ from yolo_prune.timing import search
 from yolo_prune.trainer import prune_trainer
 
 TRAINED: dict[str, Any] = {"warmup_bias_lr": 0.0}
-"""For a trained model: a warm-up in which every learning rate rises. Ultralytics lets that of biases fall from 0.1."""
+"""For a trained model: in the warm-up every learning rate rises; that of biases fell from 0.1, in Ultralytics' own."""
 
 GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.001}
 """After a refit: what goes up from it, and ends best. Found by experiment, with `benchmarks/`."""
+
+WARM_UP = 3.0
+"""Epochs, as in Ultralytics, which would leave one of four."""
 
 DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
 """Where no more than this is to be left, there is more to learn anew: twice the learning rate ends better."""
@@ -113,10 +116,11 @@ def after_refit(target: Target, epochs: int) -> dict[str, Any]:
 
     Args:
         target: how much is to be left.
-        epochs: of the run; none of them has mosaics.
+        epochs: of the run; none of them has mosaics, and no more than half of them warm up.
     """
     deep = target.keep is not None and target.keep <= DEEP[target.metric]
-    return {**GENTLE, "lr0": GENTLE["lr0"] * (2 if deep else 1), "close_mosaic": epochs}
+    rate = GENTLE["lr0"] * (2 if deep else 1)
+    return {**GENTLE, "lr0": rate, "warmup_epochs": min(WARM_UP, epochs / 2), "close_mosaic": epochs}
 
 
 def _check_devices(settings: Mapping[str, Any]) -> None:

@@ -9,39 +9,51 @@ from typing import Any
 
 import torch
 
+from yolo_prune import control
+
 
 class Restart:
     """A warm-up of its own: before AdamW knows how gradients vary, it moves every weight by the whole learning rate.
 
-    One such step is enough to undo a model that is trained or refitted, and the first ones of SGD, with gradients that
-    nothing has averaged yet, are not much better. Ultralytics' own warm-up sees to the first epochs of the run.
+    A few such steps undo a model that is trained or refitted. As a run begins, Ultralytics' own warm-up sees to them;
+    this one is for an optimizer that starts anew later: where weights are taken back, or after a NaN.
 
     Attributes:
-        made: steps since the optimizer was started anew.
-        over: steps that the learning rate takes to rise to what it is otherwise; 0 where nothing was started anew.
+        steps: taken since then.
+        total: steps in which the learning rate rises to what it is otherwise; 0 where nothing was started anew.
     """
 
     def __init__(self) -> None:
-        self.made = self.over = 0
+        self.steps = self.total = 0
 
-    def begin(self, trainer: Any) -> None:
-        """The optimizer was started anew: as many epochs as the run warms up for, and no more than half a stage."""
-        epochs = min(trainer.args.warmup_epochs, trainer.pruning.stage(trainer.epochs) / 2)
-        steps = len(trainer.train_loader) / max(trainer.args.nbs / trainer.batch_size, 1)
-        self.made, self.over = 0, round(epochs * steps)
+    def epoch_starts(self, trainer: Any) -> None:
+        """If the optimizer is new: warm up for as many epochs as the run, and for no more than half of those to come.
+
+        Args:
+            trainer: at the start of an epoch, when the cuts that are due are made.
+        """
+        if trainer.epoch == 0 or not is_new(trainer.optimizer):
+            return
+        epochs = min(trainer.args.warmup_epochs, trainer.pruning.ahead(trainer.epoch, trainer.epochs) / 2)
+        self.steps, self.total = 0, max(round(epochs * control.steps_per_epoch(trainer)), 2) if epochs else 0
 
     @contextmanager
-    def beside(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Inside, the learning rates are what they may be for this step; it is counted."""
-        if self.made >= self.over:
+    def short_steps(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Inside, the learning rates are what they may be for this step, which is counted."""
+        if self.steps >= self.total:
             yield
             return
         rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] *= self.made / self.over
+            group["lr"] = group["lr"] * (self.steps / self.total)
         try:
             yield
         finally:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            self.made += 1
+            self.steps += 1
+
+
+def is_new(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has yet to gather momenta; SGD without momentum never does."""
+    return not optimizer.state and any(group.get("momentum", 1.0) for group in optimizer.param_groups)

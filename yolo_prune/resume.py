@@ -158,7 +158,7 @@ def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
     closes = trainer.epochs - trainer.args.close_mosaic
     if trainer.args.close_mosaic and trainer.start_epoch > closes and (closes >= 0 or closes_mosaic_late()):
         trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch
-    vars(trainer.restart).update(state["restart"])
+    vars(trainer.restart).update(state.get("restart", {}))
     cadence.pending = state["pending"]
     cadence.gradients = {name: gradient.to(trainer.device) for name, gradient in state["gradients"].items()}
     cadence.nominal = trainer.accumulate

@@ -120,13 +120,13 @@ class KeepStructure:
         self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]
 
     def preprocess_batch(self, batch: Any) -> Any:
-        """Stock; called once a batch, between the warm-up's own cadence and the question whether to step."""
+        """Stock; the loop calls it after a warm-up has said how often to step, and before it asks whether to step."""
         self.cadence.batch_starts(self)
         return super().preprocess_batch(batch)  # type: ignore[misc]
 
     def optimizer_step(self) -> None:
-        """Stock; counted, gently after a restart, and beside it sparse training, where the criterion asks for that."""
-        with self.restart.beside(self.optimizer), self.sparse.beside(self):
+        """Stock; counted, short after a restart, and beside it sparse training, where the criterion asks for that."""
+        with self.restart.short_steps(self.optimizer), self.sparse.beside(self):
             super().optimizer_step()  # type: ignore[misc]
         self.cadence.stepped()
 
