@@ -312,8 +312,8 @@ def average_over(trainer: BaseTrainer, epochs: float) -> None:
 
 def steps_per_epoch(trainer: BaseTrainer) -> float:
     """Steps that the optimizer takes in an epoch, once it is warm."""
-    batches = float(len(trainer.train_loader))
-    return batches / max(round(float(trainer.args.nbs) / trainer.batch_size), 1)
+    batches_per_step: int = max(round(trainer.args.nbs / trainer.batch_size), 1)
+    return len(trainer.train_loader) / batches_per_step
 
 
 def start_from_average(trainer: BaseTrainer) -> None:
