@@ -65,12 +65,14 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
             metadata.close(model.model)
             if not metadata.is_pruned(model.model):
                 return stock_train(model, trainer=trainer, **stock)
+            if not explicit & {"optimizer", "lr0"}:
+                gentle = {**GENTLE, "close_mosaic": settings["epochs"]}
+                LOGGER.info(f"{PREFIX}the model is pruned, and trained already. To go up from there: {_said(gentle)}")
         elif callback.recipe.recover.distill:
             stock["distill_model"] = str(_origin(model))
         if callback and model.ckpt and settings.get("pretrained") is not False:
-            gentle = _gentle(callback.recipe, explicit, int(settings["epochs"]))
-            said = " ".join(f"{key}={value}" for key, value in gentle.items())
-            LOGGER.info(f"{PREFIX}as the model is trained already: {said}, where nothing else was asked for")
+            gentle = gentle_settings(callback.recipe, settings, explicit)
+            LOGGER.info(f"{PREFIX}as the model is trained already: {_said(gentle)}, where nothing else was asked for")
             stock |= gentle
         if metadata.is_pruned(model.model) and not model.ckpt:
             model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
@@ -98,17 +100,26 @@ def _trainer_class(given: Any, model: Any) -> Any:
     return given or model._smart_load("trainer")
 
 
-def _gentle(recipe: Recipe, explicit: set[str], epochs: int) -> dict[str, Any]:
+def gentle_settings(recipe: Recipe, settings: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
     """Settings, of those nobody chose, that keep what a cut left of a trained model.
 
     Ultralytics' learning rates, of biases in the warm-up (0.1) as later, are for training from scratch and undo it. So
     does no warm-up at all: AdamW's first steps move every weight by the whole rate. Mosaics are not what the weights
     were refitted on.
+
+    Args:
+        recipe: of the run.
+        settings: of the run, as Ultralytics would resolve them.
+        explicit: keys of those that somebody chose.
     """
-    gentle = after_refit(recipe.target, epochs) if recipe.recover.refit else TRAINED
-    if explicit & {"optimizer", "lr0"}:  # which belong together
-        explicit = explicit | {"optimizer", "lr0"}
+    gentle = after_refit(recipe.target, int(settings["epochs"])) if recipe.recover.refit else TRAINED
+    if "optimizer" in explicit and "Adam" not in str(settings["optimizer"]):
+        explicit = explicit | {"lr0"}  # which is AdamW's
     return {key: value for key, value in gentle.items() if key not in explicit}
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def after_refit(target: Target, epochs: int) -> dict[str, Any]:
