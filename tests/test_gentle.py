@@ -64,7 +64,7 @@ def test_a_trained_model_is_treated_gently(folder: Path, tmp_path: Path) -> None
         ({"params": 0.18}, 0.001),  # about half of the FLOPs
         ({"params": 0.15}, 0.002),
         ({"latency": 0.3}, 0.002),
-        ({"max_drop": 0.01}, 0.001),
+        ({"max_drop": 0.01}, 0.002),
     ],
 )
 def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: float) -> None:

@@ -35,7 +35,10 @@ WARM_UP = 3.0
 """Epochs, as in Ultralytics, which would leave one of four."""
 
 DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
-"""Where no more than this is to be left, there is more to learn anew: twice the learning rate ends better."""
+"""Where no more than this is to be left, there is more to learn anew: twice the learning rate ends better.
+
+So it does where the size is searched for, with few epochs for each.
+"""
 
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
@@ -129,7 +132,7 @@ def after_refit(target: Target, epochs: int) -> dict[str, Any]:
         target: how much is to be left.
         epochs: of the run; none of them has mosaics, and no more than half of them warm up.
     """
-    deep = target.keep is not None and target.keep <= DEEP[target.metric]
+    deep = target.keep is None or target.keep <= DEEP[target.metric]
     rate = GENTLE["lr0"] * (2 if deep else 1)
     return {**GENTLE, "lr0": rate, "warmup_epochs": min(WARM_UP, epochs / 2), "close_mosaic": epochs}
 
