@@ -38,7 +38,7 @@ RECIPE: dict[str, Any] = {
     "schedule": {"rounds": 2},
     "channels": {"round_to": 2, "min": 2},
     "protect": ["model.4"],
-    "recover": {"batchnorm": 0},
+    "recover": {"batchnorm": 0, "average": 0},
     "measure": False,
 }
 
