@@ -55,8 +55,14 @@ DEFAULTS = {
     "only": "",
     "amp": "False",
 }
-STOCK = {"optimizer": "AdamW", "lr0": 0.001, "warmup_bias_lr": 0.1, "cos_lr": False, "close_mosaic": 10}
-AS_REFITTED = {"as refitted": True, "recipe.schedule.rounds": 1}  # what a refit brings about, where there is none
+STOCK = {
+    "optimizer": "AdamW",
+    "lr0": 0.001,
+    "warmup_epochs": 3.0,
+    "warmup_bias_lr": 0.1,
+    "cos_lr": False,
+    "close_mosaic": 10,
+}
 PLAIN = {
     **STOCK,
     "recipe.criterion": {"name": "magnitude", "norm": 2},
@@ -69,9 +75,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     **{f"criterion {name}": {"recipe.criterion": name} for name in CRITERIA[1:]},
     "allocation uniform": {"recipe.allocation": "uniform"},
     "allocation isomorphic": {"recipe.allocation": "isomorphic"},
-    "batch norm instead of refit": {"recipe.recover.refit": 0, **AS_REFITTED},
-    "nothing before training": {"recipe.recover": {"refit": 0, "batchnorm": 0}, **AS_REFITTED},
-    "rewound instead of refit": {"recipe.recover": {"rewind": {"epoch": 3}}, **AS_REFITTED},
+    "batch norm instead of refit": {"recipe.recover.refit": 0},
+    "nothing before training": {"recipe.recover": {"refit": 0, "batchnorm": 0}},
+    "rewound instead of refit": {"recipe.recover": {"rewind": {"epoch": 3}}},
     "Ultralytics' average": {"recipe.recover.average": 0},
     "Ultralytics' settings": STOCK,
     "no warm-up": {"warmup_epochs": 0.0},
@@ -134,9 +140,11 @@ def trained(ask: dict[str, str]) -> Iterator[list[Any]]:
 def ablation(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The same, with one part left out or exchanged."""
     for keep in keeps(ask):
+        target = load_recipe({"target": {"flops": keep}}).target
+        refitted = {**launch.after_refit(target, epochs_of(ask, keep)), "recipe.schedule.rounds": 1}
         for name, changes in ABLATION.items():
             if not ask["only"] or name in ask["only"].split(","):
-                yield row(ask, keep, name, changes)
+                yield row(ask, keep, name, {**refitted, **changes})
 
 
 def plain(ask: dict[str, str]) -> Iterator[list[Any]]:
@@ -148,13 +156,11 @@ def plain(ask: dict[str, str]) -> Iterator[list[Any]]:
 def row(ask: dict[str, str], keep: float, name: str, changes: Mapping[str, Any]) -> list[Any]:
     """Train and prune, for every seed."""
     found, began = [], time.perf_counter()
-    epochs = int(ask["epochs"] or EPOCHS[keep])
+    epochs = epochs_of(ask, keep)
     for seed in map(int, ask["seeds"].split(",")):
         model = YOLO(ask["model"])
-        asked: dict[str, Any] = {"recipe": "half-flops", "recipe.target.flops": keep, **changes}
-        if asked.pop("as refitted", False):
-            asked |= launch.after_refit(load_recipe({"target": {"flops": keep}}).target, epochs)
-        model.train(**settings(ask, epochs, seed), callbacks="prune", **asked)
+        recipe: Any = {"recipe": "half-flops", "recipe.target.flops": keep}
+        model.train(**settings(ask, epochs, seed), callbacks="prune", **{**recipe, **changes})
         found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
     return [f"{name}, {epochs} epochs", keep, *together(found), time.perf_counter() - began]
 
@@ -220,6 +226,11 @@ KINDS = {
 def keeps(ask: dict[str, str]) -> tuple[float, ...]:
     """The targets asked for."""
     return tuple(float(k) for k in ask["keeps"].split(",")) if ask["keeps"] else KEEPS
+
+
+def epochs_of(ask: dict[str, str], keep: float) -> int:
+    """The epochs asked for, or those that such a cut gets."""
+    return int(ask["epochs"] or EPOCHS[keep])
 
 
 def together(found: list[list[float]]) -> list[Any]:

@@ -28,23 +28,16 @@ class Watch:
     """Validates after some of the optimizer's steps."""
 
     def __init__(self, model: str, data: str, imgsz: int) -> None:
-        self.model, self.settings, self.steps = model, {"data": data, "imgsz": imgsz}, 0
-
-    def begin(self, trainer: Any) -> None:
-        """Once all is set up: look after each step."""
-        trainer.optimizer.register_step_post_hook(lambda *_: self.stepped())
-
-    def stepped(self) -> None:
-        """The average has not seen this step yet: it is looked at when the batch ends."""
-        self.steps += 1
+        self.model, self.settings, self.left = model, {"data": data, "imgsz": imgsz}, list(STEPS)
 
     def batch_ended(self, trainer: Any) -> None:
-        """Print a line, if this was one of the steps."""
-        if self.steps in STEPS:
+        """Print a line, if this made the next of the steps; the average has followed each."""
+        if self.left and trainer.ema.updates == self.left[0]:
+            steps = self.left.pop(0)
             live, average = (self.accuracy(of(trainer)) for of in (control.live, control.average))
             rate = trainer.optimizer.param_groups[0]["lr"]
-            print(f"| {self.steps} | {rate:.6f} | {live:.3f} | {average:.3f} |", flush=True)
-        trainer.stop = self.steps >= STEPS[-1]
+            print(f"| {steps} | {rate:.6f} | {live:.3f} | {average:.3f} |", flush=True)
+        trainer.stop = not self.left
 
     def accuracy(self, module: nn.Module) -> float:
         """mAP50-95 of a copy."""
@@ -62,7 +55,6 @@ def main() -> None:
     settings = {key: smart_value(value) for key, value in ask.items() if key != "model"}
     watch = Watch(ask["model"], ask["data"], settings.setdefault("imgsz", 640))
     model = YOLO(ask["model"])
-    model.add_callback("on_train_start", watch.begin)
     model.add_callback("on_train_batch_end", watch.batch_ended)
     print("| steps | learning rate | trained weights | their average |\n|---|---|---|---|")
     shared: dict[str, Any] = {"epochs": 30, "batch": 16, "nbs": 16, "workers": 2, "amp": False, "plots": False}

@@ -201,9 +201,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return datasets.tiny(tmp_path_factory.mktemp("guard"), train=8)
 
 
-def train(folder: Path, tmp_path: Path, recipe: dict[str, Any], **settings: Any) -> Path:
+def train(folder: Path, tmp_path: Path, recipe: dict[str, Any], begins: Any = judged, **settings: Any) -> Path:
     model = YOLO(folder / "dense.pt")
-    model.add_callback("on_pretrain_routine_end", judged)
+    model.add_callback("on_pretrain_routine_end", begins)
     places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
     model.train(**{**RUN, **places, "recipe": {**RECIPE, **recipe}, **settings})
     return tmp_path / "run"
@@ -278,16 +278,12 @@ def test_an_optimizer_that_starts_anew_takes_short_steps_at_first(folder: Path, 
         trainer.optimizer.register_step_post_hook(stepped)
 
     recipe = {
-        **RECIPE,
         "target": {"flops": 0.4},
         "schedule": {"rounds": 3, "curve": "linear", "interval": 2},
         "guard": {"max_drop": 0.32},
     }
-    model = YOLO(folder / "dense.pt")
-    model.add_callback("on_pretrain_routine_end", watch)
-    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
-    model.train(**{**RUN, "warmup_epochs": 1.0, **places, "recipe": recipe})
-    assert [row.held for row in Report.load(tmp_path / "run").rounds] == [True, False, True]
+    report = Report.load(train(folder, tmp_path, recipe, begins=watch, warmup_epochs=1.0))
+    assert [row.held for row in report.rounds] == [True, False, True]
     shares = {0: [0, 0.5], 4: [0, 0.5]}  # the run's own warm-up, and that after the second round is taken back
     expected = [(epoch, share) for epoch in range(7) for share in shares.get(epoch, [1, 1])]
     assert taken == [(epoch, pytest.approx(share)) for epoch, share in expected]
@@ -352,12 +348,9 @@ def test_what_training_before_the_first_cut_costs_counts_as_well(folder: Path, t
         judged(trainer)
         trainer.validator.per_epoch = 0.2
 
-    model = YOLO(folder / "dense.pt")
-    model.add_callback("on_pretrain_routine_end", falling)
-    places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
-    recipe = {**RECIPE, "target": {"flops": 0.9}, "guard": {"max_drop": 0.25}, "schedule": {"rounds": 1, "start": 1}}
+    recipe = {"target": {"flops": 0.9}, "guard": {"max_drop": 0.25}, "schedule": {"rounds": 1, "start": 1}}
     with pytest.raises(RunError, match=r"No cut stayed within a drop of 0.25: .* a fitness of 0\.[67]"):
-        model.train(**{**RUN, **places, "recipe": recipe, "epochs": 2})
+        train(folder, tmp_path, recipe, begins=falling, epochs=2)
     assert json.loads((tmp_path / "run/front.json").read_text())["reference"] == 1.0
 
 

@@ -92,7 +92,7 @@ class PruneCallback:
             control.average_over(trainer, share * run.stage(trainer.epochs))  # each time: NaN recovery makes a new one
 
     def on_train_batch_end(self, trainer: BaseTrainer) -> None:
-        """A resumed run takes up the cadence of the optimizer's steps."""
+        """One more batch since the optimizer's last step, or none."""
         trainer.cadence.batch_ends()
 
     def on_train_epoch_end(self, trainer: BaseTrainer) -> None:

@@ -32,7 +32,7 @@ GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0"
 """After a refit: what goes up from it, and ends best. Found by experiment, with `benchmarks/`."""
 
 WARM_UP = 3.0
-"""Epochs, as in Ultralytics, which would leave one of four."""
+"""Epochs, as in Ultralytics; of four epochs, that would leave but one."""
 
 DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
 """Where no more than this is to be left, there is more to learn anew: twice the learning rate ends better.
