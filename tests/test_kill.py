@@ -134,6 +134,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return [{k: v for k, v in row.items() if not k.strip().startswith(left_out)} for row in table]
 
 
+def has_ended(folder: Path) -> bool:
+    last = folder / "weights/last.pt"
+    return last.exists() and load_checkpoint(last)[1].get("optimizer") is None
+
+
 def assert_same_run(folder: Path, wanted: Path, rounds: int = 3) -> None:
     found, want = Report.load(folder), Report.load(wanted)
     assert found.status == "finished"
@@ -161,9 +166,13 @@ def test_a_run_killed_everywhere_ends_like_an_unbroken_one(zygote: Zygote, unbro
     for kill in KILLS:
         status = zygote.train("killed", kill)
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('killed')}"
+        assert not has_ended(zygote.folder / "killed"), kill
         assert os.WTERMSIG(status) == signal.SIGKILL
-    assert zygote.train("killed", None) == 0, zygote.log("killed")
+    assert os.WIFSIGNALED(zygote.train("killed", ("ended", 1))), zygote.log("killed")
+    assert has_ended(zygote.folder / "killed")
     assert_same_run(zygote.folder / "killed", unbroken)
+    assert zygote.train("killed", None) != 0
+    assert "is of a run that has ended; there is nothing to resume" in zygote.log("killed")
 
 
 @pytest.mark.slow
@@ -174,6 +183,8 @@ def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote
         if not status:
             break
         assert os.WIFSIGNALED(status), zygote.log("random")
+        if has_ended(zygote.folder / "random"):  # killed while it took its leave
+            break
     else:
         assert zygote.train("random", None) == 0, zygote.log("random")
     assert_same_run(zygote.folder / "random", unbroken)
