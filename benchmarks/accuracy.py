@@ -36,7 +36,7 @@ from ultralytics.nn.tasks import yaml_model_load
 
 import yolo_prune
 from yolo_prune import control as control_room
-from yolo_prune import launch, planner
+from yolo_prune import gentle, planner
 from yolo_prune.recipe import load_recipe
 
 KEEPS = (0.75, 0.5, 0.25)
@@ -141,7 +141,7 @@ def ablation(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The same, with one part left out or exchanged."""
     for keep in keeps(ask):
         target = load_recipe({"target": {"flops": keep}}).target
-        refitted = {**launch.after_refit(target, epochs_of(ask, keep)), "recipe.schedule.rounds": 1}
+        refitted = {**gentle.after_refit(target, epochs_of(ask, keep)), "recipe.schedule.rounds": 1}
         for name, changes in ABLATION.items():
             if not ask["only"] or name in ask["only"].split(","):
                 yield row(ask, keep, name, {**refitted, **changes})
@@ -188,7 +188,7 @@ def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
     for seed in map(int, ask["seeds"].split(",")):
         model = YOLO(ask["model"])
         model.add_callback("on_train_epoch_start", average)
-        model.train(**settings(ask, epochs, seed), **launch.GENTLE, close_mosaic=epochs)
+        model.train(**settings(ask, epochs, seed), **gentle.further(epochs))
         found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
     yield [f"dense, {epochs} epochs more", 1.0, *together(found), time.perf_counter() - began]
 

@@ -13,7 +13,7 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
-from yolo_prune import launch
+from yolo_prune import gentle
 from yolo_prune.recipe import load_recipe
 from yolo_prune.scenes import make_dataset
 
@@ -68,7 +68,7 @@ def test_a_trained_model_is_treated_gently(folder: Path, tmp_path: Path) -> None
     ],
 )
 def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: float) -> None:
-    found = launch.after_refit(load_recipe({"target": target}).target, 30)
+    found = gentle.after_refit(load_recipe({"target": target}).target, 30)
     assert (found["lr0"], found["warmup_epochs"]) == (rate, 3.0)
 
 
@@ -82,8 +82,8 @@ def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: f
     ],
 )
 def test_optimizer_and_learning_rate_fit_one_another(mine: dict[str, Any], missing: set[str]) -> None:
-    whole = launch.gentle_settings(load_recipe(), dict(DEFAULT_CFG_DICT), set())
-    found = launch.gentle_settings(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
+    whole = gentle.unchosen(load_recipe(), dict(DEFAULT_CFG_DICT), set())
+    found = gentle.unchosen(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
     assert whole.keys() - found.keys() == missing
     assert found.items() <= whole.items()
 
@@ -96,7 +96,9 @@ def test_training_a_pruned_checkpoint_on_says_what_would_be_gentle(
     model = YOLO(folder / "dense.pt")
     yolo_prune.apply(model, yolo_prune.plan(model, {"target": {"flops": 0.8}, "criterion": "magnitude"}, imgsz=32))
     model.train(**{**RUN, "epochs": 1}, **places)
-    hint = "To go up from there: warmup_bias_lr=0.0 cos_lr=True optimizer=AdamW lr0=0.001 close_mosaic=1"
+    hint = (
+        "To go up from there: warmup_bias_lr=0.0 cos_lr=True optimizer=AdamW lr0=0.001 warmup_epochs=0.5 close_mosaic=1"
+    )
     assert hint in caplog.text
     caplog.clear()
     model.train(**{**RUN, "epochs": 1}, **places, lr0=0.001, optimizer="AdamW")

@@ -14,31 +14,16 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, checks
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.files import get_latest_run
 
-from yolo_prune import agenda, doctor, journal, keys, metadata, planner
+from yolo_prune import agenda, doctor, gentle, journal, keys, metadata, planner
 from yolo_prune.callback import PruneCallback
 from yolo_prune.compat import load_checkpoint, load_yaml, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
 from yolo_prune.graph.probes import stride
 from yolo_prune.journal import PREFIX
-from yolo_prune.recipe import Recipe, Target, load_recipe
+from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.report import Report
 from yolo_prune.timing import search
 from yolo_prune.trainer import prune_trainer
-
-TRAINED: dict[str, Any] = {"warmup_bias_lr": 0.0}
-"""For a trained model: in the warm-up every learning rate rises; that of biases fell from 0.1, in Ultralytics' own."""
-
-GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.001}
-"""After a refit: what goes up from it, and ends best. Found by experiment, with `benchmarks/`."""
-
-WARM_UP = 3.0
-"""Epochs, as in Ultralytics; of four epochs, that would leave but one."""
-
-DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
-"""Where no more than this is to be left, there is more to learn anew: twice the learning rate ends better.
-
-So it does where the size is searched for, with few epochs for each.
-"""
 
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
@@ -69,14 +54,15 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
             if not metadata.is_pruned(model.model):
                 return stock_train(model, trainer=trainer, **stock)
             if not explicit & {"optimizer", "lr0"}:
-                gentle = {**GENTLE, "close_mosaic": settings["epochs"]}
-                LOGGER.info(f"{PREFIX}the model is pruned, and trained already. To go up from there: {_said(gentle)}")
+                better = gentle.said(gentle.further(int(settings["epochs"])))
+                LOGGER.info(f"{PREFIX}the model is pruned, and trained already. To go up from there: {better}")
         elif callback.recipe.recover.distill:
             stock["distill_model"] = str(_origin(model))
         if callback and model.ckpt and settings.get("pretrained") is not False:
-            gentle = gentle_settings(callback.recipe, settings, explicit)
-            LOGGER.info(f"{PREFIX}as the model is trained already: {_said(gentle)}, where nothing else was asked for")
-            stock |= gentle
+            ours = gentle.unchosen(callback.recipe, settings, explicit)
+            given = gentle.said(ours)
+            LOGGER.info(f"{PREFIX}as the model is trained already: {given}, where nothing else was asked for")
+            stock |= ours
         if metadata.is_pruned(model.model) and not model.ckpt:
             model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
     _check_devices(settings)
@@ -101,40 +87,6 @@ def _trainer_class(given: Any, model: Any) -> Any:
     if given is not None and not isinstance(given, type):
         raise RunError(f"trainer={given!r} is not a class. Pass a subclass of a trainer of Ultralytics.")
     return given or model._smart_load("trainer")
-
-
-def gentle_settings(recipe: Recipe, settings: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
-    """Settings, of those nobody chose, that keep what a cut left of a trained model.
-
-    Ultralytics' learning rates, of biases in the warm-up (0.1) as later, are for training from scratch and undo it. So
-    does no warm-up at all: AdamW's first steps move every weight by the whole rate. Mosaics are not what the weights
-    were refitted on.
-
-    Args:
-        recipe: of the run.
-        settings: of the run, as Ultralytics would resolve them.
-        explicit: keys of those that somebody chose.
-    """
-    gentle = after_refit(recipe.target, int(settings["epochs"])) if recipe.recover.refit else TRAINED
-    if "optimizer" in explicit and "Adam" not in str(settings["optimizer"]):
-        explicit = explicit | {"lr0"}  # which is AdamW's
-    return {key: value for key, value in gentle.items() if key not in explicit}
-
-
-def _said(settings: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items())
-
-
-def after_refit(target: Target, epochs: int) -> dict[str, Any]:
-    """The settings of a run after whose cuts the weights are refitted.
-
-    Args:
-        target: how much is to be left.
-        epochs: of the run; none of them has mosaics, and no more than half of them warm up.
-    """
-    deep = target.keep is None or target.keep <= DEEP[target.metric]
-    rate = GENTLE["lr0"] * (2 if deep else 1)
-    return {**GENTLE, "lr0": rate, "warmup_epochs": min(WARM_UP, epochs / 2), "close_mosaic": epochs}
 
 
 def _check_devices(settings: Mapping[str, Any]) -> None:
