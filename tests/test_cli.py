@@ -153,16 +153,24 @@ def test_yolo_train_understands_the_keys_and_refuses_before_any_work(clean_cwd: 
     assert list(clean_cwd.iterdir()) == []
 
 
-def test_who_types_yolo_gets_a_message_and_no_traceback(clean_cwd: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train callbacks=prune recipe.target.flops=0.02", "target.flops: 0.02 of the dense model cannot"),
+        ("train callbacks=prunes", "callbacks='prunes' is not a known callback"),
+        ("val callbacks=prune", "'callbacks' is an argument of 'yolo train' only"),
+    ],
+)
+def test_who_types_yolo_gets_a_message_and_no_traceback(arguments: str, message: str, clean_cwd: Path) -> None:
+    command = ["/usr/bin/yolo", *arguments.split(), "model=yolov10n.yaml", "data=x.yaml"]
     script = (
         "import sys, yolo_prune._startup as s; s.install(force=True); "
-        "sys.argv[:] = ['/usr/bin/yolo', 'train', 'model=yolov10n.yaml', 'data=x.yaml', 'callbacks=prune', "
-        "'recipe.target.flops=0.02']; from ultralytics.cfg import entrypoint; entrypoint()"
+        f"sys.argv[:] = {command}; from ultralytics.cfg import entrypoint; entrypoint()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("yolo-prune: target.flops: 0.02 of the dense model cannot")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"yolo-prune: {message}")
 
 
 def test_yolo_prune_train_works_where_the_hook_is_off(clean_cwd: Path) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from yolo_prune.errors import PruneError
+from yolo_prune.errors import ArgumentError, PruneError
 from yolo_prune.keys import check_spelling, is_pruning_key, without_pruning_keys
 
 MARK = "__yolo_prune__"
@@ -69,40 +70,53 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         if "train" not in base:  # not the command line: run configurations never hold our keys
             original(base, custom, e, *further)
             return
-        ours = [key for key in custom if is_pruning_key(key)]
-        mode = custom.get("mode")
-        if ours and (e is not None or custom[ours[0]] == ""):  # how the command line reports what it cannot read
-            raise SyntaxError(f"'{ours[0].rstrip('=')}' needs a value, for example callbacks=prune recipe=half-flops.")
-        if ours and "mode" in custom and mode != "train":
-            raise SyntaxError(
-                f"'{ours[0]}' is an argument of 'yolo train' only; 'yolo {mode}' works on pruned models as on any "
-                f"other, leave it out."
-            )
-        if ours and "callbacks" not in custom and mode == "train":
-            raise SyntaxError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
+        with _plain():
+            _check_command(custom, unreadable=e is not None)
         # The examples make the suggestions for misspelt keys know ours too.
         original({**base, **EXAMPLES}, without_pruning_keys(custom), e, *further)
 
     return check_dict_alignment
 
 
+def _check_command(custom: Mapping[str, Any], unreadable: bool) -> None:
+    """Refuse our keys where a command line gives them no value, or no run to be about."""
+    ours = [key for key in custom if is_pruning_key(key)]
+    mode = custom.get("mode")
+    if ours and (unreadable or custom[ours[0]] == ""):  # how the command line reports what it cannot read
+        raise ArgumentError(f"'{ours[0].rstrip('=')}' needs a value, for example callbacks=prune recipe=half-flops.")
+    if ours and "mode" in custom and mode != "train":
+        raise ArgumentError(
+            f"'{ours[0]}' is an argument of 'yolo train' only; 'yolo {mode}' works on pruned models as on any other, "
+            "leave it out."
+        )
+    if ours and "callbacks" not in custom and mode == "train":
+        raise ArgumentError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
+
+
 def _train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
         from ultralytics.utils import DEFAULT_CFG_DICT
 
-        check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
-        if not _concerns_us(self, kwargs):
-            return original(self, trainer=trainer, **kwargs)
-        from yolo_prune import launch  # only now: no other run should depend on what it imports
+        with _plain():
+            check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
+            if _concerns_us(self, kwargs):
+                from yolo_prune import launch  # only now: no other run should depend on what it imports
 
-        try:
-            return launch.train(self, original, trainer, kwargs)
-        except PruneError as e:
-            if Path(sys.argv[0]).stem in ("yolo", "ultralytics"):
-                sys.exit(f"yolo-prune: {e}")  # who typed a command needs the message, not where it comes from
-            raise
+                return launch.train(self, original, trainer, kwargs)
+        return original(self, trainer=trainer, **kwargs)
 
     return train
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Who typed a command needs the message, not where it comes from."""
+    try:
+        yield
+    except PruneError as e:
+        if Path(sys.argv[0]).stem in ("yolo", "ultralytics"):
+            sys.exit(f"yolo-prune: {e}")
+        raise
 
 
 def _concerns_us(model: Any, arguments: Mapping[str, Any]) -> bool:

@@ -8,6 +8,10 @@ class PruneError(Exception):
     """Base of every error this package raises on purpose."""
 
 
+class ArgumentError(PruneError, SyntaxError):
+    """An argument of `train` that is nobody's, or has no meaning; a `SyntaxError`, as Ultralytics' own are."""
+
+
 class RecipeError(PruneError):
     """A recipe that cannot be read, or that asks for something impossible."""
 

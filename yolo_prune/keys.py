@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from yolo_prune.errors import ArgumentError
+
 NAMES = ("callbacks", "recipe")
 CALLBACKS = ("prune",)
 
@@ -30,14 +32,14 @@ def wants_pruning(value: Any) -> bool:
     """Read `callbacks=`: a name, several separated by commas, or a list.
 
     Raises:
-        SyntaxError: If a name is not known; names the nearest.
+        ArgumentError: If a name is not known; names the nearest.
     """
     names = value if isinstance(value, list | tuple) else str(value).strip("[]()").split(",")
     names = [str(n).strip(" '\"") for n in names if str(n).strip(" '\"") not in ("", "None")]
     for name in names:
         if name not in CALLBACKS:
             near = get_close_matches(name, CALLBACKS, cutoff=0.4)
-            raise SyntaxError(
+            raise ArgumentError(
                 f"callbacks='{name}' is not a known callback. "
                 + (f"Did you mean callbacks={near[0]}?" if near else f"Known: {', '.join(CALLBACKS)}.")
             )
@@ -48,7 +50,7 @@ def check_spelling(arguments: Mapping[str, Any], known: Collection[str]) -> None
     """Refuse an argument that is nobody's but looks like one of ours, as Ultralytics refuses its own misspelt ones.
 
     Raises:
-        SyntaxError: With the argument that was probably meant.
+        ArgumentError: With the argument that was probably meant.
     """
     for key in arguments:
         if key in known or is_pruning_key(key):
@@ -56,4 +58,4 @@ def check_spelling(arguments: Mapping[str, Any], known: Collection[str]) -> None
         stem, dot, field = key.partition(".")
         near = get_close_matches(stem, NAMES, cutoff=0.75)
         if near and not get_close_matches(key, known, cutoff=0.9):
-            raise SyntaxError(f"'{key}' is not a valid YOLO argument. Did you mean '{near[0]}{dot}{field}'?")
+            raise ArgumentError(f"'{key}' is not a valid YOLO argument. Did you mean '{near[0]}{dot}{field}'?")

@@ -17,7 +17,7 @@ from ultralytics.utils.files import get_latest_run
 from yolo_prune import agenda, doctor, gentle, journal, keys, metadata, planner
 from yolo_prune.callback import PruneCallback
 from yolo_prune.compat import load_checkpoint, load_yaml, shares_callbacks
-from yolo_prune.errors import NothingToRemoveError, PruneError, RunError
+from yolo_prune.errors import ArgumentError, NothingToRemoveError, PruneError, RunError
 from yolo_prune.graph.probes import stride
 from yolo_prune.journal import PREFIX
 from yolo_prune.recipe import Recipe, load_recipe
@@ -36,8 +36,7 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
         arguments: what the user passed to `train`.
 
     Raises:
-        PruneError: If the recipe does not fit the model or the run; nothing was written then.
-        SyntaxError: For an unknown callback name.
+        PruneError: If an argument is wrong, or the recipe does not fit the model or the run; nothing was written then.
     """
     model._check_is_pytorch_model()
     stock = keys.without_pruning_keys(arguments)
@@ -118,7 +117,7 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
     wanted = keys.wants_pruning(arguments.get("callbacks"))
     if not wanted:
         if given := _recipe_keys(arguments):
-            raise SyntaxError(f"'{given[0]}' has no effect by itself. Add callbacks='prune' to prune while training.")
+            raise ArgumentError(f"'{given[0]}' has no effect by itself. Add callbacks='prune' to prune while training.")
         return None
     recipe = load_recipe(arguments.get("recipe"), keys.overrides(arguments))
     for warning in doctor.untested():
