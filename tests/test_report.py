@@ -145,15 +145,17 @@ def test_a_latency_has_a_row_where_it_was_measured() -> None:
     assert "latency" not in summary_table(Report())
 
 
+@pytest.mark.parametrize("per_step", [1, 4])
 @pytest.mark.parametrize(("later", "said"), [((0.5, 0.58), True), ((0.5, 0.61), False), ((), False)])
 def test_training_that_gained_nothing_is_named(
-    later: tuple[float, ...], said: bool, caplog: pytest.LogCaptureFixture
+    later: tuple[float, ...], said: bool, per_step: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     row = RoundRow(number=1, epoch=2, target={"flops": 0.5}, fitness=RoundFitness(recovered=0.6))
     epochs = [EpochRow(epoch=i, fitness=f) for i, f in enumerate((0.7, 0.7, *later), 1)]
     with caplog.at_level("INFO", "ultralytics"):
-        log_if_untrained(Report(rounds=[row], epochs_log=epochs))
+        log_if_untrained(Report(rounds=[row], epochs_log=epochs), batch=16, per_step=per_step)
     assert ("no epoch after the last cut came up to the fitness of 0.600" in caplog.text) is said
+    assert ("more steps: nbs=16" in caplog.text) is (said and per_step > 1)
 
 
 def test_no_difference_has_no_sign_of_loss() -> None:

@@ -214,7 +214,7 @@ def finish(trainer: BaseTrainer, run: Run) -> None:
         )
     surgery.check_applied(model, found.plan)
     journal.complete(trainer, run.report, model, found.plan)
-    journal.log_if_untrained(run.report)
+    journal.log_if_untrained(run.report, trainer.batch_size, control.batches_per_step(trainer))
     journal.write_front(trainer, run, wanted)
     _spare("prune.png could not be drawn", lambda: draw(run.report, trainer.save_dir / "prune.png"))
     for aside in trainer.wdir.glob("round*.pt"):

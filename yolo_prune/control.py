@@ -312,8 +312,13 @@ def average_over(trainer: BaseTrainer, epochs: float) -> None:
 
 def steps_per_epoch(trainer: BaseTrainer) -> float:
     """Steps that the optimizer takes in an epoch, once it is warm."""
-    batches_per_step: int = max(round(trainer.args.nbs / trainer.batch_size), 1)
-    return len(trainer.train_loader) / batches_per_step
+    return len(trainer.train_loader) / batches_per_step(trainer)
+
+
+def batches_per_step(trainer: BaseTrainer) -> int:
+    """Batches whose gradients the optimizer gathers for a step, once it is warm."""
+    batches: int = max(round(trainer.args.nbs / trainer.batch_size), 1)
+    return batches
 
 
 def start_from_average(trainer: BaseTrainer) -> None:

@@ -230,17 +230,24 @@ def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
     )
 
 
-def log_if_untrained(report: Report) -> None:
-    """Say so if no epoch after the last cut was as good as what was recovered before any training."""
+def log_if_untrained(report: Report, batch: int, per_step: int) -> None:
+    """Say so if no epoch after the last cut was as good as what was recovered before any training.
+
+    Args:
+        report: of the run.
+        batch: images in a batch.
+        per_step: batches whose gradients are gathered for a step of the optimizer.
+    """
     if not report.rounds:
         return
     last = report.rounds[-1]
     since = [e.fitness for e in report.epochs_log if e.fitness is not None and e.epoch > (last.epoch or 0)]
     recovered = last.fitness.recovered
     if recovered is not None and since and max(since) < recovered:
+        more = f"Longer training may go beyond it{f', and so may more steps: nbs={batch}' if per_step > 1 else ''}."
         LOGGER.info(
             f"{PREFIX}no epoch after the last cut came up to the fitness of {recovered:.3f} that was recovered before "
-            f"any training (the best: {max(since):.3f}), so best.pt is that model. Longer training may go beyond it."
+            f"any training (the best: {max(since):.3f}), so best.pt is that model. {more}"
         )
 
 
