@@ -158,6 +158,7 @@ def test_yolo_train_understands_the_keys_and_refuses_before_any_work(clean_cwd: 
     [
         ("train callbacks=prune recipe.target.flops=0.02", "target.flops: 0.02 of the dense model cannot"),
         ("train callbacks=prunes", "callbacks='prunes' is not a known callback"),
+        ("train callbacks=", "'callbacks' needs a value"),
         ("val callbacks=prune", "'callbacks' is an argument of 'yolo train' only"),
     ],
 )

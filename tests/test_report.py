@@ -155,7 +155,7 @@ def test_training_that_gained_nothing_is_named(
     with caplog.at_level("INFO", "ultralytics"):
         log_if_untrained(Report(rounds=[row], epochs_log=epochs), batch=16, per_step=per_step)
     assert ("no epoch after the last cut came up to the fitness of 0.600" in caplog.text) is said
-    assert ("more steps: nbs=16" in caplog.text) is (said and per_step > 1)
+    assert ("one in 4 batches, with nbs=16 one in each" in caplog.text) is (said and per_step > 1)
 
 
 def test_no_difference_has_no_sign_of_loss() -> None:

@@ -23,7 +23,7 @@ from ultralytics.engine import trainer as engine
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from yolo_prune import control, files, journal, resume, rounds, trainer
+from yolo_prune import control, files, journal, rounds, trainer
 
 
 def die() -> None:
@@ -88,7 +88,7 @@ PLACES: dict[str, Callable[[int], None]] = {
     "stripping": lambda n: at(trainer, "strip_optimizer", "after", n),
     "at random": lambda n: threading.Timer(n / 1000, die).start(),
     "report complete": lambda n: at(journal, "complete", "after", n),
-    "ended": lambda n: at(resume, "forget", "after", n),
+    "ended": lambda n: at(trainer.KeepStructure, "tidy", "after", n),
 }
 
 

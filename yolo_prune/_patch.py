@@ -70,7 +70,7 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         if "train" not in base:  # not the command line: run configurations never hold our keys
             original(base, custom, e, *further)
             return
-        with _plain():
+        with _one_line_for_commands():
             _check_command(custom, unreadable=e is not None)
         # The examples make the suggestions for misspelt keys know ours too.
         original({**base, **EXAMPLES}, without_pruning_keys(custom), e, *further)
@@ -80,7 +80,7 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check_command(custom: Mapping[str, Any], unreadable: bool) -> None:
     """Refuse our keys where a command line gives them no value, or no run to be about."""
-    ours = [key for key in custom if is_pruning_key(key)]
+    ours = [key for key in custom if is_pruning_key(key.rstrip("="))]
     mode = custom.get("mode")
     if ours and (unreadable or custom[ours[0]] == ""):  # how the command line reports what it cannot read
         raise ArgumentError(f"'{ours[0].rstrip('=')}' needs a value, for example callbacks=prune recipe=half-flops.")
@@ -97,24 +97,25 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
         from ultralytics.utils import DEFAULT_CFG_DICT
 
-        with _plain():
-            check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
-            if _concerns_us(self, kwargs):
-                from yolo_prune import launch  # only now: no other run should depend on what it imports
+        check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
+        if not _concerns_us(self, kwargs):
+            return original(self, trainer=trainer, **kwargs)
+        from yolo_prune import launch  # only now: no other run should depend on what it imports
 
-                return launch.train(self, original, trainer, kwargs)
-        return original(self, trainer=trainer, **kwargs)
+        with _one_line_for_commands():
+            return launch.train(self, original, trainer, kwargs)
 
     return train
 
 
 @contextmanager
-def _plain() -> Iterator[None]:
-    """Who typed a command needs the message, not where it comes from."""
+def _one_line_for_commands() -> Iterator[None]:
+    """End a `yolo` command with the message of our error: who typed it does not need to know where it comes from."""
     try:
         yield
     except PruneError as e:
-        if Path(sys.argv[0]).stem in ("yolo", "ultralytics"):
+        command = Path(sys.argv[0])
+        if command.stem in ("yolo", "ultralytics") and command.suffix.lower() in ("", ".exe"):
             sys.exit(f"yolo-prune: {e}")
         raise
 

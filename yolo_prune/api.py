@@ -146,7 +146,7 @@ def prune(
         What was measured, as in the run folder's `prune.json`.
 
     Raises:
-        PruneError: If the recipe does not fit, or the run did not end pruned.
+        PruneError: If an argument is wrong, the recipe does not fit, or the run did not end pruned.
     """
     _startup.install(force=True)
     if isinstance(model, str | Path):

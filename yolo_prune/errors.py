@@ -9,7 +9,7 @@ class PruneError(Exception):
 
 
 class ArgumentError(PruneError, SyntaxError):
-    """An argument of `train` that is nobody's, or has no meaning; a `SyntaxError`, as Ultralytics' own are."""
+    """An argument of ours with a wrong name or value, or out of place; a `SyntaxError`, as Ultralytics' own are."""
 
 
 class RecipeError(PruneError):

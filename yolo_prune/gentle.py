@@ -36,10 +36,10 @@ def unchosen(recipe: Recipe, settings: Mapping[str, Any], explicit: set[str]) ->
         settings: of the run, as Ultralytics would resolve them.
         explicit: keys of those that somebody chose.
     """
-    gentle = after_refit(recipe.target, int(settings["epochs"])) if recipe.recover.refit else TRAINED
+    wanted = after_refit(recipe.target, int(settings["epochs"])) if recipe.recover.refit else TRAINED
     if "optimizer" in explicit and "Adam" not in str(settings["optimizer"]):
         explicit = explicit | {"lr0"}  # which is AdamW's
-    return {key: value for key, value in gentle.items() if key not in explicit}
+    return without(explicit, wanted)
 
 
 def after_refit(target: Target, epochs: int) -> dict[str, Any]:
@@ -60,6 +60,11 @@ def further(epochs: int) -> dict[str, Any]:
         epochs: of the run; none of them has mosaics, and no more than half of them warm up.
     """
     return {**GENTLE, "warmup_epochs": min(WARM_UP, epochs / 2), "close_mosaic": epochs}
+
+
+def without(explicit: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that nobody chose."""
+    return {key: value for key, value in settings.items() if key not in explicit}
 
 
 def said(settings: Mapping[str, Any]) -> str:

@@ -244,7 +244,9 @@ def log_if_untrained(report: Report, batch: int, per_step: int) -> None:
     since = [e.fitness for e in report.epochs_log if e.fitness is not None and e.epoch > (last.epoch or 0)]
     recovered = last.fitness.recovered
     if recovered is not None and since and max(since) < recovered:
-        more = f"Longer training may go beyond it{f', and so may more steps: nbs={batch}' if per_step > 1 else ''}."
+        more = "Longer training may go beyond it."
+        if per_step > 1:
+            more += f" So may more steps: the optimizer takes one in {per_step} batches, with nbs={batch} one in each."
         LOGGER.info(
             f"{PREFIX}no epoch after the last cut came up to the fitness of {recovered:.3f} that was recovered before "
             f"any training (the best: {max(since):.3f}), so best.pt is that model. {more}"

@@ -36,7 +36,8 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
         arguments: what the user passed to `train`.
 
     Raises:
-        PruneError: If an argument is wrong, or the recipe does not fit the model or the run; nothing was written then.
+        PruneError: Before anything is written, if an argument is wrong or the recipe does not fit the model or the run;
+            later, if the run cannot go on or ends without the pruned model.
     """
     model._check_is_pytorch_model()
     stock = keys.without_pruning_keys(arguments)
@@ -52,8 +53,8 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
             metadata.close(model.model)
             if not metadata.is_pruned(model.model):
                 return stock_train(model, trainer=trainer, **stock)
-            if not explicit & {"optimizer", "lr0"}:
-                better = gentle.said(gentle.further(int(settings["epochs"])))
+            if isinstance(settings["epochs"], int) and not explicit & {"optimizer", "lr0", "time"}:
+                better = gentle.said(gentle.without(explicit, gentle.further(settings["epochs"])))
                 LOGGER.info(f"{PREFIX}the model is pruned, and trained already. To go up from there: {better}")
         elif callback.recipe.recover.distill:
             stock["distill_model"] = str(_origin(model))
