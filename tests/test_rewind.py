@@ -110,7 +110,7 @@ class Watched:
             if len(self.after) < len(self.plans):
                 states = (trainer.model.state_dict(), trainer.ema.ema.state_dict())
                 held = [{n: t.clone() for n, t in state.items()} for state in states]
-                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates, trainer.restart.total))
+                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates, trainer.warm_up.total))
 
         def ends(trainer: Any) -> None:
             self.kept.append((trainer.wdir / "rewind.pt").exists())
@@ -136,7 +136,7 @@ def test_after_each_cut_the_weights_are_those_of_the_early_epoch(
         for plan, (live, average, state, updates, warm) in zip(watched.plans, watched.after, strict=True):
             surgery.apply(expected, plan)
             wanted = expected.state_dict()
-            assert wanted.keys() == control.keys() == average.keys()
+            assert wanted.keys() == live.keys() == average.keys()
             for name, value in wanted.items():
                 assert torch.equal(live[name], value), name
                 assert torch.equal(average[name], value), name

@@ -20,7 +20,7 @@ from ultralytics import YOLO
 import yolo_prune
 from yolo_prune import cli
 from yolo_prune.cut.plan import Plan
-from yolo_prune.cut.record import Record
+from yolo_prune.cut.record import Record, read_record
 from yolo_prune.data import datasets
 from yolo_prune.errors import NothingToRemoveError, RunError, TargetError
 from yolo_prune.latency import search, stopwatch
@@ -327,9 +327,9 @@ def test_a_run(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert row.latency.ratio == pytest.approx(0.3 + 0.7 * row.flops / report.dense.flops)  # of this very cut
     assert "torch" in row.latency.place
     assert (report.dense.latency_ms, report.pruned.latency_ms) == (row.latency.dense_ms, row.latency.ms)
-    record = yolo_prune.metadata.read(YOLO(tmp_path / "run/weights/best.pt").model)  # type: ignore[arg-type]
+    record = read_record(YOLO(tmp_path / "run/weights/best.pt").model)  # type: ignore[arg-type]
     assert isinstance(record, Record)
-    assert record.rounds[0]["keep"] == pytest.approx(row.latency.ratio)
+    assert record.rounds[0].keep == pytest.approx(row.latency.ratio)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from yolo_prune.cut import proof, surgery
 from yolo_prune.cut import record as records
 from yolo_prune.cut.copies import bare_copy
 from yolo_prune.cut.plan import Plan
-from yolo_prune.cut.record import Record, read_record, write_record
+from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
 from yolo_prune.data import datasets
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log
@@ -122,10 +122,9 @@ def apply(
     if calibration and whole:
         recover.refit(whole, module, plan, calibration.images(refit), progress=log.bar("refitting layers"))
     composed = record.plan.then(plan) if record and record.plan else plan
-    forecast = plan.forecast
-    cost = {"flops": forecast.flops_after, "params": forecast.params_after} if forecast else {}
-    row = {"number": 1, "epoch": None, "plan": plan.hash, **cost}
-    write_record(module, Record(record.recipe if record else {}, composed, widths, (row,)))
+    flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
+    facts = RoundFacts(number=1, plan=plan.hash, flops=flops, params=params)
+    write_record(module, Record(record.recipe if record else {}, composed, widths, (facts,)))
     if isinstance(model, Model):
         # train() takes the weights from here, not from a YAML; optimizer and epoch of the dense run are void.
         model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
@@ -189,9 +188,9 @@ def describe(model: Model | nn.Module | str | Path) -> str:
         "",
     ]
     for r in record.rounds:
-        when = f"before epoch {r['epoch'] + 1}" if r.get("epoch") is not None else "in one shot"
-        back = ", taken back" if r.get("held") is False else ""
-        lines.append(f"round {r['number']} {when}{back}: plan {r['plan'][:12]}")
+        when = f"before epoch {r.epoch + 1}" if r.epoch is not None else "in one shot"
+        back = ", taken back" if r.held is False else ""
+        lines.append(f"round {r.number} {when}{back}: plan {r.plan[:12]}")
     lines += ["", f"{'layer':44}{'dense':>8}{'pruned':>8}"]
     for name, width in planner.layer_widths(module):
         before = record.plan.shapes.get(f"{name}.weight", (width,))[0]
