@@ -117,30 +117,33 @@ def _fitness(axes: Axes, history: History, colours: Mapping[str, str], size: flo
 
 
 def _marks(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> list[Artist]:
-    """The fitness right after the cuts and where recovery brought it.
-
-    Values right after cuts would squeeze all others: those below the axis are at its foot, with their figure where
-    there is room for it.
-    """
+    """The fitness right after the cuts, and where recovery brought it."""
     low = axes.get_ylim()[0]
     handles: list[Artist] = []
-    edges = [*(row.epoch for row in history.rounds[1:]), history.last]
-    for row, after in zip(history.rounds, edges, strict=False):
-        for value, label, marker, fill in (
-            (row.fitness.cut, "right after the cut", "v", colours["sheet"]),
-            (row.fitness.recovered, "recovered", "D", colours["dense"]),
-        ):
-            if value is None:
-                continue
-            look: dict[str, Any] = {"color": fill, "markeredgecolor": colours["pruned"], "markeredgewidth": 1.6}
-            look |= {"marker": marker, "markersize": 7, "linestyle": "", "clip_on": False, "zorder": 5}
-            (mark,) = axes.plot([row.epoch], [max(value, low)], label=label, **look)
+    for key, label, marker, fill in (
+        ("cut", "right after the cut", "v", colours["sheet"]),
+        ("recovered", "recovered", "D", colours["dense"]),
+    ):
+        look: dict[str, Any] = {"color": fill, "markeredgecolor": colours["pruned"], "markeredgewidth": 1.6}
+        look |= {"marker": marker, "markersize": 7, "linestyle": "", "clip_on": False, "zorder": 5, "label": label}
+        known = [(row, value) for row in history.rounds if (value := getattr(row.fitness, key)) is not None]
+        marks = [axes.plot([row.epoch], [max(value, low)], **look)[0] for row, value in known]
+        for mark, (row, value) in zip(marks, known, strict=True):
             svg.tip(mark, f"round {row.number}, {label}: fitness {fitness(value)}")
-            handles += [] if label in (handle.get_label() for handle in handles) else [mark]
-            if value < low and (after - row.epoch) / history.last * axes.bbox.width > 5 * size * axes.figure.dpi / 72:
-                place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": size}
-                axes.annotate(fitness(value), (row.epoch, low), (8, 0), color=colours["quiet"], **place)
+        handles += marks[:1]
+    _write_low_ones(axes, history, colours, size)
     return handles
+
+
+def _write_low_ones(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> None:
+    """Values right after cuts would squeeze all others: those at the foot say how low they are, where there is room."""
+    low, room = axes.get_ylim()[0], 5 * size * axes.figure.dpi / 72
+    place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": size, "color": colours["quiet"]}
+    ends = [*(row.epoch for row in history.rounds[1:]), history.last]
+    for row, end in zip(history.rounds, ends, strict=False):
+        value, wide = row.fitness.cut, (end - row.epoch) / history.last * axes.bbox.width
+        if value is not None and value < low and wide > room:
+            axes.annotate(fitness(value), (row.epoch, low), (8, 0), **place)
 
 
 def _flops(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> list[Artist]:

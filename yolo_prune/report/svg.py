@@ -7,6 +7,7 @@ Only Figures of their own are drawn, in matplotlib's default style: pyplot and a
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ def plain(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:
 
 
 def span(values: Sequence[float], margin: float = 0.1, least: float = 0.0) -> tuple[float, float]:
-    """The ends of an axis around values that are not negative; it begins at 0 where that costs little.
+    """The ends of an axis around values; it begins at 0 where that costs little, and at no less if no value does.
 
     Args:
         values: at least one.
@@ -89,11 +90,12 @@ def span(values: Sequence[float], margin: float = 0.1, least: float = 0.0) -> tu
         least: that the axis spans, so that noise does not look like a difference.
     """
     low, high = min(values), max(values)
+    foot = 0.0 if low >= 0 else -math.inf
     room = max(0.0, least - (high - low)) / 2
-    low, high = max(0.0, low - room), high + room
-    low = 0.0 if low < 0.35 * high else low
-    spread = (high - low) or 0.2 * high or 1.0
-    return max(0.0, low - margin * spread), high + margin * spread
+    low, high = max(foot, low - room), high + room
+    low = 0.0 if 0 <= low < 0.35 * high else low
+    spread = (high - low) or 0.2 * abs(high) or 1.0
+    return max(foot, low - margin * spread), high + margin * spread
 
 
 def round_ticks(axis: Axis, most: int) -> None:
