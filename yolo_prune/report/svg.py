@@ -76,7 +76,7 @@ def plain(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(colours["quiet"])
-    axes.tick_params(colors=colours["quiet"], labelsize=size, bottom=False, left=False)
+    axes.tick_params(colors=colours["quiet"], labelsize=size, pad=6, bottom=False, left=False)
     axes.grid(axis="y", color=colours["faint"], linewidth=0.8)
     axes.set_axisbelow(True)
 
