@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""No cell of docs/support.md gets worse: measured again, on thin models where Ultralytics lets a model be thinner."""
+"""No cell of docs/reference/support.md gets worse: measured again, on thin models where Ultralytics lets a model be thinner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IN_SHORT = ("plan", "least FLOPs", "again")
 
 
 def committed() -> dict[str, dict[str, str]]:
-    """The first table of docs/support.md: `{architecture: {column: cell}}`."""
+    """The first table of docs/reference/support.md: `{architecture: {column: cell}}`."""
     lines = [line for line in support.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     head = next(i for i, line in enumerate(lines) if "plan" in line)
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[head:]]
