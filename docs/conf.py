@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import tempfile
 
-_config = tempfile.TemporaryDirectory(prefix="yolo-prune-docs-")  # removed at exit
-os.environ |= {"MPLBACKEND": "Agg", "YOLO_CONFIG_DIR": _config.name, "YOLO_OFFLINE": "1"}
+# Ultralytics reads these once, when it is first imported.
+os.environ |= {"MPLBACKEND": "Agg", "YOLO_OFFLINE": "1", "YOLO_CONFIG_DIR": tempfile.mkdtemp(prefix="yolo-prune-docs-")}
 
 from yolo_prune import __version__
 

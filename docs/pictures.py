@@ -3,8 +3,8 @@
 
     python docs/pictures.py runs/detect/train
 
-Needs Chromium (`apt-get install chromium`) and the tests beside this folder, whose `browser.py` drives it. The pictures show
-the top of the page. They are reduced to 256 colours, and must be small enough to be read over a slow line.
+Needs Chromium (`apt-get install chromium`) and the tests beside this folder, whose `browser.py` drives it. The pictures
+show the top of the page. They are reduced to 256 colours, or to fewer if they are too large then.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 
 from PIL import Image
 
-DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import browser
+
+DOCS = Path(__file__).resolve().parent
 
 WIDTH, HEIGHT = 1100, 1000
 """Of the part of the page that is shown, in CSS pixels."""
@@ -57,10 +58,10 @@ def main() -> int:
 
 def small(whole: Image.Image) -> bytes:
     """The top of a screenshot, as a PNG below the limit."""
-    top = whole.convert("RGB").crop((0, 0, whole.width, min(HEIGHT, whole.height)))
+    top, method = whole.convert("RGB").crop((0, 0, whole.width, min(HEIGHT, whole.height))), Image.Quantize.MEDIANCUT
     for colours in (256, 128, 64, 32):
         data = io.BytesIO()
-        top.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(data, "png", optimize=True)
+        top.quantize(colours, method, dither=Image.Dither.NONE).save(data, "png", optimize=True)
         if data.tell() <= LIMIT:
             break
     return data.getvalue()

@@ -289,22 +289,23 @@ def _text(column: str, value: Any) -> str:
 
 HEADER = """# Supported models
 
-yolo-prune prunes every model YAML that Ultralytics ships: YOLOv3 to YOLO26, RT-DETR, YOLO-World and YOLOE, in every scale, for
-detection, segmentation (instance and semantic), depth, pose, oriented boxes and classification. Checkpoints of earlier
-releases (8.0 to 8.3) work as well.
+yolo-prune prunes every model YAML that Ultralytics ships: YOLOv3 to YOLO26, RT-DETR, YOLO-World and YOLOE, in every
+scale, for detection, segmentation (instance and semantic), depth, pose, oriented boxes and classification.
+Checkpoints of earlier releases (8.0 to 8.3) work as well.
 
-**What is pruned.** Backbones, necks, attention, the feed-forward layers of transformers, and the hidden channels of all heads.
-Both branches of an end-to-end head are pruned and get the same widths. What stays is protected for a reason, which `yolo-prune
-plan` prints: task outputs, the stream of a transformer (LayerNorm), the width of a text embedding. Your own blocks are read
-off their forward pass; where that writes out sizes, add [a rule of a few lines](blocks.md).
+**What is pruned.** Backbones, necks, attention, the feed-forward layers of transformers, and the hidden channels of
+all heads. Both branches of an end-to-end head are pruned and get the same widths. What stays is protected for a
+reason, which `yolo-prune plan` prints: task outputs, the stream of a transformer (LayerNorm), the width of a text
+embedding. Your own blocks are read off their forward pass; where that writes out sizes, add [a rule of a few
+lines](blocks.md).
 
-**What is refused.** Fused and quantized checkpoints, exported files, SAM, YOLO-NAS, and the `FastSAM` class (open its file with
-`YOLO(...)`). The message says what to pass instead.
+**What is refused.** Fused and quantized checkpoints, exported files, SAM, YOLO-NAS, and the `FastSAM` class (open its
+file with `YOLO(...)`). The message says what to pass instead.
 
-**Where it runs.** On a CPU, on one GPU or on several, with `distill_model=` and every other setting of Ultralytics' trainer.
-The exceptions are `compile=True`, `quantize=8`, `time=`, `save=False` and a list of datasets. These are refused together with
-`callbacks=prune`, each with a way round. All of them work on the pruned checkpoint afterwards. [What works with
-what](../how-to/training.md#what-works-with-what) has the list.
+**Where it runs.** On a CPU, on one GPU or on several, with `distill_model=` and every other setting of Ultralytics'
+trainer. The exceptions are `compile=True`, `quantize=8`, `time=`, `save=False` and a list of datasets. These are
+refused together with `callbacks=prune`, each with a way round. All of them work on the pruned checkpoint afterwards.
+[What works with what](../how-to/training.md#what-works-with-what) has the list.
 
 ## What works on which architecture
 
@@ -326,8 +327,8 @@ tests/support.py` makes this page. A test measures the same cells again, and fai
 FAMILIES = """
 ## What is protected, and why
 
-Shares are of the parameters of the layers whose outputs may not be cut (their inputs may). The models are small and have
-three classes here, so heads weigh more than usual.
+Shares are of the parameters of the layers whose outputs may not be cut (their inputs may). The models are small and
+have three classes here, so heads weigh more than usual.
 """
 
 

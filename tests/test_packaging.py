@@ -118,7 +118,12 @@ def test_the_source_archive_can_be_built_from(build: Callable[[str], Path]) -> N
     with tarfile.open(build("sdist")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "yolo_prune/yolo_prune.pth"} <= names
-    assert {"yolo_prune/yolo_prune.start", "recipes/half-flops.yaml", "tests/conftest.py", "docs/how-to/targets.md"} <= names
+    assert {
+        "yolo_prune/yolo_prune.start",
+        "recipes/half-flops.yaml",
+        "tests/conftest.py",
+        "docs/how-to/targets.md",
+    } <= names
     assert {f"yolo_prune/report/templates/{name}" for name in TEMPLATES} <= names
 
 

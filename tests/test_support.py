@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""No cell of docs/reference/support.md gets worse: measured again, on thin models where Ultralytics lets a model be thinner."""
+"""No cell of docs/reference/support.md gets worse: measured again, on thin models where Ultralytics allows them."""
 
 from __future__ import annotations
 
