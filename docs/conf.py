@@ -37,4 +37,5 @@ html_static_path = ["static", "images"]  # the style sheet names a picture
 html_css_files = ["docs.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_show_search_summary = False  # these are fetched, which browsers refuse to pages that are files
 html_theme_options = {"navigation_with_keys": True}
