@@ -6,7 +6,7 @@ from __future__ import annotations
 import nox
 
 RELEASES = ("8.3.0", "8.3.100", "8.3.200", "8.4.0", "8.4.60", "8.4.120", "8.4.190")
-"""Oldest, some in between, newest; `yolo_prune/doctor.py` and `pyproject.toml` name the ends."""
+"""Oldest, some in between, newest; `yolo_prune/env/versions.py` and `pyproject.toml` name the ends."""
 MAIN_PATH = ("tests/test_main_path.py", "tests/test_kill.py")
 
 nox.options.sessions = ["releases"]

@@ -35,9 +35,10 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import yaml_model_load
 
 import yolo_prune
-from yolo_prune import control as control_room
-from yolo_prune import gentle, planner
+from yolo_prune.planning import planner
 from yolo_prune.recipe import load_recipe
+from yolo_prune.run import live as control_room
+from yolo_prune.run import settings as run_settings
 
 KEEPS = (0.75, 0.5, 0.25)
 EPOCHS = {0.75: 30, 0.5: 30, 0.25: 45}
@@ -141,7 +142,7 @@ def ablation(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The same, with one part left out or exchanged."""
     for keep in keeps(ask):
         target = load_recipe({"target": {"flops": keep}}).target
-        refitted = {**gentle.after_refit(target, epochs_of(ask, keep)), "recipe.schedule.rounds": 1}
+        refitted = {**run_settings.after_refit(target, epochs_of(ask, keep)), "recipe.schedule.rounds": 1}
         for name, changes in ABLATION.items():
             if not ask["only"] or name in ask["only"].split(","):
                 yield row(ask, keep, name, {**refitted, **changes})
@@ -188,7 +189,7 @@ def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
     for seed in map(int, ask["seeds"].split(",")):
         model = YOLO(ask["model"])
         model.add_callback("on_train_epoch_start", average)
-        model.train(**settings(ask, epochs, seed), **gentle.further(epochs))
+        model.train(**settings(ask, epochs, seed), **run_settings.further(epochs))
         found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
     yield [f"dense, {epochs} epochs more", 1.0, *together(found), time.perf_counter() - began]
 

@@ -19,9 +19,9 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from yolo_prune import subjects
+from yolo_prune.measure import subjects
+from yolo_prune.measure.subjects import Setting
 from yolo_prune.report.table import align
-from yolo_prune.subjects import Setting
 
 MERGED = {
     "Conv": "convolution, with what is fused into it",

@@ -18,8 +18,9 @@ from typing import Any
 
 from ultralytics import YOLO
 
-from yolo_prune import files, resume, rounds
-from yolo_prune.callback import PruneCallback
+from yolo_prune.env import files
+from yolo_prune.run import resume, rounds
+from yolo_prune.run.callback import PruneCallback
 
 EPOCHS, CUT = 8, 2
 

@@ -42,7 +42,8 @@ def measure(name: str) -> dict[str, float]:
     import torch
 
     import yolo_prune
-    from yolo_prune import planner, proof, surgery
+    from yolo_prune.cut import proof, surgery
+    from yolo_prune.planning import planner
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -76,7 +77,8 @@ def compare(name: str) -> dict[str, float]:
     import torch
 
     import yolo_prune
-    from yolo_prune import planner, surgery
+    from yolo_prune.cut import surgery
+    from yolo_prune.planning import planner
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

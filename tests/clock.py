@@ -12,14 +12,14 @@ import pytest
 from datasets import IMGSZ
 from torch import nn
 
-from yolo_prune import planner
-from yolo_prune.latency import Interval
-from yolo_prune.subjects import Setting
-from yolo_prune.timing import probe, search, target
-from yolo_prune.timing.fit import Point
-from yolo_prune.timing.layers import Layer, distinct, layers_of
-from yolo_prune.timing.table import Place, Table
-from yolo_prune.timing.whole import Measured
+from yolo_prune.latency import probe, search, target
+from yolo_prune.latency.fit import Point
+from yolo_prune.latency.layers import Layer, distinct, layers_of
+from yolo_prune.latency.profile import Place, Table
+from yolo_prune.latency.stopwatch import Measured
+from yolo_prune.measure.clock import Interval
+from yolo_prune.measure.subjects import Setting
+from yolo_prune.planning import planner
 
 PLACE = Place(format="torch", runtime="torch", hardware="somewhere", device="cpu", threads=1, batch=1, quantize=32)
 

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from ultralytics import YOLO
 
-from yolo_prune.scenes import make_dataset
+from yolo_prune.demo.scenes import make_dataset
 
 IMGSZ = 64
 SHORT: dict[str, Any] = {

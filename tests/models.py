@@ -16,14 +16,15 @@ import zoo
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
-from yolo_prune import criteria, surgery
-from yolo_prune.cost import Cost, measure
+from yolo_prune import criteria
+from yolo_prune.cut import surgery
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.record import Record, read_record, write_record
 from yolo_prune.graph import Graph, trace
-from yolo_prune.metadata import Record, read, write
-from yolo_prune.planner import ROUND_TO, build_plan
-from yolo_prune.plans import Plan
+from yolo_prune.planning.cost import Cost, measure
+from yolo_prune.planning.planner import ROUND_TO, build_plan
+from yolo_prune.planning.select import Constraints, Goal, select
 from yolo_prune.recipe import Recipe, load_recipe
-from yolo_prune.select import Constraints, Goal, select
 
 FAMILIES = ("yolov8n", "yolo11n", "yolo26n")
 TINY = ("yolov8-tiny", "yolo11-tiny", "yolo26-tiny")  # an eighth of full width: quick, for tests that try many cuts
@@ -90,11 +91,11 @@ def pruned(name: str, **fields: Any) -> DetectionModel:
 
 def cut(model: nn.Module, plan: Plan) -> None:
     """Apply a plan and write it down, as a run does between two rounds."""
-    record = read(model)
+    record = read_record(model)
     dense = record.widths if record else graph_of(_names[model]).widths
     past = record.plan if record else None
     surgery.apply(model, plan)
-    write(model, Record({}, past.then(plan) if past else plan, dense))
+    write_record(model, Record({}, past.then(plan) if past else plan, dense))
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

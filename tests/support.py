@@ -30,10 +30,12 @@ from torch import nn
 from ultralytics import RTDETR, YOLO, YOLOE, YOLOWorld
 from ultralytics.utils import LOGGER
 
-from yolo_prune import metadata, planner, proof, recover, surgery
+from yolo_prune import recover
+from yolo_prune.cut import proof, surgery
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.record import Record, write_record
 from yolo_prune.graph import Graph, trace
-from yolo_prune.metadata import Record
-from yolo_prune.plans import Plan
+from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe, load_recipe
 
 PAGE = Path(__file__).parents[1] / "docs/reference/support.md"
@@ -111,7 +113,7 @@ def measure(name: str, folder: Path, width: float | None = None, columns: tuple[
         return row
     cell("exact", lambda: exact(name, precise, plan))
     surgery.apply(model, plan)
-    metadata.write(model, Record({}, plan, graph.widths))
+    write_record(model, Record({}, plan, graph.widths))
     cell("train step", lambda: train_step(model, name))
     cell("again", lambda: again(deepcopy(model), recipe(second), size))
     if "stock reload" in columns:

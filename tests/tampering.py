@@ -9,7 +9,7 @@ import pytest
 import torch
 from ultralytics import YOLO
 
-from yolo_prune import exports, subjects
+from yolo_prune.measure import exporter, subjects
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
@@ -20,6 +20,6 @@ def install(patch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             other.model.model[-1].cv3[0][-1].bias[0] += 0.1
         other.save(found.path.with_name("other.pt"))
-        return exports.export(YOLO(found.path.with_name("other.pt")), format, imgsz=setting.imgsz, device="cpu")
+        return exporter.export(YOLO(found.path.with_name("other.pt")), format, imgsz=setting.imgsz, device="cpu")
 
     patch.setattr(subjects, "exported", wrong)

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from yolo_prune.agreement import Comparison, Layout, batches
 from yolo_prune.errors import BenchError
+from yolo_prune.measure.differences import Comparison, Layout, batches
 
 PLACES = Layout(classes=2, extra=0, imgsz=64)
 

@@ -13,9 +13,9 @@ from torch import nn
 from ultralytics import YOLO
 
 import yolo_prune
-from yolo_prune import allocation, planner, select
 from yolo_prune.errors import RecipeError
 from yolo_prune.graph import ChannelSet, Group, Slot, trace
+from yolo_prune.planning import allocation, planner, select
 from yolo_prune.recipe import AllocationSpec, load_recipe
 
 T = {"target": {"flops": 0.5}, "criterion": "magnitude"}

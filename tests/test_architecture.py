@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,79 +13,110 @@ import pytest
 import yolo_prune
 
 PACKAGE = Path(yolo_prune.__file__).parent
-MAY_IMPORT_ULTRALYTICS = {
-    "_patch.py",
-    "api.py",
-    "benchmark.py",
-    "callback.py",
-    "control.py",
-    "journal.py",
-    "resume.py",
-    "cli.py",
-    "compat.py",
-    "comparison.py",
-    "demo.py",
-    "evaluate.py",
-    "exports.py",
-    "graph/blocks.py",
-    "images.py",
-    "launch.py",
-    "measured.py",
-    "models.py",
-    "pages.py",
-    "rounds.py",
-    "runtimes.py",
-    "subjects.py",
-    "timing/search.py",
-    "timing/target.py",
-    "trainer.py",
+FLOOR = {"errors", "_version"}  # that everything may use
+ORDER = (  # folders, and the faces at the root: each imports only what stands above it
+    "_keys",
+    "recipe",
+    "env",
+    "graph",
+    "cut",
+    "data",
+    "criteria",
+    "recover",
+    "planning",
+    "report",
+    "measure",
+    "latency",
+    "pages",
+    "run",
+    "_patch",
+    "_startup",
+    "demo",
+    "doctor",
+    "api",
+    "__init__",
+    "cli",
+)
+KNOW_NO_ULTRALYTICS = {"errors", "_version", "_keys", "recipe", "cut", "criteria", "planning", "recover", "report"}
+IN_FREE_ROOMS = {  # beside them: parts of other folders that are plain functions, and are to stay so
+    "data/calibration.py",
+    "data/layer_samples.py",
+    "env/files.py",
+    "env/ranks.py",
+    "env/versions.py",
+    "graph/trace.py",
+    "graph/rules.py",
+    "latency/fit.py",
+    "latency/layers.py",
+    "latency/profile.py",
+    "measure/alignment.py",
+    "measure/clock.py",
+    "measure/differences.py",
+    "run/guard.py",
+    "run/schedule.py",
 }
-FILES = sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level packages a file imports, at its top or inside functions."""
-    found: set[str] = set()
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(("yolo_prune", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports, at its top or inside functions; `from x import y` is `x.y` where that is one."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}: imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_only_the_rooms_that_may_import_ultralytics_do(name: str) -> None:
-    if "ultralytics" in imported(PACKAGE / name):
-        assert name in MAY_IMPORT_ULTRALYTICS
+def room(module: str) -> str:
+    """The folder that a module of ours lies in; of what lies at the root, its own name."""
+    return (module.split(".") + ["__init__"])[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "surgery.py",
-        "proof.py",
-        "select.py",
-        "plans.py",
-        "cost.py",
-        "recover/refit.py",
-        "criteria/data.py",
-        "allocation.py",
-        "sensitivity.py",
-        "latency.py",
-        "forecast.py",
-        "timing/fit.py",
-        "timing/layers.py",
-        "timing/table.py",
-        "agreement.py",
-    ],
-)
-def test_the_core_does_not_know_the_trainer(name: str) -> None:
-    tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not modules & {f"yolo_prune.{room}" for room in ("trainer", "callback", "launch", "api", "cli")}
+def ours(path: Path) -> set[str]:
+    return {module for module in imports(path) if module.split(".")[0] == "yolo_prune"}
 
 
-def test_files_stay_small() -> None:
-    sizes = {name: len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) for name in FILES}
-    assert {name: lines for name, lines in sizes.items() if lines > 420} == {}
+def test_every_folder_and_face_has_its_place_in_the_order() -> None:
+    assert {room(module) for module in MODULES} == FLOOR | set(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_its_folder_may_know(path: Path) -> None:
+    here = room(name_of(path))
+    may = FLOOR if here in FLOOR else FLOOR | set(ORDER[: ORDER.index(here) + 1])
+    assert {module for module in ours(path) if room(module) not in may} == set()
+
+
+def test_no_files_import_each_other_in_a_loop() -> None:
+    graph = {module: ours(path) - {module} for module, path in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        pytest.fail(f"import loop: {' <- '.join(e.args[1])}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_core_does_not_know_ultralytics(path: Path) -> None:
+    if room(name_of(path)) in KNOW_NO_ULTRALYTICS or path.relative_to(PACKAGE).as_posix() in IN_FREE_ROOMS:
+        assert "ultralytics" not in {module.split(".")[0] for module in imports(path)}
+
+
+def test_the_files_that_stay_free_of_ultralytics_are_there() -> None:
+    assert {file for file in IN_FREE_ROOMS if not (PACKAGE / file).is_file()} == set()
+
+
+def test_no_folder_takes_the_name_of_a_public_function() -> None:
+    """Importing the folder would put the module in the place of the function, in `yolo_prune`."""
+    names = {path.stem if path.suffix == ".py" else path.name for path in PACKAGE.iterdir()}
+    assert names & set(yolo_prune.__all__) == set()

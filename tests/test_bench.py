@@ -19,9 +19,10 @@ from ultralytics import RTDETR, YOLO, utils
 from ultralytics.utils import checks
 
 import yolo_prune
-from yolo_prune import cli, comparison, exports, latency, runtimes, subjects
+from yolo_prune import cli
 from yolo_prune.errors import BenchError, ParityError
-from yolo_prune.report.latency import Measurement
+from yolo_prune.measure import clock, exporter, parity_check, runtimes, subjects
+from yolo_prune.report.measurement import Measurement
 
 CPU = torch.device("cpu")
 
@@ -45,8 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warming up takes no second here."""
-    warm_up = latency.warm_up
-    monkeypatch.setattr(latency, "warm_up", lambda runs: warm_up(runs, seconds=0.0, least=1))
+    warm_up = clock.warm_up
+    monkeypatch.setattr(clock, "warm_up", lambda runs: warm_up(runs, seconds=0.0, least=1))
     monkeypatch.setattr(subjects, "busy", lambda: 0.0)
 
 
@@ -136,7 +137,7 @@ def test_an_export_neither_talks_nor_installs(
 ) -> None:
     monkeypatch.setattr(checks, "AUTOINSTALL", True)
     monkeypatch.setattr(utils, "AUTOINSTALL", True)
-    with exports.quietly("Something"):
+    with exporter.quietly("Something"):
         print("chatter")
         os.system("echo chatter of a program")
         assert (checks.AUTOINSTALL, utils.AUTOINSTALL) == (False, False)
@@ -145,7 +146,7 @@ def test_an_export_neither_talks_nor_installs(
     assert capfd.readouterr() == ("afterwards\n", "")
 
     def fail() -> None:
-        with exports.quietly("Something"):
+        with exporter.quietly("Something"):
             os.system("echo this is why")
             raise ValueError("it broke")
 
@@ -167,7 +168,7 @@ def test_an_export_leaves_the_gpus_to_the_run(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
-    exports.export(Early(), "onnx")  # type: ignore[arg-type]
+    exporter.export(Early(), "onnx")  # type: ignore[arg-type]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
@@ -176,7 +177,7 @@ def test_bench_from_the_command_line(
     folder: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(latency, "interleave", _spied(latency.interleave, sizes))
+    monkeypatch.setattr(clock, "interleave", _spied(clock.interleave, sizes))
     models = f"model={folder / 'dense.pt'},{folder / 'cut.pt'}"
     rest = [f"imgsz={IMGSZ}", "threads=1", "repeats=8", "save=bench.json", f"data={folder / 'scenes/scenes.yaml'}"]
     assert cli.main(["bench", models, "format=torch,torchscript,onnx", *rest]) == 0, capsys.readouterr().err
@@ -195,7 +196,7 @@ def test_bench_from_the_command_line(
         assert row.quartiles_ms[0] <= row.median_ms <= row.quartiles_ms[1]
     cut = found.row("cut.pt", "onnx")
     assert 0.4 < cut.flops_ratio <= 0.5
-    assert cut.ratio == latency.paired_ratio(cut.times_ms, found.row("dense.pt", "onnx").times_ms).median
+    assert cut.ratio == clock.paired_ratio(cut.times_ms, found.row("dense.pt", "onnx").times_ms).median
     assert 0 < cut.aligned < cut.convolutions
     assert cut.size_mb < found.row("dense.pt", "onnx").size_mb
     assert found.row("cut.pt", "torch").parity is None
@@ -221,7 +222,7 @@ def exported(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime", reason="needs the export extra")
     source = tmp_path_factory.mktemp("exported") / "cut.pt"
     source.write_bytes((folder / "cut.pt").read_bytes())
-    return exports.export(YOLO(source), "onnx", imgsz=IMGSZ, device="cpu")
+    return exporter.export(YOLO(source), "onnx", imgsz=IMGSZ, device="cpu")
 
 
 def test_parity_of_an_export(folder: Path, exported: Path) -> None:
@@ -257,7 +258,7 @@ def test_bench_fails_where_an_export_computes_something_else(
     folder: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tampering.install(monkeypatch)
-    monkeypatch.setattr(comparison, "validate", lambda *_: None)
+    monkeypatch.setattr(parity_check, "validate", lambda *_: None)
     arguments = [f"model={folder / 'cut.pt'}", f"imgsz={IMGSZ}", "repeats=2", "save=bench.json"]
     assert cli.main(["bench", *arguments, f"data={folder / 'scenes/scenes.yaml'}"]) == 1
     out, err = capsys.readouterr()
@@ -324,7 +325,7 @@ def test_alignment_counts_convolutions_of_a_graph(tmp_path: Path) -> None:
 )
 @pytest.mark.slow
 def test_every_runtime_and_precision(format: str, quantize: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "validate", lambda *_: None)
+    monkeypatch.setattr(parity_check, "validate", lambda *_: None)
     data = folder / "scenes/scenes.yaml"
     models = [folder / "dense.pt", folder / "cut.pt"]
     found = yolo_prune.bench(models, format, imgsz=IMGSZ, threads=1, repeats=3, quantize=quantize, data=data)
@@ -362,7 +363,7 @@ def test_other_heads_are_compared(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         kind(f"{name}.yaml").save(Path(folder) / f"{name}.pt")
         model = kind(Path(folder) / f"{name}.pt")
-        path = exports.export(model, "onnx", imgsz=IMGSZ, device="cpu")
+        path = exporter.export(model, "onnx", imgsz=IMGSZ, device="cpu")
         images = np.random.default_rng(0).random((2, 3, IMGSZ, IMGSZ), dtype=np.float32)
         found = yolo_prune.parity(model, path, images, imgsz=IMGSZ, confidence=0.0)
     assert found.failures == []
@@ -372,7 +373,7 @@ def test_other_heads_are_compared(name: str) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 @needs("onnx", "onnxruntime", "onnxslim")
 def test_a_batch_is_what_the_export_is_made_for(batch: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "validate", lambda *_: None)
+    monkeypatch.setattr(parity_check, "validate", lambda *_: None)
     data = folder / "scenes/scenes.yaml"
     found = yolo_prune.bench(folder / "cut.pt", "onnx", imgsz=IMGSZ, repeats=1, batch=batch, data=data)
     assert found.rows[0].parity.images == 4
@@ -401,13 +402,13 @@ def test_models_get_names_that_differ() -> None:
 
 
 def test_the_clock_and_the_tables_do_not_need_ultralytics() -> None:
-    for name in ("yolo_prune.latency", "yolo_prune.agreement", "yolo_prune.report.latency"):
+    for name in ("yolo_prune.measure.clock", "yolo_prune.measure.differences", "yolo_prune.report.measurement"):
         assert "ultralytics" not in vars(sys.modules[name])
 
 
 def test_a_quiet_export_leaves_no_handler_that_writes_to_a_closed_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
-    with exports.quietly("The export"):
+    with exporter.quietly("The export"):
         logging.warning("of an exporter")  # as they do
         assert logging.root.handlers
     assert not logging.root.handlers

@@ -16,9 +16,11 @@ from ultralytics import YOLO
 from ultralytics.cfg import entrypoint
 
 import yolo_prune
-from yolo_prune import _patch, cli, demo, keys, metadata
+from yolo_prune import _keys, _patch, cli
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.record import KEY
+from yolo_prune.demo import tour
 from yolo_prune.errors import TargetError
-from yolo_prune.plans import Plan
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def test_yolo_prune_train_works_where_the_hook_is_off(clean_cwd: Path) -> None:
     [("prune", True), (["prune"], True), ("[prune]", True), ("prune,", True), (None, False), ("", False), ([], False)],
 )
 def test_ways_to_write_callbacks(value: Any, wanted: bool) -> None:
-    assert keys.wants_pruning(value) is wanted
+    assert _keys.wants_pruning(value) is wanted
 
 
 @pytest.mark.slow
@@ -195,9 +197,9 @@ def test_the_demo_runs_through(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], clean_cwd: Path
 ) -> None:
     pytest.importorskip("onnxruntime", reason="needs the export extra")
-    monkeypatch.setitem(demo.DENSE, "epochs", 1)
-    monkeypatch.setitem(demo.PRUNE, "epochs", 3)
-    monkeypatch.setattr(demo, "IMAGES", {"train": 16, "val": 8})
+    monkeypatch.setitem(tour.DENSE, "epochs", 1)
+    monkeypatch.setitem(tour.PRUNE, "epochs", 3)
+    monkeypatch.setattr(tour, "IMAGES", {"train": 16, "val": 8})
     assert cli.main(["demo", "folder=here"]) == 0
     out = capsys.readouterr().out
     assert "onnxruntime agrees with torch" in out
@@ -228,11 +230,11 @@ except Exception as error:
     assert "nowhere.yaml" in str(error), error
 else:
     raise SystemExit("no error")
-assert not {"yolo_prune.graph", "yolo_prune.launch"} & set(sys.modules)
+assert not {"yolo_prune.graph", "yolo_prune.run.launch"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_patch_looks_where_the_record_is() -> None:
-    assert _patch.RECORD == metadata.KEY
+    assert _patch.RECORD == KEY

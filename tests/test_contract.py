@@ -2,7 +2,7 @@
 """Every Ultralytics internal that this package relies on, by name.
 
 When a new release breaks one of these, read what changed, adapt the named room, and only then widen the tested range in
-`doctor.py`.
+`env/versions.py`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, checks, metrics
 from ultralytics.utils.callbacks.base import default_callbacks
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
-from yolo_prune import images, runtimes
 from yolo_prune._patch import MARK
-from yolo_prune.callback import PruneCallback
+from yolo_prune.data import datasets
 from yolo_prune.graph import blocks, rules
+from yolo_prune.measure import runtimes
+from yolo_prune.run.callback import PruneCallback
 
 # What the rules in graph/blocks.py say is true of exactly this code: `{class or function: hash of its forward}`.
 FORWARDS = {
@@ -188,7 +189,7 @@ def test_patch_targets_are_wrapped_once_and_keep_their_signatures() -> None:
 
 
 def test_patch_finds_the_export_event() -> None:
-    assert [f.__module__ for f in default_callbacks["on_export_start"]].count("yolo_prune.export") == 1
+    assert [f.__module__ for f in default_callbacks["on_export_start"]].count("yolo_prune.cut.export_record") == 1
     assert "on_export_start" in inspect.getsource(Exporter)
     assert "self.metadata" in inspect.getsource(Exporter)
 
@@ -221,7 +222,7 @@ def test_launch_reads_these_of_a_model() -> None:
 
 def test_the_folder_for_what_was_measured_is_a_folder_of_the_users() -> None:
     assert USER_CONFIG_DIR.is_dir()
-    assert images.MEMORY == USER_CONFIG_DIR / "yolo-prune"
+    assert datasets.MEMORY == USER_CONFIG_DIR / "yolo-prune"
 
 
 def test_callback_events_exist_and_epoch_start_comes_before_anything_of_the_epoch() -> None:

@@ -13,11 +13,11 @@ import zoo
 from torch import nn
 from ultralytics.utils.torch_utils import get_flops
 
-from yolo_prune import surgery
-from yolo_prune.cost import measure
+from yolo_prune.cut import surgery
 from yolo_prune.errors import PruneError
 from yolo_prune.graph import trace
-from yolo_prune.planner import dense_cost, present_cost
+from yolo_prune.planning.cost import measure
+from yolo_prune.planning.planner import dense_cost, present_cost
 
 
 def without_the_copy_of_the_head(model: Any) -> Any:

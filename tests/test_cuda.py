@@ -16,11 +16,11 @@ from ultralytics.engine import trainer as engine
 
 import yolo_prune
 from yolo_prune import cli
-from yolo_prune.compat import load_checkpoint
+from yolo_prune.demo.scenes import make_dataset
+from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import TargetError
 from yolo_prune.report import Report
-from yolo_prune.report.latency import Measurement
-from yolo_prune.scenes import make_dataset
+from yolo_prune.report.measurement import Measurement
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 

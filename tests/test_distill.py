@@ -17,10 +17,10 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
-from yolo_prune import metadata
+from yolo_prune.cut.record import is_pruned
+from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
-from yolo_prune.scenes import make_dataset
 
 RUN: dict[str, Any] = {
     "epochs": 3,
@@ -101,7 +101,7 @@ def test_a_run_distils_from_the_model_it_began_with(taught: tuple[Path, dict[str
     assert report.pruned.flops / report.dense.flops <= 0.5
     best = load_checkpoint(run / "weights/best.pt")[0]
     assert type(best).__name__ == "DetectionModel"
-    assert metadata.is_pruned(best)
+    assert is_pruned(best)
     rows = list(csv.DictReader((run / "results.csv").open()))
     assert [int(r["epoch"]) for r in rows] == [1, 2, 3]
     assert all(float(r["train/dis_loss"]) > 0 for r in rows)

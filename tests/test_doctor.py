@@ -14,6 +14,7 @@ import pytest
 from yolo_prune import doctor
 from yolo_prune._startup import OPT_OUT, TARGETS, HookState
 from yolo_prune._version import __version__
+from yolo_prune.env import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {
@@ -44,7 +45,7 @@ def diagnose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Diagnose:
         healthy |= {"patched": TARGETS, "errors": {}, **state}
         installed = {**VERSIONS, **(versions or {})}
         monkeypatch.setattr("yolo_prune._startup.state", lambda: HookState(**healthy))
-        monkeypatch.setattr(doctor, "_version_of", installed.get)
+        monkeypatch.setattr(doctor, "version_of", installed.get)
         monkeypatch.setattr(doctor, "_import_targets", lambda: import_error)
         monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path)])
         monkeypatch.setattr("site.ENABLE_USER_SITE", False)
@@ -149,7 +150,7 @@ def test_a_component_without_a_range_is_neither_tested_nor_untested() -> None:
 
 
 def test_an_untested_version_is_a_warning_and_no_failure(diagnose: Diagnose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.TESTED, "torch", ("2.10.0", "2.15.0"))
+    monkeypatch.setitem(versions.TESTED, "torch", ("2.10.0", "2.15.0"))
     diagnosis = diagnose(versions={"torch": "2.16.0", "ultralytics": "8.5.0"})
     assert diagnosis.exit_code == 0
     assert diagnosis.warnings == (
@@ -175,6 +176,7 @@ def test_where_nothing_at_all_is_installed(tmp_path: Path) -> None:
     """The real thing under `python -S`, where only this package and the standard library exist."""
     code = """
 from yolo_prune import doctor
+from yolo_prune.env import versions
 diagnosis = doctor.diagnose()
 print(doctor.render(diagnosis))
 raise SystemExit(diagnosis.exit_code)

@@ -19,9 +19,12 @@ from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
 import yolo_prune
-from yolo_prune import benchmark, cli, comparison, latency, pages, planner, subjects
+from yolo_prune import cli
+from yolo_prune.measure import benchmark, clock, parity_check, subjects
+from yolo_prune.pages import run_page
+from yolo_prune.planning import planner
 from yolo_prune.report import Figures, Report
-from yolo_prune.report.latency import Measurement
+from yolo_prune.report.measurement import Measurement
 from yolo_prune.report.page import render
 
 CUT = {"criterion": "magnitude", "channels.round_to": 2, "channels.min": 4}
@@ -100,8 +103,8 @@ def run(folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warming up takes no second here."""
-    warm_up = latency.warm_up
-    monkeypatch.setattr(latency, "warm_up", lambda runs: warm_up(runs, seconds=0.0, least=1))
+    warm_up = clock.warm_up
+    monkeypatch.setattr(clock, "warm_up", lambda runs: warm_up(runs, seconds=0.0, least=1))
     monkeypatch.setattr(subjects, "busy", lambda: 0.0)
 
 
@@ -150,9 +153,9 @@ def test_a_report_measures_once_and_shows_it_ever_after(
 
 def test_a_run_that_ends_shows_what_was_measured(run: Path, bench: Measurement, warnings: list[str]) -> None:
     report = Report.load(run)
-    assert "latency" not in Page(pages.at_end(run, report).read_text(encoding="utf-8")).sections
+    assert "latency" not in Page(run_page.at_end(run, report).read_text(encoding="utf-8")).sections
     bench.save(run / "bench.json")
-    page = Page(pages.at_end(run, report).read_text(encoding="utf-8"))
+    page = Page(run_page.at_end(run, report).read_text(encoding="utf-8"))
     assert "Latency, torch" in page.text
     assert "parity" not in page.sections
     assert report.pruned.latency_ms is None  # only the page's copy has it
@@ -162,7 +165,7 @@ def test_a_run_that_ends_shows_what_was_measured(run: Path, bench: Measurement, 
 def test_a_measurement_of_other_models_is_not_shown(run: Path, bench: Measurement, warnings: list[str]) -> None:
     def told(found: Measurement, what: str) -> None:
         found.save(run / "bench.json")
-        assert "latency" not in Page(pages.write_report(run).read_text(encoding="utf-8")).sections
+        assert "latency" not in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
         assert [w for w in warnings if "has no latency" in w] == warnings
         assert len(warnings) == 1
         assert what in warnings.pop()
@@ -186,9 +189,9 @@ def test_without_its_weights_a_run_goes_by_the_size_of_its_models(
     bench.save(run / "bench.json")
     shutil.rmtree(run / "weights")
     edit(run, "prune.json", model="gone.pt", data="gone.yaml")
-    assert "latency" in Page(pages.write_report(run).read_text(encoding="utf-8")).sections
+    assert "latency" in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
     edit(run, "prune.json", pruned={"params": bench.rows[1].params + 1})
-    assert "latency" not in Page(pages.write_report(run).read_text(encoding="utf-8")).sections
+    assert "latency" not in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
     assert "is not about what this run started from" in warnings[0]
 
 
@@ -208,7 +211,7 @@ def test_a_damaged_measurement_is_one_warning(
     said = json.dumps(json.loads(path.read_text())["rows"][0]["median_ms"])
     whole = path.read_text().replace(f'"median_ms": {said}', text)
     path.write_text(whole if "NaN" in text else text)
-    assert "latency" not in Page(pages.write_report(run).read_text(encoding="utf-8")).sections
+    assert "latency" not in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
     assert len(warnings) == 1
     assert why in warnings[0]
 
@@ -222,7 +225,7 @@ def test_what_a_run_started_from_may_have_been_pruned_before(
     yolo_prune.apply(model, yolo_prune.plan(model, imgsz=IMGSZ, **CUT, **{"target.flops": 0.4}))
     model.save(run / "weights/best.pt")
     yolo_prune.bench([start, run / "weights/best.pt"], "torch", imgsz=IMGSZ, repeats=2, save=run / "bench.json")
-    page = Page(pages.write_report(run).read_text(encoding="utf-8"))
+    page = Page(run_page.write_report(run).read_text(encoding="utf-8"))
     assert "before this run" in page.text
     assert " ms dense - " in page.text  # the dense model was not measured
     assert [w for w in warnings if "latency" in w] == []
@@ -232,7 +235,7 @@ def test_an_export_that_computes_something_else_is_shown_and_fails(
     folder: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tampering.install(monkeypatch)
-    monkeypatch.setattr(comparison, "validate", lambda *_: None)
+    monkeypatch.setattr(parity_check, "validate", lambda *_: None)
     how = ["format=torchscript", "threads=1", "repeats=1"]
     assert cli.main(["report", str(run), *how]) == 1
     out, err = capsys.readouterr()
@@ -268,11 +271,11 @@ def test_the_dataset_of_a_run_that_has_other_classes_is_left_out(folder: Path, r
     text = f"path: {folder / 'scenes'}\ntrain: images/train\nval: images/val\nnames: {{0: thing}}\n"
     other.write_text(text)
     edit(run, "prune.json", data=str(other))
-    found = pages.measure_run(run, ["torch"], repeats=1)
+    found = run_page.measure_run(run, ["torch"], repeats=1)
     assert found.row("best.pt", "torch").parity is None
     assert "Exports are not compared with torch" in warnings[0]
     with pytest.raises(yolo_prune.PruneError, match="has 1 classes, the model 5"):
-        pages.measure_run(run, ["torch"], data=str(other), repeats=1)
+        run_page.measure_run(run, ["torch"], data=str(other), repeats=1)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +314,7 @@ def test_a_missing_runtime_is_named_before_any_work(
     folder: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clean_cwd: Path
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ncnn" else object())
-    monkeypatch.setattr(pages.api, "open_model", lambda path: pytest.fail("work was begun"))
+    monkeypatch.setattr(run_page, "open_model", lambda path: pytest.fail("work was begun"))
     models = [str(folder / "dense.pt"), str(run / "weights/best.pt")]
     for arguments in (["report", str(run)], ["compare", *models, "data=scenes.yaml"]):
         assert cli.main([*arguments, "format=torch,ncnn"]) == 1
@@ -322,10 +325,10 @@ def test_a_missing_runtime_is_named_before_any_work(
 def test_only_a_finished_run_whose_start_is_here_is_measured(run: Path, bench: Measurement) -> None:
     edit(run, "prune.json", model="gone.pt")
     with pytest.raises(yolo_prune.PruneError, match=r"The dense model 'gone.pt' of this run is not here"):
-        pages.measure_run(run, ["torch"])
+        run_page.measure_run(run, ["torch"])
     edit(run, "prune.json", status="failed")
     with pytest.raises(yolo_prune.PruneError, match=r"nothing to measure yet: the run in .* is failed, not finished"):
-        pages.measure_run(run, ["torch"])
+        run_page.measure_run(run, ["torch"])
 
 
 def test_what_cannot_be_measured_at_all_leaves_an_earlier_measurement_alone(
@@ -342,6 +345,6 @@ def test_what_cannot_be_measured_at_all_leaves_an_earlier_measurement_alone(
 
 
 def test_the_size_of_a_run_is_one_that_exports_can_have() -> None:
-    from yolo_prune import measured as figures
+    from yolo_prune.pages import bench_file as figures
 
     assert [figures.side(Report(imgsz=size)) for size in (320, 100, [64, 96], None)] == [320, 128, 96, 640]

@@ -14,9 +14,10 @@ from models import build, plan_of
 from ultralytics import YOLO
 
 import yolo_prune
-from yolo_prune import cli, plans, surgery
+from yolo_prune import cli
+from yolo_prune.cut import plan, surgery
+from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import PlanError, PruneError, RecipeError, RunError
-from yolo_prune.plans import Plan
 
 CODE = [
     "!!python/object/apply:os.system ['touch {marker}']",
@@ -55,7 +56,7 @@ def test_a_plan_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="more indices than any model has channels"):
         Plan.load(tmp_path / "bomb.json")
     with (tmp_path / "huge.json").open("wb") as file:
-        file.truncate(plans.MAX_BYTES + 1)  # sparse
+        file.truncate(plan.MAX_BYTES + 1)  # sparse
     with pytest.raises(PlanError, match="larger than 64 MiB; that is not a plan"):
         Plan.load(tmp_path / "huge.json")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 6 * 2**20  # KiB

@@ -13,9 +13,9 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
-from yolo_prune import gentle
+from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.recipe import load_recipe
-from yolo_prune.scenes import make_dataset
+from yolo_prune.run import settings
 
 RUN: dict[str, Any] = {
     "imgsz": 32,
@@ -68,7 +68,7 @@ def test_a_trained_model_is_treated_gently(folder: Path, tmp_path: Path) -> None
     ],
 )
 def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: float) -> None:
-    found = gentle.after_refit(load_recipe({"target": target}).target, 30)
+    found = settings.after_refit(load_recipe({"target": target}).target, 30)
     assert (found["lr0"], found["warmup_epochs"]) == (rate, 3.0)
 
 
@@ -82,8 +82,8 @@ def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: f
     ],
 )
 def test_optimizer_and_learning_rate_fit_one_another(mine: dict[str, Any], missing: set[str]) -> None:
-    whole = gentle.unchosen(load_recipe(), dict(DEFAULT_CFG_DICT), set())
-    found = gentle.unchosen(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
+    whole = settings.unchosen(load_recipe(), dict(DEFAULT_CFG_DICT), set())
+    found = settings.unchosen(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
     assert whole.keys() - found.keys() == missing
     assert found.items() <= whole.items()
 

@@ -15,23 +15,14 @@ from torch import nn
 from ultralytics.nn.modules.block import Attention, C2f
 from ultralytics.nn.modules.conv import Conv, RepConv
 
-from yolo_prune import select
-from yolo_prune.cost import measure
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.proof import prove
 from yolo_prune.errors import RecipeError, UnsupportedModelError
-from yolo_prune.graph import (
-    Group,
-    read_as_is,
-    register_block,
-    rules,
-    trace,
-)
-from yolo_prune.graph import (
-    blocks as registered,  # noqa: F401  registers the rules before any test changes them
-)
+from yolo_prune.graph import Group, read_as_is, register_block, rules, trace
 from yolo_prune.graph.rules import RULES
-from yolo_prune.planner import build_plan, make_plan
-from yolo_prune.plans import Plan
-from yolo_prune.proof import prove
+from yolo_prune.planning import select
+from yolo_prune.planning.cost import measure
+from yolo_prune.planning.planner import build_plan, make_plan
 
 EVERY = (*models.FAMILIES, *models.DEEP)
 

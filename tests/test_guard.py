@@ -19,14 +19,18 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
-from yolo_prune import guard, images, journal, metadata, planner, surgery
-from yolo_prune import rounds as rounds_of_a_run
-from yolo_prune.compat import load_checkpoint
+from yolo_prune.cut import surgery
+from yolo_prune.cut.record import Record, read_record, student_of, write_record
+from yolo_prune.data import datasets as readers
+from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import RecipeError, RunError
-from yolo_prune.guard import Stage
+from yolo_prune.planning import planner
 from yolo_prune.recipe import Schedule, load_recipe
 from yolo_prune.report import Report, RoundRow
-from yolo_prune.schedule import rounds
+from yolo_prune.run import guard, journal
+from yolo_prune.run import rounds as rounds_of_a_run
+from yolo_prune.run.guard import Stage
+from yolo_prune.run.schedule import lay_out
 
 START = Stage(0, 1.0, 0.6, True)
 
@@ -109,17 +113,17 @@ def test_rows_of_rounds_that_made_the_same_plan_are_told_apart(tmp_path: Path) -
     rows = [RoundRow(number=n, epoch=n, plan="same", params=n) for n in (1, 2)]
     Report(rounds=rows).save(tmp_path / "prune.json")
     trainer: Any = SimpleNamespace(save_dir=tmp_path, start_epoch=3)
-    found = journal.reopen(trainer, load_recipe(), "", metadata.Record({}, rounds=tuple(facts)))
+    found = journal.reopen(trainer, load_recipe(), "", Record({}, rounds=tuple(facts)))
     assert [(r.params, r.held, r.fitness.end) for r in found.rounds] == [(1, True, 0.1), (2, False, 0.2)]
 
 
 def test_a_search_leaves_a_third_of_the_run_to_what_it_finds() -> None:
-    laid = rounds(Schedule(), None, 30)
+    laid = lay_out(Schedule(), None, 30)
     assert [(r.epoch, r.settles) for r in laid] == [*((e, False) for e in (0, 4, 8, 12, 16)), (20, True)]
-    assert [r.epoch for r in rounds(Schedule(rounds=2, interval=3, start=1), None, 30)] == [1, 4, 7]
-    assert [r.epoch for r in rounds(Schedule(), None, 6)] == [0, 1, 2, 3, 4, 5]
+    assert [r.epoch for r in lay_out(Schedule(rounds=2, interval=3, start=1), None, 30)] == [1, 4, 7]
+    assert [r.epoch for r in lay_out(Schedule(), None, 6)] == [0, 1, 2, 3, 4, 5]
     with pytest.raises(RecipeError, match=r"5 rounds, and an epoch for what they find, from .* at most 4 rounds fit"):
-        rounds(Schedule(), None, 5)
+        lay_out(Schedule(), None, 5)
 
 
 def test_a_model_becomes_again_what_it_was() -> None:
@@ -127,7 +131,7 @@ def test_a_model_becomes_again_what_it_was() -> None:
     first = models.plan_of("yolo11-tiny", target_flops=0.8)
     once = deepcopy(dense)
     surgery.apply(once, first)
-    metadata.write(once, metadata.Record({}, first, planner.widths(dense)))
+    write_record(once, Record({}, first, planner.widths(dense)))
     twice = deepcopy(once)
     second = planner.make_plan(twice, models.recipe(target_flops=0.5), models.IMGSZ)
     surgery.apply(twice, second)
@@ -211,7 +215,7 @@ def train(folder: Path, tmp_path: Path, recipe: dict[str, Any], begins: Any = ju
 
 def kept(run: Path, name: str) -> float:
     model = load_checkpoint(run / "weights" / name)[0]
-    record = metadata.read(metadata.inner(model))
+    record = read_record(student_of(model))
     assert record
     dense = planner.dense_cost(model, record.plan, 64)[0]
     return planner.present_cost(model, 64)[0] / dense
@@ -241,7 +245,7 @@ def test_the_smallest_model_within_the_drop_is_found_and_delivered(folder: Path,
 @pytest.mark.slow
 def test_cuts_for_a_latency_are_taken_back_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock.install(monkeypatch, lambda flops: 0.3 + 0.7 * flops)
-    monkeypatch.setattr(images, "MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(readers, "MEMORY", tmp_path / "memory")
     target = {"latency": 0.65, "format": "torch", "threads": 1}
     run = train(folder, tmp_path, {"target": target, "schedule": {"rounds": 3}, "guard": {"max_drop": 0.45}})
     rows = Report.load(run).rounds

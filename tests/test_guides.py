@@ -30,9 +30,11 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.validator import BaseValidator
 
 import yolo_prune
-from yolo_prune import cli, images, runtimes, subjects
+from yolo_prune import cli
+from yolo_prune.data import datasets
+from yolo_prune.measure import runtimes, subjects
 from yolo_prune.recipe import load_recipe
-from yolo_prune.report.latency import TOLERANCES, Tolerance
+from yolo_prune.report.measurement import TOLERANCES, Tolerance
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -122,7 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPat
             patch.setitem(TOLERANCES, precision, Tolerance())
         patch.setattr(BaseValidator, "__call__", validate)
         patch.setattr(ultralytics.cfg, "ARGV", [])
-        patch.setattr(images, "MEMORY", tmp_path_factory.mktemp("memory"))
+        patch.setattr(datasets, "MEMORY", tmp_path_factory.mktemp("memory"))
         patch.setattr(subjects, "cores", lambda: 4)  # of the devices that the guides are about
         clock.install(patch)
         yield patch

@@ -20,8 +20,8 @@ import torch
 from quick import QUICK
 from ultralytics.utils import ROOT
 
-from yolo_prune import metadata
-from yolo_prune.compat import load_checkpoint
+from yolo_prune.cut.record import read_record
+from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.report import Report
 
 NEW = (ROOT / "cfg/models/26").exists()  # `nox -s releases` runs this file on releases before YOLO26, too
@@ -151,7 +151,7 @@ def assert_same_run(folder: Path, wanted: Path, rounds: int = 3) -> None:
     assert rows(folder) == rows(wanted)
     for name in sorted(p.name for p in (wanted / "weights").glob("*.pt")):
         a, b = (load_checkpoint(f / "weights" / name)[0] for f in (folder, wanted))
-        ours, theirs = metadata.read(a), metadata.read(b)
+        ours, theirs = read_record(a), read_record(b)
         assert (ours.plan and ours.plan.hash) == (theirs.plan and theirs.plan.hash), name
         assert ours.rounds == theirs.rounds
         for key, value in b.state_dict().items():

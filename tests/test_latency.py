@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from yolo_prune import latency
 from yolo_prune.errors import BenchError, ParityError, PruneError
-from yolo_prune.report.latency import TOLERANCES, Measurement, Parity, TimingRow, Tolerance, render
+from yolo_prune.measure import clock
+from yolo_prune.report.measurement import TOLERANCES, Measurement, Parity, TimingRow, Tolerance, render
 
 
 class Machine:
@@ -22,7 +22,7 @@ class Machine:
         self.seconds = seconds
         self.runs = [self._run(name) for name in seconds]
 
-    def _run(self, name: str) -> latency.Run:
+    def _run(self, name: str) -> clock.Run:
         def run() -> None:
             self.now += self.seconds[name][self.order.count(name)]
             self.order.append(name)
@@ -35,42 +35,42 @@ class Machine:
 
 def test_models_take_turns_and_each_gets_its_own_times() -> None:
     machine = Machine(dense=[4.0, 8.0, 16.0], pruned=[1.0, 2.0, 4.0])
-    times = latency.interleave(machine.runs, range(3), clock=machine.clock)
+    times = clock.interleave(machine.runs, range(3), clock=machine.clock)
     assert machine.order == ["dense", "pruned"] * 3
     assert times == [[4.0, 8.0, 16.0], [1.0, 2.0, 4.0]]
 
 
 def test_a_machine_that_slows_down_does_not_change_the_ratio() -> None:
     slowing = [2.0**i for i in range(8)]
-    found = latency.paired_ratio([0.5 * t for t in slowing], slowing)
+    found = clock.paired_ratio([0.5 * t for t in slowing], slowing)
     assert found == (0.5, 0.5, 0.5)
 
 
 def test_the_interval_of_the_median_is_that_of_the_sign_test() -> None:
     ratios = [float(i) for i in range(20, 0, -1)]
-    assert latency.paired_ratio(ratios, [1.0] * 20) == (10.5, 6.0, 15.0)  # the tables say 6th and 15th of 20
-    assert latency.paired_ratio(ratios[:6], [1.0] * 6) == (17.5, 15.0, 20.0)
-    assert latency.paired_ratio(ratios[:5], [1.0] * 5) == (18.0, 16.0, 20.0)  # too few: the extremes
-    assert latency.paired_ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
+    assert clock.paired_ratio(ratios, [1.0] * 20) == (10.5, 6.0, 15.0)  # the tables say 6th and 15th of 20
+    assert clock.paired_ratio(ratios[:6], [1.0] * 6) == (17.5, 15.0, 20.0)
+    assert clock.paired_ratio(ratios[:5], [1.0] * 5) == (18.0, 16.0, 20.0)  # too few: the extremes
+    assert clock.paired_ratio([3.0], [2.0]) == (1.5, 1.5, 1.5)
 
 
 def test_quartiles() -> None:
-    assert latency.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0, 4.0)
-    assert latency.quartiles([7.0]) == (7.0, 7.0, 7.0)
+    assert clock.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (3.0, 2.0, 4.0)
+    assert clock.quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_warming_up_goes_on_for_long_enough_and_tells_a_usual_round() -> None:
     machine = Machine(a=[3.0] + [0.1] * 99, b=[2.0] + [0.15] * 99)
-    assert latency.warm_up(machine.runs, seconds=6.0, least=3, clock=machine.clock) == pytest.approx(0.25)
+    assert clock.warm_up(machine.runs, seconds=6.0, least=3, clock=machine.clock) == pytest.approx(0.25)
     assert machine.order.count("a") == machine.order.count("b") == 5  # 5 s, then four times a quarter
     slow = Machine(a=[9.0] * 3)
-    latency.warm_up(slow.runs, seconds=1.0, least=3, clock=slow.clock)
+    clock.warm_up(slow.runs, seconds=1.0, least=3, clock=slow.clock)
     assert slow.order == ["a"] * 3
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(1.0, 30), (60.0, 10), (0.001, 300), (0.0, 300)])
 def test_rounds_fit_into_the_time_that_there_is(seconds: float, rounds: int) -> None:
-    assert latency.rounds_for(seconds, 30.0) == rounds
+    assert clock.rounds_for(seconds, 30.0) == rounds
 
 
 def measured(parity: Parity | None = None) -> Measurement:

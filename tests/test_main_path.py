@@ -21,11 +21,11 @@ from torch import nn
 from ultralytics import YOLO
 
 import yolo_prune
-from yolo_prune import metadata
-from yolo_prune.compat import load_checkpoint
+from yolo_prune.cut.record import is_pruned
+from yolo_prune.demo.scenes import make_dataset
+from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import PruneError
 from yolo_prune.report import Report
-from yolo_prune.scenes import make_dataset
 
 RUN: dict[str, Any] = {
     "imgsz": 64,
@@ -110,7 +110,7 @@ def test_a_pruned_model_stays_pruned_and_takes_other_classes(pruned: Path, folde
     assert {n: (before[n], after[n]) for n in after if after[n] != before[n]} == {
         f"model.23.cv3.{level}.2": (5, 6) for level in range(3)
     }
-    assert metadata.is_pruned(model.model)
+    assert is_pruned(model.model)
 
 
 def test_the_command_line(pruned: Path, folder: Path) -> None:

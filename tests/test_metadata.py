@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from yolo_prune.cut.record import KEY, Record, is_pruned, read_record, write_record
 from yolo_prune.errors import PruneError
-from yolo_prune.metadata import KEY, Record, is_pruned, read, write
 
 
 def record() -> Record:
@@ -29,14 +29,14 @@ def test_a_record_comes_back_as_it_was_written(wanted: Record | None) -> None:
     model = models.build("yolo26-tiny") if wanted else models.pruned("yolo26-tiny", target_flops=0.6)
     wanted = wanted or record()
     stock = {k: v for k, v in deepcopy(model.yaml).items() if k != KEY}
-    write(model, wanted)
-    assert read(model) == wanted
+    write_record(model, wanted)
+    assert read_record(model) == wanted
     assert {k: v for k, v in model.yaml.items() if k != KEY} == stock
 
 
 def test_the_record_is_plain_data() -> None:
     model = models.build("yolo26-tiny")
-    write(model, record())
+    write_record(model, record())
     data = model.yaml[KEY]
     assert json.loads(json.dumps(data)) == data
     assert yaml.safe_load(yaml.safe_dump(data)) == data
@@ -44,7 +44,7 @@ def test_the_record_is_plain_data() -> None:
 
 def test_a_record_survives_a_checkpoint_that_holds_only_stock_classes() -> None:
     model = models.pruned("yolo26-tiny", target_flops=0.6)
-    write(model, record())
+    write_record(model, record())
     buffer = io.BytesIO()
     torch.save({"model": model}, buffer, _use_new_zipfile_serialization=False)
     names: set[str] = set()
@@ -59,7 +59,7 @@ def test_a_record_survives_a_checkpoint_that_holds_only_stock_classes() -> None:
     assert not [name for name in names if "prune" in name]
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)["model"]
-    assert read(loaded) == record()
+    assert read_record(loaded) == record()
     assert is_pruned(loaded)
 
 
@@ -67,20 +67,20 @@ def test_writing_leaves_other_models_of_the_same_configuration_alone() -> None:
     model = models.build("yolo26-tiny")
     other = models.build("yolo26-tiny")
     other.yaml = model.yaml
-    write(model, record())
-    assert read(other) is None
+    write_record(model, record())
+    assert read_record(other) is None
 
 
 def test_a_model_is_pruned_once_something_was_removed() -> None:
     model = models.build("yolo26-tiny")
     assert not is_pruned(model)
-    assert read(model) is None
-    write(model, Record({}))
+    assert read_record(model) is None
+    write_record(model, Record({}))
     assert not is_pruned(model)
-    write(model, record())  # what a stock trainer leaves: the record of a structure that grew back
+    write_record(model, record())  # what a stock trainer leaves: the record of a structure that grew back
     assert not is_pruned(model)
     thin = models.pruned("yolo26-tiny", target_flops=0.6)
-    write(thin, record())
+    write_record(thin, record())
     assert is_pruned(thin)
 
 
@@ -88,13 +88,13 @@ def test_a_model_is_pruned_once_something_was_removed() -> None:
 def test_a_model_without_a_configuration_has_no_record(configuration: Any) -> None:
     model = models.build("yolo26-tiny")
     model.yaml = configuration
-    assert read(model) is None
+    assert read_record(model) is None
     assert not is_pruned(torch.nn.ReLU())
 
 
 def changed(change: Any) -> Any:
     model = models.build("yolo26-tiny")
-    write(model, record())
+    write_record(model, record())
     model.yaml = deepcopy(model.yaml)
     change(model.yaml)
     return model
@@ -103,7 +103,7 @@ def changed(change: Any) -> Any:
 def test_a_later_version_is_refused_with_what_to_install() -> None:
     model = changed(lambda y: y[KEY].update(version=2, yolo_prune="7.1"))
     with pytest.raises(PruneError, match=r"record has version 2; yolo-prune \S+ reads version 1\. Install .*\(7\.1\)"):
-        read(model)
+        read_record(model)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ from torch import nn
 from ultralytics.nn.modules.conv import CBAM, Conv, Conv2
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_prune import surgery
-from yolo_prune.cost import Cost, measure
+from yolo_prune.cut import surgery
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.proof import prove
 from yolo_prune.errors import PlanError, ProofError
 from yolo_prune.graph import Graph, trace
-from yolo_prune.planner import build_plan, make_plan
-from yolo_prune.plans import Plan
-from yolo_prune.proof import prove
+from yolo_prune.planning.cost import Cost, measure
+from yolo_prune.planning.planner import build_plan, make_plan
 
 FAMILIES = (  # one of each kind of block and head, thin
     *("yolov3-tiny", "yolov5", "yolov6", "yolov8-ghost", "yolov8-world", "yolov9t", "yolov10n", "yolo11-seg", "yolo12"),

@@ -20,8 +20,8 @@ from ultralytics.nn import tasks
 from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
-from yolo_prune import metadata, outputs, surgery
-from yolo_prune.metadata import Record
+from yolo_prune.cut import heads, surgery
+from yolo_prune.cut.record import Record, read_record, write_record
 
 RUN: dict[str, Any] = {
     "epochs": 1,
@@ -53,7 +53,7 @@ def test_what_follows_the_classes_is_all_that_differs_from_a_model_of_that_many(
         return cls(f"{name}.yaml", nc=nc, verbose=False)
 
     model, wanted = make(5), make(7)
-    outputs.resize(model, outputs.followers(make).of(model, 5), 7, make(7))
+    heads.resize(model, heads.followers(make).of(model, 5), 7, make(7))
     assert {n: t.shape for n, t in model.state_dict().items()} == {n: t.shape for n, t in wanted.state_dict().items()}
     for (n, mine), (_, theirs) in zip(model.named_modules(), wanted.named_modules(), strict=True):
         numbers = {k: v for k, v in vars(theirs).items() if type(v) is int}
@@ -68,15 +68,15 @@ def test_what_follows_the_classes_is_all_that_differs_from_a_model_of_that_many(
 def test_rows_of_classes_with_the_same_name_move_with_it() -> None:
     model = build("yolo26-tiny").float()
     surgery.apply(model, plan := plan_of("yolo26-tiny", channels_round_to=1, channels_min=1))
-    metadata.write(model, Record({}, plan))
+    write_record(model, Record({}, plan))
     config = scaled("yolo26", "n", 0.33, 0.125)
-    follow = outputs.followers(lambda n: tasks.DetectionModel(dict(config), nc=n, verbose=False)).of(model, 3)
+    follow = heads.followers(lambda n: tasks.DetectionModel(dict(config), nc=n, verbose=False)).of(model, 3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stock = tasks.DetectionModel(dict(config), nc=4, verbose=False)
-    rows = outputs.same_names({0: "a", 1: "b", 2: "c"}, {0: "New", 1: "C ", 2: "a", 3: "x"})
-    outputs.resize(model, follow, 4, stock, rows)
-    assert metadata.read(model).plan.shapes["model.23.cv3.0.2.weight"][0] == 4
-    surgery.check_applied(model, metadata.read(model).plan)
+    rows = heads.same_names({0: "a", 1: "b", 2: "c"}, {0: "New", 1: "C ", 2: "a", 3: "x"})
+    heads.resize(model, follow, 4, stock, rows)
+    assert read_record(model).plan.shapes["model.23.cv3.0.2.weight"][0] == 4
+    surgery.check_applied(model, read_record(model).plan)
     after = model.state_dict()
     renewed = {name for name in after if after[name].shape != before[name].shape}
     branches = [f"model.23.{b}.{i}.2.{k}" for b in ("cv3", "one2one_cv3") for i in range(3) for k in ("weight", "bias")]
@@ -102,7 +102,7 @@ def test_rows_of_classes_with_the_same_name_move_with_it() -> None:
     ],
 )
 def test_classes_are_matched_by_name(old: str, new: str, rows: list[int | None] | None) -> None:
-    assert outputs.same_names(dict(enumerate(old)), dict(enumerate(new))) == rows
+    assert heads.same_names(dict(enumerate(old)), dict(enumerate(new))) == rows
 
 
 def test_grey_images_see_the_sum_of_the_filters() -> None:
@@ -111,10 +111,10 @@ def test_grey_images_see_the_sum_of_the_filters() -> None:
 
     model = make(3)
     old = model.model[0].conv.weight.detach().clone()
-    follow = outputs.followers(make).of(model, 3)
-    outputs.resize(model, follow, 1, make(1))
+    follow = heads.followers(make).of(model, 3)
+    heads.resize(model, follow, 1, make(1))
     assert torch.equal(model.model[0].conv.weight, old.sum(1, keepdim=True))
-    outputs.resize(model, follow, 4, make(4))
+    heads.resize(model, follow, 4, make(4))
     assert model.model[0].conv.in_channels == 4
     assert torch.equal(model.model[0].conv.weight[:, :1], old.sum(1, keepdim=True))
 
@@ -138,8 +138,8 @@ def check(run: Path, start: Path) -> nn.Module:
     """The delivered model is pruned like the one it began with, and can be pruned further."""
     best, before = load_checkpoint(run / "weights/best.pt")[0], load_checkpoint(start)[0]
     assert yolo_prune.is_pruned(best)
-    record, plan = metadata.read(best), yolo_prune.plan(best, imgsz=64, **{"target.flops": 0.4})
-    assert record.plan.keep == metadata.read(before).plan.keep
+    record, plan = read_record(best), yolo_prune.plan(best, imgsz=64, **{"target.flops": 0.4})
+    assert record.plan.keep == read_record(before).plan.keep
     assert plan.predicted.flops_kept <= 0.4
     assert plan.predicted.dense_flops > plan.predicted.flops_before
     widths = {n: m.out_channels for n, m in best.named_modules() if isinstance(m, nn.Conv2d)}

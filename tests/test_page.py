@@ -22,14 +22,17 @@ from ultralytics import YOLO
 from ultralytics.engine.results import Results
 
 import yolo_prune
-from yolo_prune import cli, evaluate, images, pages, quality
+from yolo_prune import cli
+from yolo_prune.data import datasets
+from yolo_prune.env import metrics
 from yolo_prune.errors import PruneError
+from yolo_prune.pages import compare_page, evaluate, run_page
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundFitness, RoundRow
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
 from yolo_prune.report.data import LatencyRow
 from yolo_prune.report.front import Front, Point
 from yolo_prune.report.history import back_until, fitness_lines, flops_steps
-from yolo_prune.report.latency import Measurement, Parity, Tolerance
+from yolo_prune.report.measurement import Measurement, Parity, Tolerance
 from yolo_prune.report.page import command, render
 from yolo_prune.report.photos import Mark, Photo
 from yolo_prune.report.plot import axis_for, tick_text
@@ -290,10 +293,10 @@ def test_ap_by_class_is_that_of_the_task() -> None:
         names = {0: "a", 2: "c"}  # noqa: RUF012
         box, seg = Part(0), Part(0, 2)
 
-    assert quality.class_ap(Metrics()) == {"a": 0.25, "c": 0.25}
+    assert metrics.class_ap(Metrics()) == {"a": 0.25, "c": 0.25}
     Metrics.seg = Part()
-    assert quality.class_ap(Metrics()) == {"a": 0.25}
-    assert quality.class_ap(None) == quality.class_ap(object()) == {}
+    assert metrics.class_ap(Metrics()) == {"a": 0.25}
+    assert metrics.class_ap(None) == metrics.class_ap(object()) == {}
 
 
 def test_comparison_table_has_shares_of_the_first() -> None:
@@ -352,7 +355,7 @@ def test_a_page_that_cannot_be_written_costs_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(pages, "at_end", fail)
+    monkeypatch.setattr(run_page, "at_end", fail)
     places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(folder), "name": "full"}
     report = yolo_prune.prune(folder / "dense.pt", RECIPE, **places, **{**RUN, "epochs": 1, "plots": False})
     assert report.status == "finished"
@@ -380,9 +383,9 @@ def test_a_model_that_the_run_has_written_over_is_not_shown_as_the_dense_one(fol
     report = Report.load(own)
     report.model = str(own / "weights/best.pt")
     report.save(own / "prune.json")
-    assert "images" not in Page(pages.write_report(own).read_text(encoding="utf-8")).sections
+    assert "images" not in Page(run_page.write_report(own).read_text(encoding="utf-8")).sections
     shutil.copy(folder / "dense.pt", own / "weights/round0.pt")
-    page = Page(pages.write_report(own).read_text(encoding="utf-8"))
+    page = Page(run_page.write_report(own).read_text(encoding="utf-8"))
     assert "images" in page.sections
     assert "dense" in page.text
 
@@ -394,7 +397,7 @@ def test_what_an_older_run_did_not_measure_is_measured_where_data_is_given(folde
     for figures in ("dense", "pruned"):
         data[figures].pop("classes")
     (old / "prune.json").write_text(json.dumps(data))
-    path = pages.write_report(old, data=str(folder / "scenes/scenes.yaml"), model=str(folder / "dense.pt"))
+    path = run_page.write_report(old, data=str(folder / "scenes/scenes.yaml"), model=str(folder / "dense.pt"))
     assert {"classes", "images"} <= set(Page(path.read_text(encoding="utf-8")).sections)
 
 
@@ -418,8 +421,8 @@ def test_a_few_images_from_all_over_a_dataset() -> None:
     class Dataset:
         im_files = [f"{i}.jpg" for i in range(10)]  # noqa: RUF012
 
-    assert [p.stem for p in images.spread(Dataset(), 4)] == ["0", "2", "5", "7"]
-    assert len(images.spread(Dataset(), 99)) == 10
+    assert [p.stem for p in datasets.spread(Dataset(), 4)] == ["0", "2", "5", "7"]
+    assert len(datasets.spread(Dataset(), 99)) == 10
 
 
 @pytest.mark.parametrize(
@@ -451,17 +454,17 @@ def test_mistakes_are_one_message(
 def test_a_dataset_or_model_that_does_not_fit_is_one_message(folder: Path, tmp_path: Path) -> None:
     data = str(folder / "scenes/scenes.yaml")
     with pytest.raises(PruneError, match=r"data=nowhere\.yaml: the dataset cannot be read"):
-        pages.write_report(folder / "run", data="nowhere.yaml")
+        run_page.write_report(folder / "run", data="nowhere.yaml")
     other = tmp_path / "other.pt"
     YOLO("yolov8n.yaml").save(other)
     with pytest.raises(PruneError, match="has 5 classes, the model 80"):
-        pages.compare([folder / "dense.pt", other], data, IMGSZ, tmp_path / "c.html")
+        compare_page.compare([folder / "dense.pt", other], data, IMGSZ, tmp_path / "c.html")
     (tmp_path / "prune.json").write_text(json.dumps({**make_report().to_dict(), "model": "gone.pt"}))
     with pytest.raises(PruneError, match=r"The dense model 'gone.pt' of this run is not here.*model="):
-        pages.write_report(tmp_path, data=data)
+        run_page.write_report(tmp_path, data=data)
     (tmp_path / "front.json").write_text("{")
     with pytest.raises(PruneError, match=r"front\.json is damaged: Invalid JSON.*Delete it"):
-        pages.write_report(tmp_path)
+        run_page.write_report(tmp_path)
 
 
 def test_outlines_of_every_task_become_fractions_of_the_image() -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from yolo_prune.criteria import CRITERIA
+from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import NothingToRemoveError, PruneError, RecipeError, TargetError
-from yolo_prune.planner import layer_widths, make_plan, widths
-from yolo_prune.plans import Plan
+from yolo_prune.planning.planner import layer_widths, make_plan, widths
 
 
 def plan(model: nn.Module, **fields: object) -> Plan:

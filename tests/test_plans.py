@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolo_prune import surgery
+from yolo_prune.cut import surgery
+from yolo_prune.cut.forecast import Forecast
+from yolo_prune.cut.plan import GroupWidth, Plan, Protected
 from yolo_prune.errors import PlanError
-from yolo_prune.forecast import Forecast
-from yolo_prune.planner import make_plan
-from yolo_prune.plans import GroupWidth, Plan, Protected
+from yolo_prune.planning.planner import make_plan
 
 SMALL = Plan(
     keep={"a.weight": {0: (0, 1, 2, 5)}, "a.bias": {0: (0, 1, 2, 5)}, "b.weight": {0: (1,), 1: (0, 1, 2, 5)}},

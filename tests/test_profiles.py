@@ -14,13 +14,15 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_prune import cli, images, subjects
+from yolo_prune import cli
+from yolo_prune.data import datasets
 from yolo_prune.errors import BenchError
+from yolo_prune.latency import probe, target
+from yolo_prune.latency.layers import distinct, layers_of
+from yolo_prune.latency.profile import Table, model_key
+from yolo_prune.measure import subjects
+from yolo_prune.measure.subjects import Setting
 from yolo_prune.recipe.schema import Target
-from yolo_prune.subjects import Setting
-from yolo_prune.timing import probe, target
-from yolo_prune.timing.layers import distinct, layers_of
-from yolo_prune.timing.table import Table, model_key
 
 SMALL = {"criterion": "magnitude", "channels.round_to": 2, "channels.min": 2}
 SETTING = Setting.of(IMGSZ, threads=1)
@@ -32,7 +34,7 @@ def made_up_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing is really timed, and nothing is known of other runs."""
     install(monkeypatch, lambda f: 0.3 + 0.7 * f)
     monkeypatch.setattr(subjects, "busy", lambda: 0.0)
-    monkeypatch.setattr(images, "MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "memory")
 
 
 @pytest.fixture(scope="module")

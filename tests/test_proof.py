@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_prune.cut.copies import lean_copy
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.proof import prove
 from yolo_prune.errors import PlanError, ProofError
-from yolo_prune.planner import build_plan
-from yolo_prune.plans import Plan
-from yolo_prune.proof import lean_copy, prove
+from yolo_prune.planning.planner import build_plan
 
 OUT = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 

@@ -16,7 +16,7 @@ import pytest
 from quick import QUICK
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_prune import metadata
+from yolo_prune.cut.record import is_pruned
 from yolo_prune.report import Report
 
 RUN: dict[str, Any] = {
@@ -115,7 +115,7 @@ def test_two_ranks_prune_alike_and_the_parent_gets_the_result(pruned: tuple[Path
     assert report.status == "finished"
     assert report.pruned.flops / report.dense.flops <= 0.6
     best = run / "weights/best.pt"
-    assert metadata.is_pruned(load_checkpoint(best)[0])
+    assert is_pruned(load_checkpoint(best)[0])
     assert f"parent has {parameters(best)}" in log
     assert report.pruned.params == parameters(best) < parameters(run.parent / "dense.pt")
 

@@ -16,9 +16,8 @@ import torch
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from yolo_prune import files
+from yolo_prune.env import files
 from yolo_prune.errors import PruneError
-from yolo_prune.journal import log_if_untrained
 from yolo_prune.report import (
     EpochRow,
     Figures,
@@ -33,6 +32,7 @@ from yolo_prune.report import (
 )
 from yolo_prune.report.picture import compose, draw
 from yolo_prune.report.table import difference
+from yolo_prune.run.journal import log_if_untrained
 
 
 def make_report(starts: tuple[int, ...] = (0, 5, 10), epochs: int = 30, layers: int = 88, fit: bool = True) -> Report:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from yolo_prune.restart import Restart, is_new
+from yolo_prune.run.warmup import Restart, is_new
 
 OPTIMIZERS = {
     "AdamW": (torch.optim.AdamW, {}),

@@ -16,9 +16,10 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import callbacks as integrations
 
-from yolo_prune import launch, metadata, resume
+from yolo_prune.cut.record import is_pruned
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
+from yolo_prune.run import launch, resume
 
 RUN: dict[str, Any] = {
     "epochs": 4,
@@ -83,7 +84,7 @@ def test_a_run_whose_epochs_are_all_trained_is_completed(folder: Path, tmp_path:
     begin(folder, tmp_path, epochs, epochs=epochs, recipe=recipe, plots=True)
     YOLO(tmp_path / "run/weights/last.pt").train(resume=True)
     assert Report.load(tmp_path / "run").status == "finished"
-    assert metadata.is_pruned(load_checkpoint(tmp_path / "run/weights/best.pt")[0])
+    assert is_pruned(load_checkpoint(tmp_path / "run/weights/best.pt")[0])
     assert (tmp_path / "run/results.png").exists()
 
 
@@ -132,7 +133,7 @@ def test_without_the_word_resume_one_is_told_that_a_run_is_unfinished(
 
 def test_a_failed_run_can_be_started_again_from_the_same_object(folder: Path, tmp_path: Path) -> None:
     model = begin(folder, tmp_path, 3)
-    assert not metadata.is_pruned(model.model)
+    assert not is_pruned(model.model)
     assert Report.load(tmp_path / "run").status == "failed"
     assert Report.load(tmp_path / "run").error == "Interrupted: "
     with pytest.raises(RunError, match=r"is not the run that was interrupted. Resume that with YOLO\('.*last\.pt'\)"):

@@ -16,11 +16,12 @@ from quick import QUICK
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_prune import control, surgery
+from yolo_prune.cut import surgery
+from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import RunError
-from yolo_prune.plans import Plan
 from yolo_prune.recover.rewind import Early
 from yolo_prune.report import Report
+from yolo_prune.run import live as control
 
 RUN: dict[str, Any] = {
     "epochs": 6,
@@ -135,7 +136,7 @@ def test_after_each_cut_the_weights_are_those_of_the_early_epoch(
         for plan, (live, average, state, updates, warm) in zip(watched.plans, watched.after, strict=True):
             surgery.apply(expected, plan)
             wanted = expected.state_dict()
-            assert wanted.keys() == live.keys() == average.keys()
+            assert wanted.keys() == control.keys() == average.keys()
             for name, value in wanted.items():
                 assert torch.equal(live[name], value), name
                 assert torch.equal(average[name], value), name

@@ -25,10 +25,11 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import ROOT, YAML
 
 import yolo_prune
-from yolo_prune import metadata, surgery
+from yolo_prune.cut import surgery
+from yolo_prune.cut.record import read_record
+from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.errors import PruneError, RecipeError, RunError, TargetError
 from yolo_prune.report import Report
-from yolo_prune.scenes import make_dataset
 
 TINY: dict[str, Any] = {
     "imgsz": 64,
@@ -83,7 +84,7 @@ def pruned(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_delivered_checkpoint_has_the_target_structure(pruned: Path) -> None:
     best, dense = load_checkpoint(pruned / "weights/best.pt")[0], load_checkpoint(pruned.parent / "dense.pt")[0]
-    record = metadata.read(best)
+    record = read_record(best)
     assert record is not None
     assert record.plan is not None
     surgery.check_applied(best, record.plan)
@@ -194,7 +195,7 @@ def test_training_a_pruned_checkpoint_keeps_or_thins_its_structure(
     else:
         assert parameters(after) == before
         assert not torch.equal(after.model[0].conv.weight, weight)
-        assert metadata.read(after).plan.hash == metadata.read(YOLO(pruned / "weights/best.pt").model).plan.hash
+        assert read_record(after).plan.hash == read_record(YOLO(pruned / "weights/best.pt").model).plan.hash
 
 
 def test_pruning_as_far_as_it_is_already_is_refused_before_a_folder_exists(
@@ -221,7 +222,7 @@ def test_resume_goes_on_with_the_right_round_and_ends_like_an_unbroken_run(data:
     last = tmp_path / "killed/weights/last.pt"
     stopped = Report.load(tmp_path / "killed")
     assert stopped.status == "failed"
-    assert len(metadata.read(load_checkpoint(last)[0]).rounds) == 2
+    assert len(read_record(load_checkpoint(last)[0]).rounds) == 2
 
     YOLO(last).train(resume=True)
     report = Report.load(tmp_path / "killed")
@@ -250,7 +251,7 @@ def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters
     def cut_made(trainer: Any) -> None:
         if trainer.epoch == 1 and "ema" not in seen:
             seen["kept"] = state_of(trainer)
-            seen["plan"] = metadata.read(trainer.model).plan
+            seen["plan"] = read_record(trainer.model).plan
             seen["ema"] = {k: v.clone() for k, v in trainer.ema.ema.state_dict().items()}
             owned = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
             everything = {id(p) for p in trainer.model.parameters()}
@@ -304,7 +305,8 @@ def test_early_stopping_waits_for_the_last_round(data: str, tmp_path: Path) -> N
 def test_a_failed_proof_stops_the_run_before_anything_is_cut(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from yolo_prune import planner, proof
+    from yolo_prune.cut import proof
+    from yolo_prune.planning import planner
 
     true_plan = planner.plan_for
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from yolo_prune import scenes
+from yolo_prune.demo import scenes
+from yolo_prune.demo.scenes import NAMES, draw_scene, make_dataset
 from yolo_prune.errors import PruneError
-from yolo_prune.scenes import NAMES, draw_scene, make_dataset
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -18,16 +18,19 @@ from torch import nn
 from ultralytics import YOLO
 
 import yolo_prune
-from yolo_prune import cli, images, planner, subjects
+from yolo_prune import cli
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.record import Record
+from yolo_prune.data import datasets
 from yolo_prune.errors import NothingToRemoveError, RunError, TargetError
-from yolo_prune.latency import Interval
-from yolo_prune.metadata import Record
-from yolo_prune.plans import Plan
+from yolo_prune.latency import search, stopwatch
+from yolo_prune.latency.stopwatch import Measured
+from yolo_prune.measure import subjects
+from yolo_prune.measure.clock import Interval
+from yolo_prune.measure.subjects import Setting
+from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
-from yolo_prune.subjects import Setting
-from yolo_prune.timing import search, whole
-from yolo_prune.timing.whole import Measured
 
 Law = Callable[[float], float]
 LAWS: dict[str, Law] = {
@@ -44,7 +47,7 @@ FINE = {"channels_round_to": 2, "channels_min": 2}
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Law], Clock]:
     """Nothing is really timed, nothing is known of other runs; models take as long as a law says."""
     monkeypatch.setattr(subjects, "busy", lambda: 0.0)
-    monkeypatch.setattr(images, "MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "memory")
 
     def set_law(law: Law) -> Clock:
         install(monkeypatch, law)
@@ -199,12 +202,12 @@ def test_timing_goes_on_where_it_is_uncertain(monkeypatch: pytest.MonkeyPatch) -
         budgets.append(len(rounds))
         return [[1.0] * 40, next(times) * 20]
 
-    monkeypatch.setattr(whole.latency, "warm_up", lambda *_, **__: 0.1)
-    monkeypatch.setattr(whole.latency, "interleave", interleave)
-    monkeypatch.setattr(whole.Stopwatch, "_open", lambda *_: SimpleNamespace(run=None))
-    stopwatch = whole.Stopwatch(nn.Identity(), "torch", Setting.of(IMGSZ))
-    with stopwatch:
-        assert stopwatch.measure([nn.Identity()])[0].ratio.median == 1.0
+    monkeypatch.setattr(stopwatch.clock, "warm_up", lambda *_, **__: 0.1)
+    monkeypatch.setattr(stopwatch.clock, "interleave", interleave)
+    monkeypatch.setattr(stopwatch.Stopwatch, "_open", lambda *_: SimpleNamespace(run=None))
+    timed = stopwatch.Stopwatch(nn.Identity(), "torch", Setting.of(IMGSZ))
+    with timed:
+        assert timed.measure([nn.Identity()])[0].ratio.median == 1.0
     assert 4 < len(budgets) < 10
     assert set(budgets) == {50}
 

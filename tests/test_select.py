@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from yolo_prune import criteria
-from yolo_prune.cost import Cost
 from yolo_prune.errors import TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
-from yolo_prune.planner import build_plan
-from yolo_prune.select import Allocation, Constraints, Goal, _Ledger, _Move, select
+from yolo_prune.planning.cost import Cost
+from yolo_prune.planning.planner import build_plan
+from yolo_prune.planning.select import Allocation, Constraints, Goal, _Ledger, _Move, select
 
 Kept = dict[str, tuple[int, ...]]
 FREE = Constraints(round_to=1, min=1, max_removed=0.99)

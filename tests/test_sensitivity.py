@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 
 import yolo_prune
-from yolo_prune import cost, images, load_recipe, planner, surgery
-from yolo_prune.calibration import Calibration, loss_of
+from yolo_prune import load_recipe
+from yolo_prune.cut import surgery
+from yolo_prune.data import datasets as readers
+from yolo_prune.data.calibration import Calibration, loss_of
 from yolo_prune.errors import GradientError, RecipeError
 from yolo_prune.graph import ChannelSet, Group, Slot, trace
-from yolo_prune.sensitivity import curves
+from yolo_prune.planning import cost, planner
+from yolo_prune.planning.sensitivity import curves
 
 SHARES = (0.25, 0.5, 0.75)
 TINY = {
@@ -250,7 +253,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(images, "MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(readers, "MEMORY", tmp_path / "memory")
     return tmp_path / "memory"
 
 
@@ -280,7 +283,7 @@ def test_a_measured_rise_is_that_of_the_pruned_model(folder: Path, memory: Path)
     """Removing a group's channels for good costs what silencing them was measured to cost."""
     model = YOLO(folder / "dense.pt")
     module = zoo.randomise(model.model.double(), 3)  # or the biases of the head would say it all
-    calibration = images.calibration(model, folder / "scenes/scenes.yaml", 64, 3)
+    calibration = readers.calibration(model, folder / "scenes/scenes.yaml", 64, 3)
     calibration = replace(calibration, prepare=lambda b: {**b, "img": b["img"].double() / 255}, memory=None)
     graph = trace(module, imgsz=64)
     group = next(g for g in graph.groups if g.name == "model.3")

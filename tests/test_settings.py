@@ -17,7 +17,7 @@ from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils.metrics import DetMetrics
 
-from yolo_prune import metadata
+from yolo_prune.cut.record import read_record
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
 
@@ -93,7 +93,7 @@ class Watched:
         assert [r.number for r in self.report.rounds] == [1, 2]
         assert self.report.pruned.flops / self.report.dense.flops <= 0.6
         assert self.report.pruned.params == sum(p.numel() for p in self.best.parameters())
-        assert [r["plan"] for r in metadata.read(self.best).rounds] == [r.plan for r in self.report.rounds]
+        assert [r["plan"] for r in read_record(self.best).rounds] == [r.plan for r in self.report.rounds]
         assert [int(r["epoch"]) for r in self.rows()] == [e.epoch for e in self.report.epochs_log]
 
 

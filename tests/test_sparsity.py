@@ -16,7 +16,7 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_prune.graph import Graph, trace
-from yolo_prune.sparsity import scales_of, shrink
+from yolo_prune.run.sparse import scales_of, shrink
 
 SPARSITY = 0.5
 RUN: dict[str, Any] = {

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolo_prune import surgery
-from yolo_prune.cost import measure
+from yolo_prune.cut import surgery
+from yolo_prune.cut.proof import prove
 from yolo_prune.errors import UnsupportedModelError
 from yolo_prune.graph import Graph, trace
-from yolo_prune.planner import build_plan
-from yolo_prune.proof import prove
+from yolo_prune.planning.cost import measure
+from yolo_prune.planning.planner import build_plan
 
 C = 16  # channels of the layer that the block is put behind
 

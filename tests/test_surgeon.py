@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from ultralytics import YOLO
 
 import yolo_prune
-from yolo_prune import load_recipe, patches, planner, surgery
-from yolo_prune.calibration import Calibration
+from yolo_prune import load_recipe
 from yolo_prune.criteria import create
 from yolo_prune.criteria.surgeon import Reader, order
+from yolo_prune.cut import surgery
+from yolo_prune.cut.plan import Plan
+from yolo_prune.data import layer_samples
+from yolo_prune.data.calibration import Calibration
+from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.errors import GradientError, RecipeError
 from yolo_prune.graph import ChannelSet, Slot
-from yolo_prune.plans import Plan
+from yolo_prune.planning import planner
 from yolo_prune.recover import refit
 from yolo_prune.recover.refit import solve
-from yolo_prune.scenes import make_dataset
 
 
 def loss_without(weight: Tensor, moment: Tensor, curvature: Tensor, gone: list[int]) -> float:
@@ -156,10 +159,10 @@ def test_patches_times_weight_is_what_the_layer_puts_out(layer: Any) -> None:
     torch.manual_seed(0)
     value = torch.randn(2, 7, 4) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 9, 11)
     output = layer(value)
-    where = patches.positions("layer", output, layer, 5)
+    where = layer_samples.positions("layer", output, layer, 5)
     assert where.shape == (2, 5)
-    columns = patches.read(layer, value, where, output.shape[-1])
-    wanted = patches.written(layer, output, where)
+    columns = layer_samples.read(layer, value, where, output.shape[-1])
+    wanted = layer_samples.written(layer, output, where)
     groups, _, samples = columns.shape
     weight = layer.weight.reshape(groups, -1, columns.shape[1])
     bias = layer.bias.reshape(groups, -1, 1)
@@ -328,10 +331,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def loss(model: YOLO, data: str) -> float:
-    from yolo_prune import images
-    from yolo_prune.calibration import loss_of
+    from yolo_prune.data import datasets
+    from yolo_prune.data.calibration import loss_of
 
-    calibration = images.calibration(model, data, 96, 24, seed=7)
+    calibration = datasets.calibration(model, data, 96, 24, seed=7)
     with calibration.differentiable(model.model) as copy, torch.no_grad():
         return float(sum(loss_of(copy, batch) for batch in calibration.batches())) / len(calibration)
 

@@ -15,9 +15,9 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.modules.block import C2PSA, Attention, C2f
 from ultralytics.optim import MuSGD
 
-from yolo_prune import surgery
+from yolo_prune.cut import surgery
+from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import PlanError
-from yolo_prune.plans import Plan
 
 OPTIMIZERS = ["SGD", "AdamW", "MuSGD", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop"]
 

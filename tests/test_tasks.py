@@ -17,7 +17,7 @@ from ultralytics.nn import tasks
 from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
-from yolo_prune import metadata
+from yolo_prune.cut.record import read_record
 from yolo_prune.report import Report
 
 TINY: dict[str, Any] = {
@@ -59,7 +59,7 @@ def prune(model: Model, name: str, run: dict[str, Any]) -> Path:
     report = Report.load(folder)
     assert report.status == "finished"
     delivered, _ = load_checkpoint(folder / "weights/best.pt")
-    record = metadata.read(delivered)
+    record = read_record(delivered)
     assert record
     assert record.plan
     assert sum(p.numel() for p in delivered.parameters()) < before

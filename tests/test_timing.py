@@ -21,18 +21,20 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import get_flops
 
 import yolo_prune
-from yolo_prune import images, latency, planner, runtimes, subjects
-from yolo_prune.cost import Cost, Term, Timing
+from yolo_prune.data import datasets
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
+from yolo_prune.latency import probe, stopwatch, target
+from yolo_prune.latency.fit import Point, formula, steps
+from yolo_prune.latency.layers import Layer, distinct, layers_of
+from yolo_prune.latency.profile import Table, Whole, model_key
+from yolo_prune.latency.stopwatch import dense_twin
+from yolo_prune.measure import clock, runtimes, subjects
+from yolo_prune.measure.subjects import Setting
+from yolo_prune.planning import planner
+from yolo_prune.planning.cost import Cost, Term, Timing
+from yolo_prune.planning.select import Constraints, Goal, select
 from yolo_prune.recipe.schema import Target
-from yolo_prune.select import Constraints, Goal, select
-from yolo_prune.subjects import Setting
-from yolo_prune.timing import probe, target, whole
-from yolo_prune.timing.fit import Point, formula, steps
-from yolo_prune.timing.layers import Layer, distinct, layers_of
-from yolo_prune.timing.table import Table, Whole, model_key
-from yolo_prune.timing.whole import dense_twin
 
 SMALL = {"criterion": "magnitude", "channels.round_to": 2, "channels.min": 2}
 
@@ -87,8 +89,8 @@ def test_images_have_the_channels_that_the_model_takes(said: dict[str, int] | No
     model.yaml = said if said is None else {k: v for k, v in model.yaml.items() if k != "channels"} | said
     assert layers_of(model, IMGSZ)["model.0.conv.weight"][0].ins == 4
     if said is not None:  # Ultralytics itself loads none without
-        with whole.Stopwatch(model, "torch", SETTING) as stopwatch:
-            assert stopwatch.measure([]) == []
+        with stopwatch.Stopwatch(model, "torch", SETTING) as timed:
+            assert timed.measure([]) == []
 
 
 def test_a_layer_at_other_widths_is_the_same_layer_thinner() -> None:
@@ -184,10 +186,10 @@ def test_widths_follow_the_steps_of_the_runtime_unless_the_user_wants_more() -> 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing takes long, and nothing is known of other runs."""
-    warm_up = latency.warm_up
-    monkeypatch.setattr(latency, "warm_up", lambda runs, **_: warm_up(runs, seconds=0.0, least=1))
-    monkeypatch.setattr(latency, "rounds_for", lambda *_: 3)
-    monkeypatch.setattr(images, "MEMORY", tmp_path / "memory")
+    warm_up = clock.warm_up
+    monkeypatch.setattr(clock, "warm_up", lambda runs, **_: warm_up(runs, seconds=0.0, least=1))
+    monkeypatch.setattr(clock, "rounds_for", lambda *_: 3)
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "memory")
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +213,7 @@ def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as m:
         m.setattr(probe, "_time", again)
-        m.setattr(whole.Stopwatch, "__enter__", again)
+        m.setattr(stopwatch.Stopwatch, "__enter__", again)
         assert target.find(model, asked, IMGSZ) == first
         thin = YOLO(folder / "dense.pt")
         yolo_prune.apply(thin, yolo_prune.plan(thin, imgsz=IMGSZ, **SMALL))
@@ -341,7 +343,10 @@ def test_a_stopwatch_that_fails_leaves_everything_as_it_was(folder: Path, monkey
         raise BenchError("no luck")
 
     monkeypatch.setattr(subjects, "session", fail)
-    with pytest.raises(BenchError, match="no luck"), whole.Stopwatch(YOLO(folder / "dense.pt").model, "torch", SETTING):
+    with (
+        pytest.raises(BenchError, match="no luck"),
+        stopwatch.Stopwatch(YOLO(folder / "dense.pt").model, "torch", SETTING),
+    ):
         pass
 
 
@@ -378,8 +383,8 @@ def test_a_stopwatch_times_models_in_turn_and_leaves_nothing_behind(
     dense, threads = YOLO(folder / "dense.pt"), torch.get_num_threads()
     thin = YOLO(folder / "dense.pt")
     yolo_prune.apply(thin, yolo_prune.plan(thin, imgsz=IMGSZ, **SMALL))
-    with whole.Stopwatch(dense.model, "torch", SETTING) as stopwatch:
-        first, second = stopwatch.measure([thin.model, dense.model])
+    with stopwatch.Stopwatch(dense.model, "torch", SETTING) as timed:
+        first, second = timed.measure([thin.model, dense.model])
         assert list(tmp_path.glob("yolo-prune-latency-*"))
     assert first.dense_ms == second.dense_ms > 0
     assert first.ms / first.dense_ms == pytest.approx(first.ratio.median, rel=0.9)

@@ -23,7 +23,8 @@ from ultralytics.engine import trainer as engine
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from yolo_prune import control, files, journal, rounds, trainer
+from yolo_prune.env import files
+from yolo_prune.run import journal, live, rounds, trainer
 
 
 def die() -> None:
@@ -57,7 +58,7 @@ def half_written(name: str, count: int) -> None:
             real, files.os.fsync = os.fsync, lambda handle: (os.ftruncate(handle, len(data) // 2), real(handle), die())
         return stock(path, data)
 
-    for module in (files, control, sys.modules["yolo_prune.resume"], sys.modules["yolo_prune.recover.rewind"]):
+    for module in (files, live, sys.modules["yolo_prune.run.resume"], sys.modules["yolo_prune.recover.rewind"]):
         module.write_bytes = write_bytes
 
 
@@ -71,16 +72,16 @@ PLACES: dict[str, Callable[[int], None]] = {
     "writing best.pt": lambda n: half_written("best.pt", n),
     "writing the state": lambda n: half_written("state-", n),
     "writing the early weights": lambda n: half_written("rewind.pt", n),
-    "rewound": lambda n: at(control, "rewind", "after", n),
+    "rewound": lambda n: at(live, "rewind", "after", n),
     "writing the report": lambda n: half_written("prune.json", n),
     "after last.pt": lambda n: at(engine.BaseTrainer, "save_model", "after", n),
-    "before a cut": lambda n: at(control, "cut", "before", n),
-    "after a cut": lambda n: at(control, "cut", "after", n),
+    "before a cut": lambda n: at(live, "cut", "before", n),
+    "after a cut": lambda n: at(live, "cut", "after", n),
     "recalibrating": lambda n: at(rounds, "_recalibrate", "after", n),
-    "best.pt put aside": lambda n: at(control, "forget_best", "after", n),
-    "kept aside": lambda n: at(control, "put_aside", "after", n),
-    "gone back": lambda n: at(control, "go_back", "after", n),
-    "the old best taken": lambda n: at(control, "take_for_best", "after", n),
+    "best.pt put aside": lambda n: at(live, "forget_best", "after", n),
+    "kept aside": lambda n: at(live, "put_aside", "after", n),
+    "gone back": lambda n: at(live, "go_back", "after", n),
+    "the old best taken": lambda n: at(live, "take_for_best", "after", n),
     "judged": lambda n: at(rounds, "judge", "after", n),
     "round taken down": lambda n: at(journal, "log_round", "after", n),
     "after a round": lambda n: at(rounds, "perform", "after", n),

@@ -13,13 +13,13 @@ TYPE_CHECKING = False  # typing's constant; importing typing would slow down eve
 if TYPE_CHECKING:
     from yolo_prune._version import __version__
     from yolo_prune.api import apply, is_pruned, plan, prune
-    from yolo_prune.benchmark import bench
-    from yolo_prune.comparison import parity
     from yolo_prune.criteria import register_criterion
+    from yolo_prune.cut.plan import Plan
     from yolo_prune.errors import PruneError
-    from yolo_prune.exports import alignment
     from yolo_prune.graph import read_as_is, register_block
-    from yolo_prune.plans import Plan
+    from yolo_prune.measure.alignment import alignment
+    from yolo_prune.measure.benchmark import bench
+    from yolo_prune.measure.parity_check import parity
     from yolo_prune.recipe import Recipe, load_recipe
 
 __all__ = [
@@ -41,16 +41,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Plan": "yolo_prune.plans",
+    "Plan": "yolo_prune.cut.plan",
     "PruneError": "yolo_prune.errors",
     "Recipe": "yolo_prune.recipe",
     "__version__": "yolo_prune._version",
-    "alignment": "yolo_prune.exports",
+    "alignment": "yolo_prune.measure.alignment",
     "apply": "yolo_prune.api",
-    "bench": "yolo_prune.benchmark",
+    "bench": "yolo_prune.measure.benchmark",
     "is_pruned": "yolo_prune.api",
     "load_recipe": "yolo_prune.recipe",
-    "parity": "yolo_prune.comparison",
+    "parity": "yolo_prune.measure.parity_check",
     "plan": "yolo_prune.api",
     "prune": "yolo_prune.api",
     "read_as_is": "yolo_prune.graph",

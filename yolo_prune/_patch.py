@@ -16,11 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from yolo_prune._keys import check_spelling, is_pruning_key, without_pruning_keys
 from yolo_prune.errors import ArgumentError, PruneError
-from yolo_prune.keys import check_spelling, is_pruning_key, without_pruning_keys
 
 MARK = "__yolo_prune__"
-RECORD = "pruning"  # as `metadata.KEY`, which lives beside what needs torch
+RECORD = "pruning"  # as `cut.record.KEY`, which lives beside what needs torch
 CUSTOM_KEYS = ("augmentations", "save_dir")  # what Ultralytics accepts beside its defaults
 EXAMPLES = {"callbacks": "prune", "recipe": "half-flops"}
 
@@ -100,7 +100,7 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
         check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
         if not _concerns_us(self, kwargs):
             return original(self, trainer=trainer, **kwargs)
-        from yolo_prune import launch  # only now: no other run should depend on what it imports
+        from yolo_prune.run import launch  # only now: no other run should depend on what it imports
 
         with _one_line_for_commands():
             return launch.train(self, original, trainer, kwargs)
@@ -132,7 +132,7 @@ def _concerns_us(model: Any, arguments: Mapping[str, Any]) -> bool:
 def _extend_export() -> None:
     from ultralytics.utils.callbacks.base import default_callbacks
 
-    from yolo_prune.export import on_export_start
+    from yolo_prune.cut.export_record import on_export_start
 
     if on_export_start not in default_callbacks["on_export_start"]:
         default_callbacks["on_export_start"].append(on_export_start)

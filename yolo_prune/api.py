@@ -11,16 +11,22 @@ from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
-from yolo_prune import _startup, images, journal, metadata, planner, proof, recipe, recover, surgery
-from yolo_prune.calibration import Calibration
+from yolo_prune import _startup, recipe, recover
+from yolo_prune.cut import proof, surgery
+from yolo_prune.cut import record as records
+from yolo_prune.cut.copies import bare_copy
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.record import Record, read_record, write_record
+from yolo_prune.data import datasets
+from yolo_prune.data.calibration import Calibration
+from yolo_prune.env import log
+from yolo_prune.env.checkpoints import open_model, save
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
-from yolo_prune.metadata import Record
-from yolo_prune.models import open_model, save
-from yolo_prune.plans import Plan
+from yolo_prune.latency import search
+from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
-from yolo_prune.timing import search
 
 __all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save"]
 
@@ -58,7 +64,7 @@ def plan(
     missed = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
     asked = asked if data else planner.rehearsal(asked)
     module, target = _module(model), asked.target
-    graph, bar = planner.survey(module, asked, imgsz), journal.bar("weighing channels")
+    graph, bar = planner.survey(module, asked, imgsz), log.bar("weighing channels")
     tried = search.trial(module, graph, asked, imgsz) if target.latency else None
     for key, name in missed.items():
         LOGGER.warning(
@@ -107,19 +113,19 @@ def apply(
     if not plan:
         raise PlanError("The plan removes nothing; there is nothing to apply.")
     surgery.check(module, plan)
-    record = metadata.read(module)
+    record = read_record(module)
     proven = proof.prove(module, plan) if prove else None
     calibration = _calibration(model, data, imgsz, refit) if data and refit else None
     widths = record.widths if record and record.plan else planner.widths(module)
-    whole = proof.bare_copy(module) if calibration else None
+    whole = bare_copy(module) if calibration else None
     surgery.apply(module, plan)
     if calibration and whole:
-        recover.refit(whole, module, plan, calibration.images(refit), progress=journal.bar("refitting layers"))
+        recover.refit(whole, module, plan, calibration.images(refit), progress=log.bar("refitting layers"))
     composed = record.plan.then(plan) if record and record.plan else plan
     forecast = plan.forecast
     cost = {"flops": forecast.flops_after, "params": forecast.params_after} if forecast else {}
     row = {"number": 1, "epoch": None, "plan": plan.hash, **cost}
-    metadata.write(module, Record(record.recipe if record else {}, composed, widths, (row,)))
+    write_record(module, Record(record.recipe if record else {}, composed, widths, (row,)))
     if isinstance(model, Model):
         # train() takes the weights from here, not from a YAML; optimizer and epoch of the dense run are void.
         model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
@@ -164,13 +170,13 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
     Args:
         model: a `YOLO` object, its module, or a path to a checkpoint.
     """
-    return metadata.is_pruned(_module(model))
+    return records.is_pruned(_module(model))
 
 
 def describe(model: Model | nn.Module | str | Path) -> str:
     """What was done to a checkpoint, for people: rounds, cost, layers before and after."""
     module = _module(model)
-    record = metadata.read(module)
+    record = read_record(module)
     if not record or not record.plan:
         return "This model is not pruned."
     surgery.check_applied(module, record.plan)
@@ -197,7 +203,7 @@ def _calibration(model: Model | nn.Module, data: str | Path, imgsz: int, count: 
     if not isinstance(model, Model):
         raise RunError("data= needs the YOLO object, not its module: it knows how the task reads its dataset.")
     model.model.float()
-    return images.calibration(model, data, imgsz, count)
+    return datasets.calibration(model, data, imgsz, count)
 
 
 INSTEAD = {

@@ -108,7 +108,7 @@ def _apply(arguments: list[str]) -> int:
     if target.resolve() == source.resolve():
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
     from yolo_prune import api
-    from yolo_prune.plans import Plan
+    from yolo_prune.cut.plan import Plan
     from yolo_prune.recipe import load_recipe
 
     model = api.open_model(source)
@@ -134,8 +134,8 @@ def _bench(arguments: list[str]) -> int:
     models = [name for name in _model(values).split(",") if name]
     save = _target(values["save"], ".json") if "save" in values else None
     formats, how = _measuring({"format": "onnx", **values})
-    from yolo_prune import benchmark
-    from yolo_prune.subjects import Setting
+    from yolo_prune.measure import benchmark
+    from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(_imgsz(values), data=values.get("data"), **how)
     found = benchmark.measure(models, formats, asked)
@@ -154,8 +154,8 @@ def _profile(arguments: list[str]) -> int:
     if len(formats) > 1:
         raise PruneError(f"format={values['format']}: a profile is of one runtime. Write one file for each.")
     from yolo_prune import api
-    from yolo_prune.subjects import Setting
-    from yolo_prune.timing import target
+    from yolo_prune.latency import target
+    from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(_imgsz(values), **how)
     print(f"saved {target.profile(api.open_model(source), formats[0], asked, save)}")
@@ -184,11 +184,11 @@ def _report(arguments: list[str]) -> int:
     save = _target(values["save"], ".html") if "save" in values else None
     size = _imgsz(values) if "imgsz" in values else None
     formats, how = _measuring(values, *(["imgsz"] if size else []))
-    from yolo_prune import pages
+    from yolo_prune.pages import run_page
 
     known = {key: values.get(key) for key in ("data", "model")}
-    found = pages.measure_run(runs[0], formats, imgsz=size, **known, **how) if formats else None
-    path = pages.write_report(runs[0], save=save, **known)
+    found = run_page.measure_run(runs[0], formats, imgsz=size, **known, **how) if formats else None
+    path = run_page.write_report(runs[0], save=save, **known)
     print(f"{found}\n\nsaved {path}" if found else f"saved {path}")
     if found:
         found.check()
@@ -206,9 +206,9 @@ def _compare(arguments: list[str]) -> int:
         raise PruneError("data= is missing: pass the dataset to validate on, for example data=data.yaml.")
     save, imgsz = _target(values.get("save", "compare.html"), ".html"), _imgsz(values)
     formats, how = _measuring(values)
-    from yolo_prune import pages
+    from yolo_prune.pages import compare_page
 
-    text, found = pages.compare(models, values["data"], imgsz, save, formats, **how)
+    text, found = compare_page.compare(models, values["data"], imgsz, save, formats, **how)
     print(f"{text}\nsaved {save}")
     if found:
         found.check()
@@ -217,9 +217,9 @@ def _compare(arguments: list[str]) -> int:
 
 def _demo(arguments: list[str]) -> int:
     values, _ = _parse("demo", arguments, ("folder",))
-    from yolo_prune import demo
+    from yolo_prune.demo import tour
 
-    return demo.run(Path(values.get("folder", "yolo-prune-demo")))
+    return tour.run(Path(values.get("folder", "yolo-prune-demo")))
 
 
 def _doctor(arguments: list[str]) -> int:
@@ -233,7 +233,7 @@ def _doctor(arguments: list[str]) -> int:
 
 def _schema(arguments: list[str]) -> int:
     values, _ = _parse("schema", arguments, ("save",))
-    from yolo_prune.files import write_text
+    from yolo_prune.env.files import write_text
     from yolo_prune.recipe import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"
@@ -304,7 +304,7 @@ def _measuring(values: dict[str, str], *others: str) -> tuple[list[str], dict[st
     how |= {k: _whole(k, values[k]) for k in ("batch", "threads", "repeats", "quantize") if k in values}
     if _truth("half", values.get("half", "False")) and how.setdefault("quantize", 16) != 16:
         raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
-    from yolo_prune import runtimes
+    from yolo_prune.measure import runtimes
 
     return runtimes.parse(values["format"]), how
 

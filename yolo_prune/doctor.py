@@ -4,57 +4,22 @@
 from __future__ import annotations
 
 import platform
-import re
 import site
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 
 from yolo_prune import _startup
 from yolo_prune._version import __version__
-
-TESTED = {
-    "ultralytics": ("8.3.0", "8.4.190"),
-    "torch": ("2.4.0", "2.15.0"),
-}
-"""Oldest and newest version, both included, that this release of yolo-prune was tested with."""
+from yolo_prune.env.versions import TESTED, Component, version_of, warnings_of
 
 _REQUIRED = ("ultralytics", "torch", "pydantic")
 _FOR_EXPORT = ("onnx", "onnxruntime")
 _COMMAND = "use `yolo-prune train` instead of `yolo train`"
 _INSTEAD = f"{_COMMAND}, or `import yolo_prune` in Python before training"
-
-
-@dataclass(frozen=True)
-class Component:
-    """An installed, or missing, distribution.
-
-    Attributes:
-        name: As `pip` knows it.
-        version: What is installed, `None` if nothing is.
-        required: Whether yolo-prune cannot work without it.
-    """
-
-    name: str
-    version: str | None
-    required: bool = True
-
-    @property
-    def tested(self) -> bool | None:
-        """Whether the version lies in the tested range; `None` if there is no range, or no version."""
-        if self.version is None or self.name not in TESTED:
-            return None
-        oldest, newest = TESTED[self.name]
-        release = _release(self.version)
-        return release is not None and _numbers(oldest) <= release <= _numbers(newest)
-
-    @property
-    def missing(self) -> bool:
-        """Whether it is required and not there."""
-        return self.required and self.version is None
 
 
 @dataclass(frozen=True)
@@ -87,7 +52,7 @@ class Diagnosis:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is missing or was not tested, each with its remedy."""
-        return tuple(_warnings_of(self.components))
+        return tuple(warnings_of(self.components))
 
     @property
     def exit_code(self) -> int:
@@ -95,16 +60,10 @@ class Diagnosis:
         return int(not self.hook.active or any(c.missing for c in self.components))
 
 
-def untested() -> list[str]:
-    """Installed versions that this release was not tested with, each as a warning."""
-    components = (Component(name, _version_of(name)) for name in TESTED)
-    return [warning for component in components if component.tested is False for warning in _warnings_of([component])]
-
-
 def diagnose() -> Diagnosis:
     """Look at this process and its environment. Imports Ultralytics, which takes seconds; changes nothing."""
     components = tuple(
-        Component(name, _version_of(name), required=name in _REQUIRED) for name in (*_REQUIRED, *_FOR_EXPORT)
+        Component(name, version_of(name), required=name in _REQUIRED) for name in (*_REQUIRED, *_FOR_EXPORT)
     )
     return Diagnosis(hook=_examine_hook(components[0], _import_targets()), components=components)
 
@@ -194,36 +153,3 @@ def _startup_files() -> Iterator[Path]:
     names = ["yolo_prune.pth"] + ["yolo_prune.start"] * (sys.version_info >= (3, 15))
     for folder in dict.fromkeys(folders):
         yield from (Path(folder, name) for name in names if Path(folder, name).is_file())
-
-
-def _version_of(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _warnings_of(components: Sequence[Component]) -> Iterator[str]:
-    for component in components:
-        name = component.name
-        if component.missing:
-            yield f"{name} is not installed, and yolo-prune needs it: pip install {name}"
-        elif component.tested is False:
-            oldest, newest = TESTED[name]
-            span = oldest if oldest == newest else f"{oldest} to {newest}"
-            yield (
-                f"{name} {component.version}: this yolo-prune was tested with {span}. It may well work; "
-                f"if it does not, pip install '{name}=={newest}'"
-            )
-    if absent := [c.name for c in components if not c.required and c.version is None]:
-        yield f"not installed: {', '.join(absent)}; for ONNX export, pip install 'yolo-prune[export]'"
-
-
-def _release(version: str) -> tuple[int, ...] | None:
-    """The numbers of a final release, without its local part; `None` for development and pre-releases."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)*)(?:\.post\d+)?(?:\+.*)?", version)
-    return _numbers(match[1]) if match else None
-
-
-def _numbers(release: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in release.split("."))

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from yolo_prune.calibration import Calibration, Progress
+from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.errors import PruneError, RecipeError
 from yolo_prune.graph.structure import ChannelSet
+from yolo_prune.recipe.options import make
 
 Tensors = Mapping[str, Tensor]
 C = TypeVar("C", bound=Callable[..., "Criterion"])
-T = TypeVar("T")
 
 
 class Criterion(Protocol):
@@ -87,26 +86,6 @@ def create(name: str, options: Mapping[str, Any]) -> Criterion:
     return make("criterion", name, CRITERIA[name], options)
 
 
-def make(kind: str, name: str, factory: Callable[..., T], options: Mapping[str, Any]) -> T:
-    """Call a factory with the options that a recipe gives beside a name.
-
-    Args:
-        kind: the recipe's field, for messages.
-        name: what is made.
-        factory: makes it; its parameters are the options that there are.
-        options: `{option: value}`.
-
-    Raises:
-        RecipeError: If an option is unknown or out of range.
-    """
-    known = list(signature(factory).parameters)
-    for option in options:
-        if option not in known:
-            knows = f"it knows {', '.join(known)}" if known else "it has none"
-            raise RecipeError(f"{kind}.{option}: '{name}' has no such option; {knows}.")
-    return factory(**options)
-
-
 def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tensor:
     """What `criterion` gives, checked: nothing can be chosen by scores that are not numbers.
 
@@ -122,25 +101,3 @@ def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tenso
             "are damaged; take a checkpoint from before the training diverged."
         )
     return scores
-
-
-def whole_number(option: str, value: Any, least: int = 1, most: int = 100_000, kind: str = "criterion") -> int:
-    """An option that is a whole number.
-
-    Raises:
-        RecipeError: If it is not, or is out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise RecipeError(f"{kind}.{option}: must be a whole number from {least} to {most}, got {value!r}.")
-    return value
-
-
-def fraction(option: str, value: Any, kind: str = "criterion") -> float:
-    """An option that is a number above 0 and at most 1.
-
-    Raises:
-        RecipeError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise RecipeError(f"{kind}.{option}: must be a number above 0 and at most 1, got {value!r}.")
-    return float(value)

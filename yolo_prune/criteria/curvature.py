@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from yolo_prune import patches
-from yolo_prune.calibration import Calibration, Progress
-from yolo_prune.patches import Layer
+from yolo_prune.data import layer_samples
+from yolo_prune.data.calibration import Calibration, Progress
+from yolo_prune.data.layer_samples import Layer
 
 POSITIONS = 250  # of an image that are looked at, per layer
 
@@ -46,7 +46,7 @@ class Curvature:
         self._images = len(calibration)
         with calibration.differentiable(model) as copy:
             for name, layer in copy.named_modules():
-                if patches.readable(layer) and patches.groups(layer) == 1:
+                if layer_samples.readable(layer) and layer_samples.groups(layer) == 1:
                     layer.register_forward_hook(partial(self._forward, name))
             for _ in calibration.backward(copy, progress):
                 each(copy)
@@ -68,15 +68,15 @@ class Curvature:
     def _forward(self, name: str, layer: Layer, given: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             return
-        where = patches.positions(name, output, layer, POSITIONS)
-        columns = patches.read(layer, given[0].detach(), where, output.shape[-1])[0]
+        where = layer_samples.positions(name, output, layer, POSITIONS)
+        columns = layer_samples.read(layer, given[0].detach(), where, output.shape[-1])[0]
         columns = columns - self._shifts.setdefault(name, columns.mean(1, keepdim=True))
         columns = torch.cat([columns, columns.new_ones(1, columns.shape[1])])
         self._add(self._moments, name, columns)
         self._counts[name] += columns.shape[1]
 
         def backward(gradient: Tensor) -> None:
-            self._add(self._gradients, name, patches.written(layer, gradient)[0])
+            self._add(self._gradients, name, layer_samples.written(layer, gradient)[0])
 
         output.register_hook(backward)  # type: ignore[no-untyped-call]
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from yolo_prune.calibration import Calibration, Progress
-from yolo_prune.criteria.base import Tensors, fraction, register_criterion, whole_number
+from yolo_prune.criteria.base import Tensors, register_criterion
 from yolo_prune.criteria.curvature import Curvature
 from yolo_prune.criteria.surgeon import Reader, order
+from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.errors import GradientError
 from yolo_prune.graph.structure import ChannelSet, Slot
+from yolo_prune.recipe.options import fraction, whole_number
 
 IMAGES = 64
 

@@ -8,9 +8,10 @@ import zlib
 import torch
 from torch import Tensor
 
-from yolo_prune.criteria.base import Criterion, Tensors, register_criterion, whole_number
+from yolo_prune.criteria.base import Criterion, Tensors, register_criterion
 from yolo_prune.errors import RecipeError
 from yolo_prune.graph.structure import ChannelSet
+from yolo_prune.recipe.options import whole_number
 
 
 @register_criterion("magnitude")

@@ -14,7 +14,7 @@ from ultralytics.nn import tasks
 from ultralytics.nn.modules import block, conv, head
 from ultralytics.nn.modules import transformer as transformers
 
-from yolo_prune.compat import Blocks
+from yolo_prune.env.releases import Blocks
 from yolo_prune.graph.probes import PROMPTS, register_probe
 from yolo_prune.graph.rules import Facts, read_as_is, register_block
 

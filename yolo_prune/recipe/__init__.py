@@ -2,15 +2,7 @@
 """What the user asks for: recipes as validated data, and how they are read."""
 
 from yolo_prune.recipe.load import bundled_names, load_recipe
-from yolo_prune.recipe.schema import (
-    AllocationSpec,
-    CriterionSpec,
-    LayerLimits,
-    Recipe,
-    Schedule,
-    Target,
-    json_schema,
-)
+from yolo_prune.recipe.schema import AllocationSpec, CriterionSpec, LayerLimits, Recipe, Schedule, Target, json_schema
 
 __all__ = [
     "AllocationSpec",

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from yolo_prune import patches
-from yolo_prune.patches import Layer
-from yolo_prune.plans import Plan
+from yolo_prune.cut.plan import Plan
+from yolo_prune.data import layer_samples
+from yolo_prune.data.layer_samples import Layer
 from yolo_prune.recover.scope import inside, modes_kept
 
 POSITIONS = 8000  # of all images together that a layer is fitted to
@@ -118,9 +118,9 @@ class _Targets:
         for name, layer in model.named_modules():
             if inside(name, frozen) or ".dfl" in name:
                 continue
-            if patches.readable(layer):
+            if layer_samples.readable(layer):
                 hooks.append(layer.register_forward_hook(partial(self._note, name)))
-            elif patches.upsamples(layer):
+            elif layer_samples.upsamples(layer):
                 hooks.append(layer.register_forward_hook(partial(self._note_upsampling, name)))
         _run(model, images, hooks)
         for name, calls in self._calls.items():
@@ -131,8 +131,8 @@ class _Targets:
         self._calls[name] += 1
         columns = layer.weight[0].numel()
         count = max(POSITIONS, PER_COLUMN * columns)
-        where = patches.positions(name, output, layer, max(1, count // len(output)))
-        wanted = patches.written(layer, output, where).flatten(0, 1)
+        where = layer_samples.positions(name, output, layer, max(1, count // len(output)))
+        wanted = layer_samples.written(layer, output, where).flatten(0, 1)
         if factors := self.plan.scale.get(f"{name}.weight"):
             factor = [factors.get(i, 1.0) for i in range(len(wanted))]
             wanted = wanted * wanted.new_tensor(factor)[:, None]
@@ -145,15 +145,15 @@ class _Targets:
         if kept := self.plan.keep.get(f"{name}.weight", {}).get(1):
             output = output[:, list(kept)]
         pixels = F.pixel_unshuffle(output, layer.stride[0])
-        where = patches.positions(name, pixels, layer, max(1, POSITIONS // len(output)))
-        self.wanted[name] = where, patches.written(layer, pixels, where)[0]
+        where = layer_samples.positions(name, pixels, layer, max(1, POSITIONS // len(output)))
+        self.wanted[name] = where, layer_samples.written(layer, pixels, where)[0]
 
 
 def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wanted: Tensor) -> None:
     """A linear layer on pixels, with an output for each channel and place in the patch; a channel has one bias."""
     inputs, outputs, *patch = layer.weight.shape
     device = _precise(layer.weight.device)
-    read = patches.written(layer, value, where)[0].to(device, torch.float64)
+    read = layer_samples.written(layer, value, where)[0].to(device, torch.float64)
     old = layer.weight.permute(1, 2, 3, 0).reshape(-1, inputs).to(device, torch.float64)
     missing = (wanted.to(device, torch.float64) - old @ read).reshape(outputs, -1, read.shape[1])
     moment = read @ read.T / read.shape[1]
@@ -174,10 +174,12 @@ def _fit(
     where, wanted = targets.pop(name)
     value = given[0]
     next(bar, None)
-    if patches.upsamples(layer):
+    if layer_samples.upsamples(layer):
         return _fit_upsampling(layer, value, where, wanted)
-    assert patches.readable(layer)
-    weight, offset = solve(patches.read(layer, value, where, patches.width(layer, value)), wanted, layer.weight)
+    assert layer_samples.readable(layer)
+    weight, offset = solve(
+        layer_samples.read(layer, value, where, layer_samples.width(layer, value)), wanted, layer.weight
+    )
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(offset)

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from yolo_prune import surgery
-from yolo_prune.compat import DAMAGED
+from yolo_prune.cut import surgery
+from yolo_prune.cut.plan import Plan
+from yolo_prune.env.files import write_bytes
+from yolo_prune.env.releases import DAMAGED
 from yolo_prune.errors import PlanError, RunError
-from yolo_prune.files import write_bytes
-from yolo_prune.plans import Plan
 
 FILE = "rewind.pt"  # in the folder of the weights, as long as the run lasts
 RESTORE = "Put the file of this run back, or start the run anew."

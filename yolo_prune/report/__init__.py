@@ -3,16 +3,7 @@
 
 from __future__ import annotations
 
-from yolo_prune.report.data import (
-    EpochRow,
-    Figures,
-    LayerRow,
-    Proof,
-    ProtectedRow,
-    Report,
-    RoundFitness,
-    RoundRow,
-)
+from yolo_prune.report.data import EpochRow, Figures, LayerRow, Proof, ProtectedRow, Report, RoundFitness, RoundRow
 from yolo_prune.report.table import rounds_table, summary_table
 
 __all__ = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolo_prune.report.data import Figures
-from yolo_prune.report.latency import Measurement
+from yolo_prune.report.measurement import Measurement
 from yolo_prune.report.page import NARROW, WIDE, ClassRow, class_rows, legend, write
 from yolo_prune.report.photos import Photo
 from yolo_prune.report.picture import model_name

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from yolo_prune._version import __version__
+from yolo_prune.env.files import write_text
 from yolo_prune.errors import PruneError
-from yolo_prune.files import write_text
 
 FORMAT = 1
 FILE_NAME = "prune.json"

@@ -9,12 +9,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
+from yolo_prune.env.files import write_text
 from yolo_prune.errors import PruneError
-from yolo_prune.files import write_text
-from yolo_prune.guard import checkpoint
 from yolo_prune.report.data import Report
 
 FRONT = "front.json"
+
+
+def round_file(number: int) -> str:
+    """Name of the file with the best model after a round; 0 is before the first."""
+    return f"round{number}.pt"
 
 
 class Point(BaseModel):
@@ -91,7 +95,7 @@ def front(report: Report, limit: float, reference: float, start: dict[str, float
         )
     for point in points:
         point.delivered = finished and point.round == good > 0
-        point.weights = f"weights/{'best.pt' if point.round == good > 0 else checkpoint(point.round)}"
+        point.weights = f"weights/{'best.pt' if point.round == good > 0 else round_file(point.round)}"
     return Front(limit=limit, reference=reference, points=points)
 
 

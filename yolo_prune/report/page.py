@@ -15,11 +15,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from yolo_prune._version import __version__
-from yolo_prune.report import timing
+from yolo_prune.report import measurement_words
 from yolo_prune.report.data import LayerRow, Report, RoundRow
 from yolo_prune.report.front import Front
 from yolo_prune.report.history import history
-from yolo_prune.report.latency import Measurement
+from yolo_prune.report.measurement import Measurement
 from yolo_prune.report.photos import Photo
 from yolo_prune.report.picture import model_name, title
 from yolo_prune.report.plot import Plot
@@ -142,7 +142,7 @@ def _environment() -> Environment:
     environment.filters["percent"] = percent
     environment.filters["digits"] = lambda value, form: MISSING if value is None else form % value
     environment.filters["minus"] = lambda text: text.replace("-", MINUS)
-    environment.globals["timing"] = timing
+    environment.globals["timing"] = measurement_words
     environment.filters["difference"] = lambda after, before: difference(after, before).replace("-", MINUS)
     return environment
 
@@ -190,7 +190,7 @@ def _cards(report: Report, found: Measurement | None) -> list[Card]:
         cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))
     ratio, where = report.timed.ratio if report.timed else None, report.timed.runtime if report.timed else ""
     if found and found.ends:
-        ratio, where = found.ends[1].ratio, timing.runtime(found.ends[1]) + timing.threads(found)
+        ratio, where = found.ends[1].ratio, measurement_words.runtime(found.ends[1]) + measurement_words.threads(found)
     for label, unit, before, after, scale in (
         ("FLOPs", "G", dense.flops, pruned.flops, 1e9),
         ("Parameters", "M", dense.params, pruned.params, 1e6),

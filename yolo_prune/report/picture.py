@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from yolo_prune.files import write_bytes
+from yolo_prune.env.files import write_bytes
 from yolo_prune.report.data import LayerRow, Report, RoundRow, first_known
 from yolo_prune.report.table import MISSING, difference, fitness, number, percent, target_text
 

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Copies of a model, and what is done to them: their channels silenced, their size taken."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from yolo_prune.cut.plan import Plan
+from yolo_prune.graph.structure import output_dimension
+
+
+def lean_copy(model: nn.Module) -> nn.Module:
+    """A `bare_copy` on the CPU."""
+    return bare_copy(model).cpu()
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A copy without training-only state, and without hooks: they are not the model's own."""
+    memo: dict[int, Any] = {}
+    if getattr(model, "criterion", None) is not None:
+        memo[id(model.criterion)] = None
+    for module in model.modules():
+        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+    return deepcopy(model, memo)
+
+
+def silence(model: nn.Module, removed: Mapping[str, Mapping[int, Collection[int]]]) -> None:
+    """Let channels put out zeros, in place; the layers that read them stay as they are.
+
+    Args:
+        model: is changed.
+        removed: `{tensor name: {dimension: indices that are to go}}`.
+    """
+    state, layers = model.state_dict(), dict(model.named_modules())
+    for name, dims in removed.items():
+        layer, _, key = name.rpartition(".")
+        dim = output_dimension(layers[layer]) if key == "weight" else 0
+        if dim in dims and key not in ("running_mean", "running_var"):
+            state[name].movedim(dim, 0)[list(dims[dim])] = 0
+
+
+def silence_removed(model: nn.Module, plan: Plan) -> None:
+    """Silence the channels that a plan removes, in place."""
+    shapes = {name: plan.shapes[name] for name in plan.keep}
+    gone = {n: {d: set(range(shapes[n][d])) - set(k) for d, k in dims.items()} for n, dims in plan.keep.items()}
+    silence(model, gone)
+
+
+def size_mb(model: nn.Module) -> float:
+    """Megabytes of the model as a checkpoint stores it, in half precision."""
+    copy = lean_copy(model).half()
+    buffer = io.BytesIO()
+    torch.save({"model": copy}, buffer)
+    return buffer.getbuffer().nbytes / 1e6

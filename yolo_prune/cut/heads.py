@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Fit a pruned model to another dataset, with other classes, keypoints or image channels.
+
+Only what depends on their number is made anew, the rest stays pruned. What depends on it is read off two models that
+Ultralytics builds for two different numbers, so it holds for every head, also for one that this package has never seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune.cut.record import Record, read_record, write_record
+from yolo_prune.errors import UnsupportedModelError
+
+K = TypeVar("K")
+SMALL = (2, 3)
+"""Numbers to build the two models with: smaller than any hidden width, so that none of those follows them."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A size that follows a number: `offset + factor * number`."""
+
+    offset: int
+    factor: int
+
+    def at(self, number: int) -> int:
+        """The size for a number."""
+        return self.offset + self.factor * number
+
+
+@dataclass(frozen=True)
+class Followers:
+    """What follows a number.
+
+    Attributes:
+        tensors: `{tensor name: {dimension: size}}`.
+        attributes: `{module name: {attribute: value}}`.
+    """
+
+    tensors: Mapping[str, Mapping[int, Affine]]
+    attributes: Mapping[str, Mapping[str, Affine]]
+
+    def of(self, model: nn.Module, number: int) -> Followers:
+        """Those that have, in a pruned model made for `number`, the size that follows: not the thinned ones."""
+        state, modules = model.state_dict(), dict(model.named_modules())
+        return Followers(
+            _some(self.tensors, lambda name, dim, size: state[name].shape[dim] == size.at(number)),
+            _some(self.attributes, lambda name, key, size: vars(modules[name]).get(key) == size.at(number)),
+        )
+
+    def among(self, others: Followers) -> Followers:
+        """Those that `others` has as well, with the sizes they have here."""
+        return Followers(
+            _some(self.tensors, lambda name, dim, _: dim in others.tensors.get(name, ())),
+            _some(self.attributes, lambda name, key, _: key in others.attributes.get(name, ())),
+        )
+
+
+def _some(
+    table: Mapping[str, Mapping[K, Affine]], wanted: Callable[[str, K, Affine], bool]
+) -> dict[str, dict[K, Affine]]:
+    chosen = {n: {k: size for k, size in sizes.items() if wanted(n, k, size)} for n, sizes in table.items()}
+    return {name: sizes for name, sizes in chosen.items() if sizes}
+
+
+def followers(build: Callable[[int], nn.Module]) -> Followers:
+    """Find what follows a number.
+
+    Args:
+        build: makes the dense model for a number.
+    """
+    few, more = (build(n) for n in SMALL)
+    states = few.state_dict(), more.state_dict()
+    tensors = {
+        name: {d: _affine(a, b) for d, (a, b) in enumerate(zip(t.shape, states[1][name].shape, strict=True)) if a != b}
+        for name, t in states[0].items()
+    }
+    modules = dict(more.named_modules())
+    attributes = {
+        name: {
+            key: _affine(value, vars(modules[name])[key])
+            for key, value in vars(module).items()
+            if type(value) is int and value != vars(modules[name]).get(key, value)
+        }
+        for name, module in few.named_modules()
+    }
+    return Followers({n: d for n, d in tensors.items() if d}, {n: a for n, a in attributes.items() if a})
+
+
+def _affine(few: int, more: int) -> Affine:
+    factor = (more - few) // (SMALL[1] - SMALL[0])
+    return Affine(few - factor * SMALL[0], factor)
+
+
+def resize(
+    model: nn.Module,
+    follow: Followers,
+    number: int,
+    stock: nn.Module,
+    rows: Sequence[int | None] | None = None,
+) -> None:
+    """Make what follows a number anew, in place, with fresh weights; the rest of the model keeps its own.
+
+    Args:
+        model: a pruned model.
+        follow: what follows the number in the dense one.
+        number: the number wanted.
+        stock: what Ultralytics builds for it; biases start as there, so that no class is everywhere.
+        rows: for each of the `number` rows of an output layer, the old row to take over, or None for a fresh one.
+
+    Raises:
+        UnsupportedModelError: If that depends on it what this package cannot make anew.
+    """
+    record = read_record(model)
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for name in dict.fromkeys(tensor.rpartition(".")[0] for tensor in follow.tensors):
+        layer = model.get_submodule(name)
+        if not hasattr(layer, "reset_parameters"):
+            raise UnsupportedModelError(
+                f"'{name}', a {type(layer).__name__}, depends on the dataset and cannot be made anew. Train the dense "
+                "model on this dataset first, then prune it."
+            )
+        for key, parameter in list(layer.named_parameters(recurse=False)):
+            shape = _shape(parameter, follow.tensors.get(f"{name}.{key}", {}), number)
+            setattr(layer, key, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device)))
+        layer.reset_parameters()  # type: ignore[operator]
+        for key, parameter in layer.named_parameters(recurse=False):
+            fresh = stock.get_parameter(f"{name}.{key}")
+            if fresh.shape == parameter.shape:
+                parameter.data.copy_(fresh)
+    for name, values in follow.attributes.items():
+        module = model.get_submodule(name)
+        for key, size in values.items():
+            setattr(module, key, size.at(number))
+    _take_over(model, before, follow, number, rows)
+    if record:
+        write_record(model, _follow_up(record, follow, number))
+
+
+def _shape(tensor: Tensor, dims: Mapping[int, Affine], number: int) -> list[int]:
+    shape = list(tensor.shape)
+    for dim, size in dims.items():
+        shape[dim] = size.at(number)
+    return shape
+
+
+@torch.no_grad()
+def _take_over(
+    model: nn.Module,
+    before: Mapping[str, Tensor],
+    follow: Followers,
+    number: int,
+    rows: Sequence[int | None] | None,
+) -> None:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        dims, old = follow.tensors.get(name, {}), before[name]
+        if not dims:
+            tensor.copy_(old)
+        elif 1 in dims:  # an input layer: grey images see the sum of the filters, further channels fresh ones
+            count = min(number, old.shape[1])
+            tensor[:, :count] = old.sum(1, keepdim=True) if number == 1 else old[:, :count]
+        elif rows is not None and dims[0] == Affine(0, 1):
+            known = [i for i, row in enumerate(rows) if row is not None]
+            tensor[known] = old[[row for row in rows if row is not None]]
+
+
+def _follow_up(record: Record, follow: Followers, number: int) -> Record:
+    """The record speaks of the shapes of the dense model; that now has other output layers, too."""
+    plan = record.plan
+    if plan is None:
+        return record
+    shapes = {
+        name: tuple(dims[d].at(number) if d in dims else n for d, n in enumerate(shape))
+        for name, shape in plan.shapes.items()
+        for dims in [follow.tensors.get(name, {})]
+    }
+    return replace(record, plan=replace(plan, shapes=shapes))
+
+
+def same_names(old: Mapping[int, str], new: Mapping[int, str]) -> list[int | None] | None:
+    """For each new class the old one of the same name, as Ultralytics matches them; None to keep all where they are.
+
+    Args:
+        old: names of the model's classes.
+        new: names of the dataset's classes.
+    """
+    if len(old) == len(new) and _placeholders(old) | _placeholders(new):
+        return None
+    index = {_plain(name): i for i, name in old.items()}
+    found = [index.get(_plain(new[i])) for i in sorted(new)]
+    if len(old) == len(new) and (not any(i is not None for i in found) or found == sorted(old)):
+        return None
+    return [None] * len(new) if _placeholders(old) or _placeholders(new) else found
+
+
+def _plain(name: str) -> str:
+    return str(name).strip().lower()
+
+
+def _placeholders(names: Mapping[int, str]) -> bool:
+    return all(str(key) == str(name) for key, name in names.items())

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`Plan`: which channels of which tensors are kept. The only thing that crosses processes, files and rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from yolo_prune.cut.forecast import Forecast
+from yolo_prune.env.files import write_text
+from yolo_prune.errors import PlanError
+
+VERSION = 1
+MAX_BYTES = 64 * 2**20  # far more than the plan of any model takes
+MAX_INDICES = 10_000_000
+
+Keep = dict[str, dict[int, tuple[int, ...]]]
+Attributes = dict[str, dict[str, int | list[int]]]
+Scale = dict[str, dict[int, float]]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class GroupWidth:
+    """One line of the plan's table: a group of coupled channels and its width before and after."""
+
+    name: str
+    layers: tuple[str, ...]
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Layers that the plan leaves alone, and why."""
+
+    layers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept indices per tensor and dimension, with the module attributes that follow from them.
+
+    Attributes:
+        keep: `{tensor name: {dimension: kept indices, ascending}}`, for the tensors that get smaller.
+        attributes: `{module name: {attribute: value}}` for blocks that remember a width (`C2f.c`, ...).
+        shapes: shapes of the tensors in `keep` before the plan is applied.
+        groups: the groups that get narrower, for people.
+        protected: what was left alone and why, for people.
+        forecast: predicted cost, or None where it was not asked for.
+        scale: `{tensor name: {index along dimension 0 before the plan is applied: factor}}`, for blocks whose forward
+            divides by a power of a width.
+    """
+
+    keep: Keep
+    attributes: Attributes
+    shapes: Shapes
+    groups: tuple[GroupWidth, ...] = ()
+    protected: tuple[Protected, ...] = ()
+    forecast: Forecast | None = None
+    scale: Scale = field(default_factory=dict)
+    _hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over what the plan does (not over what it tells people)."""
+        if not self._hash:
+            body = {k: v for k, v in self.to_dict().items() if k in ("keep", "attributes", "shapes", "scale")}
+            self._hash.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
+        return self._hash[0]
+
+    @property
+    def predicted(self) -> Forecast:
+        """The forecast, where there must be one.
+
+        Raises:
+            PlanError: If the plan has none.
+        """
+        if self.forecast is None:
+            raise PlanError("This plan has no forecast; make it with yolo_prune.plan.")
+        return self.forecast
+
+    def __bool__(self) -> bool:
+        """True if the plan removes anything."""
+        return bool(self.keep)
+
+    def shape_after(self, tensor: str) -> tuple[int, ...]:
+        """Shape of `tensor` once the plan is applied."""
+        shape = list(self.shapes[tensor])
+        for dim, kept in self.keep.get(tensor, {}).items():
+            shape[dim] = len(kept)
+        return tuple(shape)
+
+    def then(self, later: Plan) -> Plan:
+        """Compose: the plan that does at once what this plan and then `later` do.
+
+        Raises:
+            PlanError: If `later` was made for a model of other shapes.
+        """
+        keep: Keep = {name: dict(dims) for name, dims in self.keep.items()}
+        shapes = dict(self.shapes)
+        for name, dims in later.keep.items():
+            if name in self.keep and self.shape_after(name) != later.shapes[name]:
+                raise PlanError(
+                    f"The plans do not follow one another: '{name}' has shape {self.shape_after(name)} after the "
+                    f"first and {later.shapes[name]} before the second."
+                )
+            shapes.setdefault(name, later.shapes[name])
+            mine = keep.setdefault(name, {})
+            for dim, kept in dims.items():
+                mine[dim] = tuple(mine[dim][i] for i in kept) if dim in mine else kept
+        attributes = {name: dict(values) for name, values in self.attributes.items()}
+        for name, values in later.attributes.items():
+            attributes.setdefault(name, {}).update(values)
+        scale = {name: dict(factors) for name, factors in self.scale.items()}
+        for name, factors in later.scale.items():
+            shapes.setdefault(name, later.shapes[name])
+            before = self.keep.get(name, {}).get(0) or range(shapes[name][0])
+            mine_scale = scale.setdefault(name, {})
+            for i, factor in factors.items():
+                mine_scale[before[i]] = mine_scale.get(before[i], 1.0) * factor
+        groups = {g.name: g for g in self.groups}
+        for g in later.groups:
+            groups[g.name] = replace(g, before=groups[g.name].before) if g.name in groups else g
+        forecast, first = later.forecast, self.forecast
+        if forecast and first and forecast.imgsz == first.imgsz:
+            forecast = first.then(forecast)
+        return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale)
+
+    def since(self, earlier: Plan) -> Plan:
+        """Undo `then`: what is left to do of this plan where `earlier` was applied already.
+
+        Raises:
+            PlanError: If this plan keeps what `earlier` removed.
+        """
+        keep: Keep = {}
+        for name, dims in self.keep.items():
+            for dim, kept in dims.items():
+                before = earlier.keep.get(name, {}).get(dim)
+                if before is not None:
+                    place = {old: new for new, old in enumerate(before)}
+                    if not place.keys() >= set(kept):
+                        raise PlanError(f"The plans do not follow one another: the first removes more of '{name}'.")
+                    kept = tuple(place[i] for i in kept)
+                if before is None or len(kept) < len(before):
+                    keep.setdefault(name, {})[dim] = kept
+        scale: Scale = {}
+        for name, factors in self.scale.items():
+            before, known = earlier.keep.get(name, {}).get(0), earlier.scale.get(name, {})
+            place = {old: new for new, old in enumerate(before or range(self.shapes[name][0]))}
+            later = {place[i]: f / known.get(i, 1.0) for i, f in factors.items() if i in place}
+            if left := {i: f for i, f in later.items() if not math.isclose(f, 1.0, rel_tol=1e-12)}:
+                scale[name] = left
+        shapes = {n: earlier.shape_after(n) if n in earlier.shapes else self.shapes[n] for n in {**keep, **scale}}
+        widths = {g.name: g.after for g in earlier.groups}
+        groups = [replace(g, before=widths.get(g.name, g.before)) for g in self.groups]
+        narrower = tuple(g for g in groups if g.after < g.before)
+        return Plan(keep, self.attributes, shapes, narrower, self.protected, scale=scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (dict, list, str, numbers), as `from_dict` reads it."""
+        data: dict[str, Any] = {
+            "version": VERSION,
+            "keep": {n: {str(d): _to_ranges(k) for d, k in sorted(v.items())} for n, v in sorted(self.keep.items())},
+            "attributes": {n: dict(sorted(v.items())) for n, v in sorted(self.attributes.items())},
+            "shapes": {n: list(s) for n, s in sorted(self.shapes.items())},
+            "groups": [[g.name, list(g.layers), g.before, g.after] for g in self.groups],
+            "protected": [[list(p.layers), p.reason] for p in self.protected],
+        }
+        if self.scale:
+            data["scale"] = {n: _to_runs(v) for n, v in sorted(self.scale.items())}
+        if self.forecast:
+            data["forecast"] = self.forecast.to_dict()
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: If the data is not a plan, or of another version.
+        """
+        try:
+            if data["version"] != VERSION:
+                raise PlanError(f"This plan has version {data['version']}; this yolo-prune reads version {VERSION}.")
+            keep: Keep = {}
+            for name, dims in data["keep"].items():
+                keep[name] = {int(d): _from_ranges(k) for d, k in dims.items()}
+                if sum(len(kept) for dims in keep.values() for kept in dims.values()) > MAX_INDICES:
+                    raise ValueError("more indices than any model has channels")
+            shapes = {n: tuple(int(i) for i in s) for n, s in data["shapes"].items()}
+            plan = cls(
+                keep=keep,
+                attributes={n: {a: _width(x) for a, x in v.items()} for n, v in data["attributes"].items()},
+                shapes=shapes,
+                groups=tuple(_group(*g) for g in data.get("groups", ())),
+                protected=tuple(Protected(tuple(map(str, ls)), str(r)) for ls, r in data.get("protected", ())),
+                forecast=Forecast.from_dict(data["forecast"]) if data.get("forecast") else None,
+                scale={n: _from_runs(v) for n, v in data.get("scale", {}).items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+            raise PlanError(f"This is not a yolo-prune plan: {type(e).__name__}: {e}.") from e
+        plan.validate()
+        return plan
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON; the file appears whole or not at all."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a JSON file.
+
+        Raises:
+            PlanError: If the file is missing, is not JSON, or is not a plan.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+            if len(raw) > MAX_BYTES:
+                raise PlanError(f"'{path}' is larger than {MAX_BYTES // 2**20} MiB; that is not a plan.")
+            data = json.loads(raw.decode("utf-8"))
+        except OSError as e:
+            raise PlanError(f"Cannot read the plan '{path}': {e.strerror or e}.") from e
+        except (ValueError, RecursionError) as e:
+            raise PlanError(f"'{path}' is not a yolo-prune plan: it is not valid JSON ({e}).") from e
+        if not isinstance(data, dict):
+            raise PlanError(f"'{path}' is not a yolo-prune plan: expected a mapping, found {type(data).__name__}.")
+        try:
+            return cls.from_dict(data)
+        except PlanError as e:
+            raise PlanError(f"'{path}' cannot be used: {e}") from e
+
+    def validate(self) -> None:
+        """Make sure that indices and widths are possible.
+
+        Raises:
+            PlanError: Names the first that is not.
+        """
+        for name, dims in self.keep.items():
+            shape = self.shapes.get(name, ())
+            for dim, kept in dims.items():
+                size = shape[dim] if 0 <= dim < len(shape) else 0
+                ascending = all(a < b for a, b in pairwise(kept))
+                if not kept or not ascending or kept[0] < 0 or kept[-1] >= size:
+                    raise PlanError(
+                        f"The plan is damaged: kept indices of '{name}', dimension {dim}, must be ascending and "
+                        f"within 0..{size - 1}."
+                    )
+
+        for name, values in self.attributes.items():
+            for key, value in values.items():
+                if key.startswith("_") or not key.isidentifier():
+                    raise PlanError(f"The plan is damaged: '{name}.{key}' is not the width of a block.")
+                if any(v < 1 for v in (value if isinstance(value, list) else [value])):
+                    raise PlanError(f"The plan is damaged: '{name}.{key}' must be at least 1, found {value}.")
+        for name, factors in self.scale.items():
+            rows = self.shapes.get(name, (0,))[0]
+            if not all(0 <= i < rows and 0 < f < math.inf for i, f in factors.items()):
+                raise PlanError(f"The plan is damaged: factors of '{name}' must be positive and within 0..{rows - 1}.")
+
+    def __str__(self) -> str:
+        """The readable table that `describe` makes."""
+        return self.describe()
+
+    def describe(self) -> str:
+        """A table for people: groups before and after, what is protected and why, predicted cost."""
+        lines = [_row("group", "layers", "before", "after", "kept"), "-" * 100]
+        for g in self.groups:
+            layers = _shorten(g.layers, 44)
+            lines.append(_row(g.name, layers, str(g.before), str(g.after), f"{g.after / g.before:.0%}"))
+        if not self.groups:
+            lines.append("nothing is removed")
+        for p in self.protected:
+            lines.append(f"protected ({p.reason}): {_shorten(p.layers, 60)}")
+        if f := self.forecast:
+            lines += [
+                "-" * 100,
+                f"{'':12}{'dense':>12}{'before':>12}{'after':>12}{'kept':>10}",
+                f"{'GFLOPs':12}{f.dense_flops / 1e9:12.3f}{f.flops_before / 1e9:12.3f}"
+                f"{f.flops_after / 1e9:12.3f}{f.flops_kept:10.1%}   at imgsz {f.imgsz}",
+                f"{'parameters':12}{f.dense_params:12,}{f.params_before:12,}{f.params_after:12,}{f.params_kept:10.1%}",
+            ]
+            if f.dense_ms is not None and f.ms_before is not None and f.ms_after is not None:
+                lines.append(
+                    f"{'latency, ms':12}{f.dense_ms:12.3f}{f.ms_before:12.3f}{f.ms_after:12.3f}"
+                    f"{f.kept('latency'):10.1%}   {'measured' if f.measured else 'predicted'}"
+                )
+        return "\n".join(lines)
+
+
+def _group(name: object, layers: Iterable[object], before: Any, after: Any) -> GroupWidth:
+    group = GroupWidth(str(name), tuple(map(str, layers)), int(before), int(after))
+    if not 1 <= group.after <= group.before:
+        raise ValueError(f"group '{name}' goes from {before} to {after} channels")
+    return group
+
+
+def _width(value: Any) -> int | list[int]:
+    return [int(v) for v in value] if isinstance(value, list) else int(value)
+
+
+def _to_runs(factors: Mapping[int, float]) -> list[list[Any]]:
+    """{0: 0.5, 1: 0.5, 7: 2.0} -> [['0-1', 0.5], ['7', 2.0]]."""
+    return [
+        [_to_ranges(tuple(sorted(i for i, f in factors.items() if f == factor))), factor]
+        for factor in sorted(set(factors.values()))
+    ]
+
+
+def _from_runs(runs: Iterable[tuple[str, Any]]) -> dict[int, float]:
+    return {i: float(factor) for ranges, factor in runs for i in _from_ranges(ranges)}
+
+
+def _row(name: str, layers: str, before: str, after: str, kept: str) -> str:
+    return f"{name:35} {layers:44} {before:>6} {after:>6} {kept:>5}"
+
+
+def _shorten(names: Iterable[str], width: int) -> str:
+    names = list(names)
+    text = ", ".join(names)
+    if len(text) <= width:
+        return text
+    shown = ""
+    for i, name in enumerate(names):
+        rest = f", +{len(names) - i} more"
+        if len(shown) + len(name) + len(rest) + 2 > width and i:
+            return shown + rest
+        shown += (", " if i else "") + name
+    return shown[: width - 3] + "..."
+
+
+def _to_ranges(keep: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) -> '0-2,5'."""
+    parts: list[str] = []
+    start = previous = keep[0]
+    for i in (*keep[1:], None):
+        if i is not None and i == previous + 1:
+            previous = i
+            continue
+        parts.append(str(start) if start == previous else f"{start}-{previous}")
+        if i is not None:
+            start = previous = i
+    return ",".join(parts)
+
+
+def _from_ranges(text: str) -> tuple[int, ...]:
+    keep: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        stop = int(last or first) + 1
+        if stop > 1_000_000:
+            raise ValueError(f"index {stop - 1} is out of reason")
+        keep.extend(range(int(first), stop))
+        if len(keep) > 1_000_000:
+            raise ValueError("more indices than any layer has channels")
+    return tuple(keep)

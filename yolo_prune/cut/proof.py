@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The proof that a cut is right: removing channels computes what silencing them computes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from yolo_prune.cut import surgery
+from yolo_prune.cut.copies import lean_copy, silence_removed
+from yolo_prune.cut.plan import Plan
+from yolo_prune.errors import ProofError
+from yolo_prune.graph import probes
+from yolo_prune.graph.structure import output_dimension
+
+TOLERANCE = 1e-9  # relative, in float64
+OUTPUT = "the model's output "
+LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Outcome of a proof that holds.
+
+    Attributes:
+        error: largest difference in any layer, relative to how much its output varies over positions.
+        effect: largest difference that silencing makes to the model's outputs, on the same scale; 0 would be vacuous.
+        seconds: time it took.
+    """
+
+    error: float
+    effect: float
+    seconds: float
+
+
+@torch.no_grad()
+def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
+    """Compare masked reference and pruned copy of `model` on one forward pass in float64. The model is only read.
+
+    The reference is the model with every removed output channel silenced (weights, bias and batch norm 0), consumers
+    untouched. All branches run, and every layer is compared, so that a wrong channel shows where it is wrong even if
+    later layers would drown it; heads are compared before any decoding.
+
+    Args:
+        model: the model before the cut.
+        plan: the cut.
+        tolerance: largest relative difference allowed.
+
+    Raises:
+        ProofError: Names the first layer whose output differs.
+    """
+    start = time.perf_counter()
+    surgery.check(model, plan)
+    reference_model = _float64_copy(model)
+    image = _image(reference_model)
+    before = _final(_outputs(reference_model, image))
+    silence_removed(reference_model, plan)
+    wanted = _outputs(reference_model, image)
+    del reference_model  # one copy at a time
+    pruned = _float64_copy(model)
+    surgery.apply(pruned, plan)
+    failure = None
+    try:
+        got = _outputs(pruned, image)
+    except _StoppedError as e:
+        got, failure = e.outputs, f"'{e.where}': {e.__cause__}"
+    error, layers = 0.0, dict(model.named_modules())
+    for name, reference in wanted.items():
+        reference = _as_cut(reference, name, layers.get(name), plan)
+        gap = _difference(reference, got[name]) if name in got else math.inf
+        if not gap <= tolerance:
+            does = f"does not run ({failure})" if failure else "does not compute what silencing its channels computes"
+            raise ProofError(
+                f"The pruned model {does}. The first layer that differs is '{name}', by {gap:.1e} (allowed "
+                f"{tolerance:.0e}). The model is unchanged. If a block of your own is behind this, protect it "
+                "(protect: in the recipe) or check its rule."
+            )
+        error = max(error, gap)
+    effect = max(_difference(x, y) for x, y in zip(before, _final(wanted), strict=True))
+    return Proof(error, effect, time.perf_counter() - start)
+
+
+def _float64_copy(model: nn.Module) -> nn.Module:
+    return probes.batch_norm_off(lean_copy(model).double())
+
+
+def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -> Tensor:
+    """A layer's output, channels in dimension 1, as it has to be after the cut: fewer channels, some with a factor."""
+    weight = f"{name}.weight"
+    if factors := plan.scale.get(weight):
+        factor = torch.tensor([factors.get(i, 1.0) for i in range(reference.shape[1])], dtype=reference.dtype)
+        reference = reference * factor.view(1, -1, *[1] * (reference.ndim - 2))
+    keep = plan.keep.get(weight, {}).get(output_dimension(layer))
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
+        each = layer.weight.shape[1]
+        depthwise = layer.groups == layer.in_channels
+        groups = plan.keep.get(weight, {}).get(0, range(layer.groups)) if depthwise else range(layer.groups)
+        keep = tuple(g * each + i for g in groups for i in keep or range(each))
+    return reference[:, list(keep)] if keep else reference
+
+
+def _image(model: nn.Module) -> Tensor:
+    stride = probes.stride(model)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, probes.image_channels(model) or 3, 2 * stride, 3 * stride)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+class _StoppedError(Exception):
+    """A forward pass that failed half-way; keeps what the layers before had put out."""
+
+    def __init__(self, outputs: dict[str, Tensor], where: str) -> None:
+        super().__init__()
+        self.outputs, self.where = outputs, where
+
+
+class _Leaky(TorchFunctionMode):
+    """Activations that are 0 over a range let a little through: a channel that lies there would escape comparison."""
+
+    LEAKY = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.LEAKY and args:
+            return nn.functional.leaky_relu(args[0], 0.1)
+        return func(*args, **(kwargs or {}))
+
+
+def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Outputs of layers by name, in the order they run, channels in dimension 1; then those of the model itself."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: nn.Module, out: Tensor) -> None:
+        if name not in found:
+            found[name] = (out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out).clone()
+
+    running: list[str] = []
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    hooks = [m.register_forward_pre_hook(lambda _, __, name=n: running.append(name)) for n, m in model.named_modules()]
+    hooks += [
+        layer.register_forward_hook(lambda layer, _, out, name=name: keep(name, layer, out))
+        for name, layer in model.named_modules()
+        if isinstance(layer, LAYERS)
+    ]
+    hooks += [m.register_forward_hook(leave) for m in model.modules()]
+    finals: dict[str, Tensor] = {}
+    default = torch.get_default_dtype()
+    try:
+        for number, probe in enumerate(probes.probes(model)):
+            if number:  # forwards with prompts mix in Python numbers, and overflow otherwise
+                torch.set_default_dtype(image.dtype)
+            with _Leaky():
+                out = list(probes.outputs(probe(model, image)))
+            finals |= {f"{OUTPUT}{number}.{i}": t for i, t in enumerate(out)}
+    except (RuntimeError, ValueError) as e:
+        raise _StoppedError(found, running[-1] if running else "") from e
+    finally:
+        torch.set_default_dtype(default)
+        for hook in hooks:
+            hook.remove()
+    return found | finals
+
+
+def _final(outputs: dict[str, Tensor]) -> list[Tensor]:
+    return [t for name, t in outputs.items() if name.startswith(OUTPUT)]
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to how much `a` varies over positions: a constant bias must not hide a channel."""
+    if a.shape != b.shape:
+        return math.inf
+    varies = torch.zeros((), dtype=a.dtype)
+    if a.ndim > 2:
+        varies = (a.flatten(2) - a.flatten(2).mean(-1, keepdim=True)).abs().max()
+    gap = float((a - b).abs().max() / torch.maximum(varies, 1e-4 * a.abs().max()).clamp_min(1e-300))
+    return gap if gap == gap else math.inf

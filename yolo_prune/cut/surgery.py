@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Apply a plan to a model and its optimizer. The only module that changes a model's structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune.cut.plan import Plan
+from yolo_prune.errors import PlanError
+
+BATCH_NORM = nn.modules.batchnorm._NormBase  # instance norms as well
+
+
+def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
+    """Cut `model` in place. Its parameters become new `nn.Parameter`s: old autograd graphs keep the old ones.
+
+    `requires_grad` and the memory format are kept, gradients are dropped.
+
+    Args:
+        model: the model the plan was made for, or one of the same shapes (its EMA, an early checkpoint).
+        plan: what to keep.
+
+    Returns:
+        `{old parameter: new parameter}` for those that changed, for `apply_to_optimizer`.
+
+    Raises:
+        PlanError: If a tensor is missing or has another shape; the model is unchanged then.
+    """
+    check(model, plan)
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name in {**plan.keep, **plan.scale}:
+        dims = plan.keep.get(name, {})
+        layer_name, _, key = name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        old = getattr(layer, key)
+        new = cut(old, dims)
+        if name in plan.scale:
+            rescale(new, plan.scale[name], dims.get(0))
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            replaced[old] = new
+        setattr(layer, key, new)
+        _follow(layer)
+    for layer_name, values in plan.attributes.items():
+        layer = model.get_submodule(layer_name)
+        for key, value in values.items():
+            setattr(layer, key, copy(value))
+    return replaced
+
+
+def check(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan made for another model.
+
+    Raises:
+        PlanError: Names the first tensor or attribute that differs.
+    """
+    plan.validate()
+    state = model.state_dict(keep_vars=True)
+    for name in {**plan.keep, **plan.scale}:
+        if name not in state:
+            raise PlanError(f"The plan was made for another model: this one has no '{name}'. Make a new plan for it.")
+        found = tuple(state[name].shape)
+        if found != plan.shapes[name]:
+            raise PlanError(
+                f"The plan was made for another model: '{name}' has shape {found} here and {plan.shapes[name]} in the "
+                "plan. Make a new plan for this model."
+            )
+    modules = dict(model.named_modules())
+    for name in plan.keep:
+        layer = modules[name.rpartition(".")[0]]
+        direct = dict(layer.named_parameters(recurse=False)).get(name.rpartition(".")[2]) is not None
+        if isinstance(layer, nn.MultiheadAttention) or not (direct or isinstance(layer, BATCH_NORM)):
+            raise PlanError(f"'{name}' belongs to a {type(layer).__name__}, which this yolo-prune cannot cut.")
+    for name, values in plan.attributes.items():
+        for key, value in values.items():
+            if type(getattr(modules.get(name), key, None)) is not type(value):
+                raise PlanError(f"The plan was made for another model: '{name}' has no width '{key}' here.")
+
+
+def check_applied(model: nn.Module, plan: Plan) -> None:
+    """Make sure that a model has the structure that `plan` leaves.
+
+    Raises:
+        PlanError: Names the first tensor that differs.
+    """
+    state = model.state_dict(keep_vars=True)
+    for name in plan.keep:
+        found = tuple(state[name].shape) if name in state else None
+        if found != plan.shape_after(name):
+            raise PlanError(f"'{name}' has shape {found}, and should have {plan.shape_after(name)} after pruning.")
+
+
+def apply_to_optimizer(
+    optimizer: torch.optim.Optimizer,
+    replaced: Mapping[nn.Parameter, nn.Parameter],
+    model: nn.Module,
+    plan: Plan,
+) -> None:
+    """Point `optimizer` to the new parameters, in the old order, and slice its per-parameter state alike.
+
+    Args:
+        optimizer: any optimizer whose state holds tensors of the parameter's shape (momenta) and scalars.
+        replaced: what `apply` returned.
+        model: the cut model, for the parameters' names.
+        plan: the plan that was applied.
+    """
+    names = {new: name for name, new in model.named_parameters()}
+    _point_to(optimizer, replaced)
+    for old, new in replaced.items():
+        if old not in optimizer.state:
+            continue
+        dims = plan.keep.get(names[new], {})
+        state = optimizer.state.pop(old)
+        optimizer.state[new] = {
+            key: cut(value, dims) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in state.items()
+        }
+
+
+def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
+    """Give `model` the structure and the weights that `other`, cut less, has: the way back from cuts.
+
+    Args:
+        model: a model that `plan` was applied to; changed in place.
+        other: the same architecture before the plan, or before a part of it; only read.
+        plan: everything that was removed from `model`.
+
+    Returns:
+        `{old parameter: new parameter}` for all of them.
+    """
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    source = dict(other.named_modules())
+    for name, layer in model.named_modules():
+        if name not in source:  # a loss with weights of its own, which no checkpoint holds
+            continue
+        tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        for key, old in tensors.items():
+            new = getattr(source[name], key).detach().to(old, copy=True)
+            if old.ndim == 4 and not old.is_contiguous():
+                new = new.contiguous(memory_format=torch.channels_last)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+                replaced[old] = new
+            setattr(layer, key, new)
+        if tensors:
+            _follow(layer)
+    for layer_name, values in plan.attributes.items():
+        for key in values:
+            setattr(model.get_submodule(layer_name), key, copy(getattr(source[layer_name], key)))
+    return replaced
+
+
+def start_optimizer_anew(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Point `optimizer` to the new parameters, in the old order; it starts anew, without momenta."""
+    _point_to(optimizer, replaced)
+    optimizer.state.clear()
+
+
+def _point_to(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(p, p) for p in group["params"]]
+
+
+@torch.no_grad()
+def cut(tensor: Tensor, dims: Mapping[int, tuple[int, ...]]) -> Tensor:
+    """The kept part of a tensor, detached, in the same memory format."""
+    nhwc = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    nhwc = nhwc and not tensor.is_contiguous()
+    kept = tensor.detach()
+    for dim, keep in dims.items():
+        kept = kept.index_select(dim, torch.tensor(keep, device=tensor.device))
+    return kept.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+@torch.no_grad()
+def rescale(tensor: Tensor, factors: Mapping[int, float], kept: Sequence[int] | None) -> None:
+    """Multiply rows in place; `factors` speaks of the rows before `kept` was cut out."""
+    rows = range(len(tensor)) if kept is None else kept
+    factor = torch.tensor([factors.get(i, 1.0) for i in rows], dtype=torch.float64)
+    tensor.mul_(factor.to(tensor).view(-1, *[1] * (tensor.ndim - 1)))
+
+
+def _follow(layer: nn.Module) -> None:
+    """Set the widths that torch layers remember to what their tensors say."""
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        inputs, per_group = layer.weight.shape[:2]
+        layer.groups = inputs if layer.groups == layer.in_channels else layer.groups
+        layer.in_channels, layer.out_channels = inputs, per_group * layer.groups
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        out, per_group = layer.weight.shape[:2]
+        if layer.groups == layer.in_channels > 1:  # depthwise
+            layer.groups = out * layer.groups // layer.out_channels
+        layer.out_channels, layer.in_channels = out, per_group * layer.groups
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, BATCH_NORM):
+        layer.num_features = len(layer.running_mean if layer.weight is None else layer.weight)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Opening and saving the models of users."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ultralytics import RTDETR, YOLO
+from ultralytics.engine.model import Model
+
+from yolo_prune.env.files import write_bytes
+from yolo_prune.env.releases import DAMAGED
+from yolo_prune.errors import RunError, UnsupportedModelError
+
+
+def open_model(path: str | Path) -> Model:
+    """A `YOLO` (or `RTDETR`, ...) object for a checkpoint or YAML file.
+
+    Raises:
+        PruneError: If the file is missing or is not a checkpoint that can be pruned.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt", ".yaml", ".yml"):
+        raise UnsupportedModelError(
+            f"'{path}' cannot be pruned: pass a .pt checkpoint (an exported model has to be exported anew)."
+        )
+    try:
+        return RTDETR(str(path)) if "rtdetr" in path.stem.lower() else YOLO(str(path))  # as `yolo` does
+    except FileNotFoundError as e:
+        raise RunError(f"The model '{path}' does not exist.") from e
+    except TypeError as e:
+        raise UnsupportedModelError(
+            f"'{path}' holds no Ultralytics YOLO model (SAM, YOLO-NAS and plain state dicts do not). Pass a checkpoint "
+            "that 'yolo train' wrote, or one of Ultralytics' own such as yolo26n.pt."
+        ) from e
+    except ImportError as e:
+        raise UnsupportedModelError(
+            f"'{path}' cannot be loaded here: {e}. "
+            + (
+                "It is quantized (quantize=8 in training): prune the checkpoint that it was quantized from instead."
+                if "modelopt" in str(e)
+                else "It holds a block of your own: run where its module can be imported (PYTHONPATH)."
+            )
+        ) from e
+    except DAMAGED as e:
+        raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
+
+
+def save(model: Model, path: str | Path) -> Path:
+    """Save a model as Ultralytics does; the file appears whole or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / "model.pt"
+        model.save(temporary)
+        return write_bytes(path, temporary.read_bytes())

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Timing whole models against the dense one they come from: exported as a user exports them, run in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from yolo_prune.cut import surgery
+from yolo_prune.cut.copies import bare_copy, lean_copy
+from yolo_prune.cut.plan import Plan
+from yolo_prune.cut.record import KEY, read_record, student_of
+from yolo_prune.env import checkpoints
+from yolo_prune.errors import BenchError
+from yolo_prune.graph import probes
+from yolo_prune.measure import clock, runtimes, subjects
+from yolo_prune.measure.clock import Interval
+from yolo_prune.measure.runtimes import Session
+from yolo_prune.measure.subjects import Setting
+
+BUDGET = 5.0
+"""Seconds that rounds go on for, unless they are `clock.MOST`; several times as long where a ratio is uncertain."""
+CERTAIN, UNCERTAIN = 0.01, 0.03
+"""Half the width of a ratio's 95 % interval, as a fraction of it: worth three budgets, and worth ten."""
+
+
+class Measured(NamedTuple):
+    """How long a model takes, and the dense one in the same rounds, in milliseconds."""
+
+    dense_ms: float
+    ms: float
+    ratio: Interval
+
+
+class Stopwatch:
+    """Times models that were cut from a dense one; a context that keeps exports in a temporary folder."""
+
+    def __init__(self, dense: nn.Module, format: str, setting: Setting) -> None:
+        """Remember what to time against.
+
+        Args:
+            dense: exported as soon as the context is entered.
+            format: as `runtimes.parse` returns it.
+            setting: imgsz, batch, device, threads and precision.
+        """
+        self.dense, self.format, self.setting = dense, format, setting
+
+    def __enter__(self) -> Stopwatch:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(runtimes.undisturbed())
+            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yolo-prune-latency-")))
+            self._count = 0
+            self._reference = self._open(self.dense)
+            self._entered = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._reference
+        self._entered.close()
+
+    def measure(self, models: Sequence[nn.Module]) -> list[Measured]:
+        """Export models and time them in turn with the dense one.
+
+        Raises:
+            BenchError: If one cannot be exported or run.
+        """
+        runs = [self._reference.run, *(self._open(model).run for model in models)]
+        rounds = clock.rounds_for(clock.warm_up(runs, seconds=0.5), BUDGET)
+        times: list[list[float]] = [[] for _ in runs]
+        for budgets in range(1, 11):
+            for found, more in zip(times, clock.interleave(runs, range(rounds)), strict=True):
+                found += more
+            ratios = [clock.paired_ratio(found, times[0]) for found in times[1:]]
+            doubt = max(((r.high - r.low) / 2 / r.median for r in ratios), default=0.0)
+            if doubt <= (CERTAIN if budgets < 3 else UNCERTAIN):
+                break
+        dense, *others = (1000 * clock.quartiles(found).median for found in times)
+        return [Measured(dense, ms, ratio) for ms, ratio in zip(others, ratios, strict=True)]
+
+    def _open(self, model: nn.Module) -> Session:
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        kind = "rtdetr" if "RTDETR" in type(model).__name__ else "model"
+        path = folder / f"{kind}.pt"
+        torch.save({"model": lean_copy(model), "train_args": {}}, path)
+        subject = subjects.Subject(path.name, checkpoints.open_model(path), path)
+        session = subjects.session(self.format, subjects.exported(self.format, subject, self.setting), self.setting)
+        size = (self.setting.batch, probes.image_channels(model) or 3, self.setting.imgsz, self.setting.imgsz)
+        session.prepare(np.random.default_rng(0).random(size, dtype=np.float32))
+        return session
+
+
+def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a model after a plan; to be timed, not to be kept: it has no record of the cut."""
+    cut = bare_copy(model)
+    surgery.apply(cut, plan)
+    return cut
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """A model as wide as the one that `model` was pruned from, with weights of no use; `model` itself if it is dense.
+
+    Raises:
+        BenchError: If its architecture cannot be built anew.
+    """
+    record = read_record(model)
+    if record is None or record.plan is None:
+        return model
+    found: Any = student_of(model)
+    architecture = {key: value for key, value in deepcopy(found.yaml).items() if key != KEY}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            twin: nn.Module = type(found)(architecture, verbose=False)
+    except Exception as e:  # whatever a constructor of somebody's own may raise
+        raise BenchError(f"The dense model cannot be built anew, to be timed: {type(e).__name__}: {e}") from e
+    state = twin.state_dict()
+    wrong = [name for name, shape in record.plan.shapes.items() if name not in state or state[name].shape != shape]
+    if wrong:
+        raise BenchError(f"The dense model cannot be built anew, to be timed: '{wrong[0]}' comes out in another shape.")
+    return twin.eval()

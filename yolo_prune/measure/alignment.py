@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The channels of the convolutions in an exported graph: are they multiples that hardware likes?"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from yolo_prune.errors import BenchError
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How many convolutions of a graph have channel counts that hardware likes.
+
+    Attributes:
+        multiple: that input and output channels were divided by.
+        convolutions: all of them.
+        others: `{name: (input channels, output channels)}` of those where one or both are no such multiple. The first
+            convolution is one (it reads 3 channels), and often the ones that put out class scores.
+    """
+
+    multiple: int
+    convolutions: int
+    others: dict[str, tuple[int, int]]
+
+    @property
+    def aligned(self) -> int:
+        """Convolutions whose channels are such multiples."""
+        return self.convolutions - len(self.others)
+
+
+def alignment(path: str | Path, multiple: int = 8) -> Alignment:
+    """Look at the channels of every convolution of an ONNX file, such as one that TensorRT is fed with.
+
+    TensorRT pads channels to multiples of 8 (float16 on tensor cores) or more: what pruning leaves between them is
+    computed all the same.
+
+    Raises:
+        BenchError: If onnx is not installed, or the file is no ONNX model.
+    """
+    try:
+        onnx = importlib.import_module("onnx")
+        graph = onnx.load(str(path)).graph
+    except ImportError as e:
+        raise BenchError("Reading an ONNX file needs onnx: pip install 'yolo-prune[onnx]'") from e
+    except Exception as e:  # onnx raises protobuf's own errors
+        raise BenchError(f"'{path}' is not an ONNX model: {type(e).__name__}: {e}") from e
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:  # quantized or converted weights keep their shape
+        if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity") and node.input[0] in shapes:
+            shapes[node.output[0]] = shapes[node.input[0]]
+    count, others = 0, {}
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or node.input[1] not in shapes:
+            continue
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        first, second = shapes[node.input[1]][:2]
+        ins, outs = (second * groups, first) if node.op_type == "Conv" else (first, second * groups)
+        count += 1
+        if ins % multiple or outs % multiple:
+            others[node.name or node.output[0]] = (ins, outs)
+    return Alignment(multiple, count, others)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Is it really faster, and is it still the same model? Exports models, times them in turn, compares them with torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from yolo_prune.env.log import bar
+from yolo_prune.env.versions import installed
+from yolo_prune.errors import BenchError
+from yolo_prune.graph import probes
+from yolo_prune.measure import clock, parity_check, runtimes, subjects
+from yolo_prune.measure.alignment import alignment
+from yolo_prune.measure.differences import Array
+from yolo_prune.measure.runtimes import Session
+from yolo_prune.measure.subjects import Setting, Source, Subject
+from yolo_prune.report.measurement import PRECISIONS, Measurement, TimingRow
+
+BUDGET = 30.0
+"""Seconds that the rounds of one format may take, where nobody says how many."""
+
+
+@runtimes.undisturbed()
+def bench(
+    models: Source | Sequence[Source],
+    format: str | Sequence[str] = "onnx",
+    *,
+    imgsz: int = 640,
+    batch: int = 1,
+    device: str | int = "cpu",
+    threads: int | None = None,
+    repeats: int | None = None,
+    quantize: int | None = None,
+    data: str | Path | None = None,
+    save: str | Path | None = None,
+) -> Measurement:
+    """Export models and time them side by side, in the runtimes that Ultralytics uses.
+
+    Args:
+        models: `YOLO` objects or paths to checkpoints; ratios are to the first.
+        format: one or several of torch, torchscript, onnx, openvino, ncnn, engine.
+        imgsz: in pixels; what the exports are fixed to.
+        batch: images per pass.
+        device: cpu, or the number of a GPU.
+        threads: that each runtime may use on a CPU; left out: one per core.
+        repeats: rounds; left out: as many as fit into half a minute a format, between 10 and 300.
+        quantize: 16 or 8 for exports in half precision or 8 bit; on a CPU torch stays as it is.
+        data: dataset; with it every export is compared with its checkpoint, and 8 bit calibrated.
+        save: a `.json` file to write, also where exports do not agree.
+
+    Returns:
+        All figures; print it for the tables.
+
+    Raises:
+        BenchError: If something cannot be measured here; before any work, where that can be told.
+        ParityError: If an export does not agree with its checkpoint; all figures are its `measurement`.
+    """
+    given = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
+    setting = Setting.of(imgsz, batch, device, threads, repeats, quantize, data)
+    found = measure(given, runtimes.parse(format), setting)
+    if save:
+        found.save(save)
+    found.check()
+    return found
+
+
+def measure(models: Sequence[Source], formats: Sequence[str], setting: Setting) -> Measurement:
+    """What `bench` does, without a verdict on the agreement.
+
+    Args:
+        models: as for `bench`.
+        formats: as `runtimes.parse` returns them.
+        setting: everything else.
+
+    Raises:
+        BenchError: As `bench` does.
+    """
+    if not models:
+        raise BenchError("There is no model to measure.")
+    runtimes.check(formats, setting.quantize, setting.device)
+    if setting.quantize == 8 and not setting.data:
+        raise BenchError("quantize=8 needs data=: the dataset whose images ranges are calibrated on.")
+    opened = [subjects.open_source(item) for item in models]
+    with tempfile.TemporaryDirectory(prefix="yolo-prune-bench-") as folder:
+        pairs = enumerate(zip(opened, subjects.names(models), strict=True))
+        found = [subjects.subject(model, name, Path(folder) / str(i)) for i, (model, name) in pairs]
+        for subject in found:
+            subjects.count(subject, setting.imgsz)
+        pictures = [parity_check.pictures_of(subject, setting) for subject in found] if setting.data else []
+        result = Measurement(
+            versions=installed(),
+            device=str(setting.device),
+            hardware=subjects.hardware(setting.device),
+            cores=subjects.cores(),
+            threads=setting.threads if setting.device.type == "cpu" else None,
+            imgsz=setting.imgsz,
+            batch=setting.batch,
+        )
+        for format in formats:
+            try:
+                _measure_format(format, found, pictures, setting, result)
+            except BenchError as e:  # what was measured in other formats is not lost
+                result.failed[format] = str(e)
+    return result
+
+
+def _measure_format(
+    format: str, found: list[Subject], pictures: list[Array], setting: Setting, result: Measurement
+) -> None:
+    show = bar(f"exporting to {format}") if format != "torch" else iter
+    paths = [subjects.exported(format, subject, setting) for subject in show(found)]
+    sessions = [subjects.session(format, path, setting) for path in paths]
+    for subject, session in zip(found, sessions, strict=True):
+        session.prepare(_noise(subject, setting))
+    runs = [session.run for session in sessions]
+    busy = subjects.busy()
+    result.busy = max((value for value in (result.busy, busy) if value is not None), default=None)
+    rounds = setting.repeats or clock.rounds_for(clock.warm_up(runs), BUDGET)
+    if setting.repeats:
+        clock.warm_up(runs)
+    times = clock.interleave(runs, bar(f"timing {format}")(range(rounds)))
+    result.rounds[format] = rounds
+    checked = bool(pictures) and format != "torch"
+    look = bar(f"comparing {format} with torch") if checked else iter
+    for index, subject in enumerate(look(found)):
+        row = _row(format, subject, paths[index], sessions[index], setting)
+        _fill(row, times[index], times[0])
+        row.flops_ratio = subject.flops / found[0].flops if subject.flops and found[0].flops else None
+        if checked:
+            row.parity = parity_check.compare(subject, sessions[index], pictures[index], setting)
+            parity_check.validate(subject, paths[index], setting, row.parity)
+        result.rows.append(row)
+
+
+def _row(format: str, subject: Subject, path: Path, session: Session, setting: Setting) -> TimingRow:
+    plain = format == "torch" and (setting.device.type == "cpu" or setting.quantize == 8)
+    row = TimingRow(
+        model=subject.name,
+        format=format,
+        precision=PRECISIONS[32 if plain else setting.quantize],
+        computed=session.computed,
+        runtime=runtimes.runtime(format),
+        flops=subject.flops,
+        params=subject.params,
+        weights=subject.weights,
+        size_mb=sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()) / 1e6,
+    )
+    graph = path.with_suffix(".onnx")  # what TensorRT builds its engine from stays beside it
+    if format in ("onnx", "engine") and graph.is_file():
+        channels = alignment(graph)
+        row.convolutions, row.aligned = channels.convolutions, channels.aligned
+    return row
+
+
+def _fill(row: TimingRow, times: list[float], first: list[float]) -> None:
+    middle, ratio = clock.quartiles(times), clock.paired_ratio(times, first)
+    row.times_ms = [1000 * t for t in times]
+    row.median_ms, row.quartiles_ms = 1000 * middle.median, (1000 * middle.low, 1000 * middle.high)
+    row.ratio, row.ratio_interval = ratio.median, (ratio.low, ratio.high)
+
+
+def _noise(subject: Subject, setting: Setting) -> Array:
+    module: Any = subject.model.model
+    shape = (setting.batch, probes.image_channels(module) or 3, setting.imgsz, setting.imgsz)
+    return np.random.default_rng(0).random(shape, dtype=np.float32)

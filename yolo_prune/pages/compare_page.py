@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`yolo-prune compare`: checkpoints side by side, validated anew, on one page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ultralytics.utils import LOGGER
+
+from yolo_prune.data import datasets
+from yolo_prune.env.checkpoints import open_model
+from yolo_prune.env.files import write_text
+from yolo_prune.errors import RunError
+from yolo_prune.measure import runtimes
+from yolo_prune.measure.subjects import Setting
+from yolo_prune.pages import evaluate
+from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
+from yolo_prune.report.measurement import Measurement
+
+
+class Compared(NamedTuple):
+    """What `compare` found: tables as text, and the measurement where one was asked for."""
+
+    text: str
+    measurement: Measurement | None
+
+
+def compare(
+    models: Sequence[str | Path], data: str, imgsz: int, save: str | Path, formats: Sequence[str] = (), **how: Any
+) -> Compared:
+    """Validate checkpoints on a dataset, and write a page that compares them.
+
+    Args:
+        models: two or more checkpoints; the first is what the others are measured by.
+        data: the dataset, as for `model.val`.
+        imgsz: image size in pixels.
+        save: where the page goes.
+        formats: to measure them in, as `runtimes.parse` returns them; none: they are not measured.
+        how: they are measured, what else `Setting.of` takes.
+
+    Raises:
+        PruneError: If a checkpoint or the dataset cannot be read, their classes do not agree, or a format cannot be
+            measured here.
+    """
+    setting = Setting.of(imgsz, data=data, **how)
+    runtimes.check(formats, setting.quantize, setting.device)
+    paths = [Path(model) for model in models]
+    names = short_names(paths)
+    opened = [open_model(path) for path in paths]
+    tasks = {model.task for model in opened}
+    if len(tasks) > 1:
+        raise RunError(f"These models have different tasks, which cannot be compared: {', '.join(sorted(tasks))}.")
+    # All datasets are checked first; timing comes before validation, which fuses the models.
+    files = [datasets.validation_files(model, data, imgsz, evaluate.PHOTOS) for model in opened]
+    found = evaluate.time_all(opened, formats, setting).renamed(names) if formats else None
+    candidates: list[Candidate] = []
+    for name, model in zip(names, opened, strict=True):
+        LOGGER.info(f"Validating {name} ({len(candidates) + 1} of {len(names)})")
+        candidates.append(evaluate.measure(model, name, data, imgsz))
+    photos = evaluate.photographs(opened, files[0], imgsz, None)
+    asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
+    words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]
+    write_text(save, render_comparison(candidates, data, imgsz, photos, shlex.join(words), found))
+    return Compared("\n\n".join([comparison_table(candidates), *([str(found)] if found else [])]), found)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Running finished models for a page: what they cost, how good they are, and what they find in images."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+from ultralytics.engine.model import Model
+
+from yolo_prune.cut.copies import size_mb
+from yolo_prune.env.metrics import average_precision, class_ap
+from yolo_prune.errors import RunError
+from yolo_prune.measure import benchmark
+from yolo_prune.measure.subjects import Setting
+from yolo_prune.planning import planner
+from yolo_prune.report import Figures
+from yolo_prune.report.compare import Candidate
+from yolo_prune.report.measurement import Measurement
+from yolo_prune.report.photos import Mark, Photo
+
+PHOTOS = 8
+SIDE = 480  # longest side of an image in a page, in pixels
+CORNERS = 80  # at most, of the outline of a mask
+CONFIDENCE = 0.25
+SHOWN = ("detect", "segment", "pose", "obb")  # tasks whose results have outlines
+
+
+def measure(model: Model, name: str, data: str | Path, imgsz: int) -> Candidate:
+    """Validate a model once, and count what it costs.
+
+    Args:
+        model: a `YOLO` object; it may be fused afterwards.
+        name: what the page calls it.
+        data: the dataset, as for `model.val`.
+        imgsz: image size in pixels.
+
+    Raises:
+        RunError: If the dataset cannot be read.
+    """
+    module: Any = model.model
+    flops, params = planner.present_cost(module.float(), imgsz)
+    size = size_mb(module)
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"project": folder, "name": "val", "exist_ok": True}
+        try:
+            metrics: Any = model.val(data=str(data), imgsz=imgsz, plots=False, verbose=False, workers=0, **places)
+        except (OSError, RuntimeError, SyntaxError, KeyError, IndexError, ValueError, TypeError) as e:
+            raise RunError(f"{name} cannot be validated on data={data}: {type(e).__name__}: {e}") from e
+    part = average_precision(metrics)
+    fitness = float(metrics.fitness)
+    figures = Figures(flops=flops, params=params, size_mb=size, fitness=fitness, classes=class_ap(metrics))
+    found = (None, None) if part is None else (float(part.map), float(part.map50))
+    return Candidate(name, figures, *found)
+
+
+def time_all(models: Sequence[Model], formats: Sequence[str], setting: Setting) -> Measurement:
+    """Time models in some formats, for a page; what fails in one format is told beside the others.
+
+    Raises:
+        PruneError: If none of them could be measured.
+    """
+    found = benchmark.measure(models, formats, setting)
+    if not found.rows:
+        found.check()
+    return found
+
+
+def photographs(models: Sequence[Model], files: Sequence[Path], imgsz: int | Sequence[int], device: Any) -> list[Photo]:
+    """What models find in images; nothing for tasks whose results have no outlines.
+
+    Args:
+        models: `YOLO` objects.
+        files: the images.
+        imgsz: image size in pixels.
+        device: to run on.
+    """
+    if any(model.task not in SHOWN for model in models):
+        return []
+    size = imgsz if isinstance(imgsz, int) else list(imgsz)
+    settings: dict[str, Any] = {"imgsz": size, "conf": CONFIDENCE, "device": device, "verbose": False, "save": False}
+    found = [[model.predict(str(file), **settings)[0] for file in files] for model in models]
+    return [_photo(file, results) for file, *results in zip(files, *found, strict=True)]
+
+
+def _photo(file: Path, results: Sequence[Any]) -> Photo:
+    image = results[0].orig_img
+    image = image if image.ndim == 2 or image.shape[2] in (1, 3) else image[..., :3]
+    height, width = image.shape[:2]
+    share = min(1.0, SIDE / max(height, width))
+    size = max(1, round(width * share)), max(1, round(height * share))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if share < 1 else image
+    done, jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 82])
+    if not done:
+        raise RunError(f"{file} cannot be written as JPEG.")
+    return Photo(file.name, jpeg.tobytes(), *size, tuple(marks(result) for result in results))
+
+
+def marks(result: Any) -> tuple[Mark, ...]:
+    """What a model found in an image, of Ultralytics' `Results`."""
+    turned = getattr(result, "obb", None)
+    boxes = result.boxes if turned is None else turned
+    if boxes is None:
+        return ()
+    outlines = [_corners(box) for box in boxes.xyxyn.tolist()] if turned is None else boxes.xyxyxyxyn.tolist()
+    if result.masks is not None:
+        outlines = [line[:: len(line) // CORNERS + 1].tolist() or box for line, box in zip(result.masks.xyn, outlines)]  # noqa: B905  # a mask may be missing
+    points: list[Any] = [[] for _ in outlines] if result.keypoints is None else result.keypoints.xyn.tolist()
+    return tuple(
+        Mark(result.names[int(kind)], int(kind), float(score), _pairs(outline), _pairs(p for p in dots if any(p)))
+        for kind, score, outline, dots in zip(boxes.cls, boxes.conf, outlines, points, strict=True)
+    )
+
+
+def _corners(box: Sequence[float]) -> list[tuple[float, float]]:
+    left, top, right, bottom = box
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _pairs(points: Any) -> tuple[tuple[float, float], ...]:
+    return tuple((float(x), float(y)) for x, y, *_ in points)

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""From a model and a recipe to a `Plan`: groups, scores, selection. Reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from yolo_prune import criteria
+from yolo_prune.criteria.base import Observer
+from yolo_prune.cut.forecast import Forecast
+from yolo_prune.cut.plan import Attributes, GroupWidth, Keep, Plan, Protected, Scale, Shapes
+from yolo_prune.cut.record import read_record
+from yolo_prune.data.calibration import Calibration, Progress
+from yolo_prune.errors import NothingToRemoveError, RecipeError, TargetError
+from yolo_prune.graph import Graph, Rows, has_heads, named, trace
+from yolo_prune.graph.structure import ChannelSet
+from yolo_prune.planning import allocation
+from yolo_prune.planning.cost import Cost, Timing, measure
+from yolo_prune.planning.select import Allocation, Constraints, Goal, least, levels, select
+from yolo_prune.recipe import AllocationSpec, CriterionSpec, LayerLimits, Recipe
+
+STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
+    "criterion": CriterionSpec(name="magnitude"),
+    "allocation": AllocationSpec(),
+}
+"""What takes the place of a criterion or an allocation that looks at training images where there are none."""
+ROUND_TO = 8
+
+
+def make_plan(
+    model: nn.Module,
+    recipe: Recipe,
+    imgsz: int = 640,
+    keep: float | None = None,
+    frozen: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    progress: Progress = iter,
+    timing: Timing | None = None,
+) -> Plan:
+    """Plan one cut.
+
+    Args:
+        model: the model (what `YOLO(...).model` holds); dense, or pruned before.
+        recipe: target, criterion, constraints, protected modules.
+        imgsz: image size in pixels that FLOPs are counted at.
+        keep: fraction of the *dense* model to keep after this cut; the recipe's target where None.
+        frozen: names of modules that are not trained, and so are not cut.
+        calibration: training images, for criteria and allocations that look at data.
+        progress: wraps what these go through, to show how far it is.
+        timing: what takes how long, for a latency target.
+
+    Raises:
+        TargetError: If the target is out of reach.
+        NothingToRemoveError: If the model already meets it.
+        UnsupportedModelError: If the model has a part whose dependencies are not known.
+        RecipeError: If a pattern of protect or channels.layers matches nothing, or the criterion is unknown.
+        PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
+    """
+    return plan_for(model, survey(model, recipe, imgsz, frozen), recipe, keep, calibration, progress, timing)
+
+
+def rehearsal(recipe: Recipe) -> Recipe:
+    """The recipe without what needs data: what it plans is as large, but other channels go.
+
+    Raises:
+        RecipeError: If the recipe's own criterion is unknown, or options of it or the allocation are wrong.
+    """
+    return recipe.model_copy(update={key: STAND_INS[key] for key in looks(recipe)})
+
+
+def images_for(recipe: Recipe) -> int:
+    """How many training images a recipe's criterion or allocation looks at; 0 if both look at weights alone."""
+    return max(looks(recipe).values(), default=0)
+
+
+def looks(recipe: Recipe) -> dict[str, int]:
+    """`{field: images}`: which of criterion and allocation look at training images, and at how many.
+
+    Raises:
+        RecipeError: If the criterion is unknown, or options of it or the allocation are wrong.
+    """
+    criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    counts = {
+        "criterion": criterion.images if isinstance(criterion, Observer) else 0,
+        "allocation": allocation.create(recipe.allocation.name, recipe.allocation.options).images,
+    }
+    return {key: count for key, count in counts.items() if count}
+
+
+def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:
+    """Trace a model as a recipe asks for it."""
+    return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Everything that a plan follows from, once it is said how far the cut goes.
+
+    Attributes:
+        graph: of the model.
+        cost: of the model.
+        dense: shapes in the dense model of the tensors that earlier cuts made smaller.
+        widths: `{set name: channels in the dense model}`.
+        constraints: on the widths.
+        scores: `{set name: (size,)}`.
+        comparable: scores are amounts of the loss.
+        share_out: how the removal is shared out over groups.
+    """
+
+    graph: Graph
+    cost: Cost
+    dense: Shapes
+    widths: Mapping[str, int]
+    constraints: Constraints
+    scores: Mapping[str, Tensor]
+    comparable: bool
+    share_out: Allocation
+
+    def plan(self, metric: str, keep: float) -> Plan:
+        """The plan that leaves a fraction of the dense model, in "flops", "params" or "latency".
+
+        Raises:
+            TargetError: If it is out of reach.
+            NothingToRemoveError: If the model already meets it.
+        """
+        goal = _goal(self.cost, self.dense, metric, keep)
+        free = [g for g in self.graph.groups if not g.protected]
+        limits = self.constraints, self.widths
+        kept = select(free, self.cost, self.scores, goal, *limits, self.comparable, self.share_out)
+        return build_plan(self.graph, self.cost, kept, self.dense)
+
+    def nearest(self, metric: str, keep: float) -> Plan:
+        """The plan that leaves a fraction of the dense model, or as little more of it as can be.
+
+        Raises:
+            TargetError: If nothing can be removed at all.
+            NothingToRemoveError: If the model already meets it.
+        """
+        try:
+            return self.plan(metric, keep)
+        except TargetError as e:
+            if e.reached is None or e.reached >= self.present(metric) * (1 - 1e-9):
+                raise
+            return self.plan(metric, e.reached * (1 + 1e-9))
+
+    def deepest(self, metric: str) -> Plan | None:
+        """The plan that leaves as little of the dense model as can be; None where nothing can be removed."""
+        try:
+            return self.nearest(metric, 0.0)
+        except TargetError:
+            return None
+
+    def present(self, metric: str) -> float:
+        """Fraction of the dense model that the model is."""
+        return self.cost.total(metric) / self.cost.total(metric, self.dense)
+
+
+def plan_for(
+    model: nn.Module,
+    graph: Graph,
+    recipe: Recipe,
+    keep: float | None = None,
+    calibration: Calibration | None = None,
+    progress: Progress = iter,
+    timing: Timing | None = None,
+) -> Plan:
+    """`make_plan` for a model that was traced before."""
+    wanted = recipe.target.keep if keep is None else keep
+    if wanted is None:
+        raise RecipeError(
+            "target.max_drop: how small the model can get is found while training (callbacks=prune). To plan or apply "
+            "one cut, say how far it goes: target.flops, target.params or target.latency."
+        )
+    _goal(measure(model, graph, timing), _dense(model, graph)[0], recipe.target.metric, wanted)  # before any weighing
+    return weigh(model, graph, recipe, calibration, progress, timing).plan(recipe.target.metric, wanted)
+
+
+def weigh(
+    model: nn.Module,
+    graph: Graph,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    progress: Progress = iter,
+    timing: Timing | None = None,
+) -> Weighed:
+    """Score all channels; see `make_plan`."""
+    dense, widths = _dense(model, graph)
+    constraints = _constraints(model, graph, recipe, timing)
+    for key in looks(recipe) if calibration is None else ():
+        raise RecipeError(
+            f"{key} {getattr(recipe, key).name} looks at training images: say which, as in data=coco8.yaml; or take "
+            f"one that looks at weights alone, as in recipe.{key}={STAND_INS[key].name}."
+        )
+    criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
+    sets: Iterable[ChannelSet] = [s for g in free for s in g.sets]
+    if isinstance(criterion, Observer) and calibration is not None:
+        criterion.observe(model, calibration.first(criterion.images), progress)
+        sets = progress(sets)  # inverting what was observed takes minutes on large models
+    scores = {s.name: criteria.score(criterion, tensors, s) for s in sets}
+    comparable = bool(getattr(criterion, "comparable", False))
+    allowed = [(g, levels(g, constraints, widths)) for g in free]
+    allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
+    share_out = allocate(allocation.Subject(model, allowed, scores, calibration, progress))
+    cost = measure(model, graph, timing)
+    return Weighed(graph, cost, dense, widths, constraints, scores, comparable, share_out)
+
+
+def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
+    """What a run by this recipe would do at once, but without data; of a search for the size, its first step."""
+    keep = recipe.target.keep
+    if keep is None:
+        cost, metric = measure(model, graph), recipe.target.metric
+        present = cost.total(metric) / cost.total(metric, _dense(model, graph)[0])
+        floor = reachable(model, graph, recipe)
+        if present <= floor:
+            raise NothingToRemoveError(
+                "target.max_drop: nothing may be removed from this model under channels and protect. Raise "
+                "channels.max_removed, lower channels.min or channels.round_to, or protect less."
+            )
+        keep = (present + floor) / 2
+    return plan_for(model, graph, rehearsal(recipe), keep)
+
+
+def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
+    """The least fraction of the dense model that the recipe's constraints can leave, in its target's metric.
+
+    Args:
+        model: dense, or pruned before.
+        graph: its trace.
+        recipe: for the metric and the constraints.
+    """
+    cost, metric = measure(model, graph), recipe.target.metric
+    dense, widths = _dense(model, graph)
+    constraints = _constraints(model, graph, recipe)
+    return least(graph.groups, cost, metric, constraints, widths) / cost.total(metric, dense)
+
+
+def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> Constraints:
+    """Limits on widths as a recipe gives them: for all layers, and for those that its patterns name.
+
+    Where the target is a latency, a width between two steps of the runtime would cost accuracy and save nothing.
+
+    Raises:
+        RecipeError: If a pattern names no layer.
+    """
+    channels, multiple = recipe.channels, timing.multiple if timing else 1
+    everywhere = multiple if timing and channels.round_to is None else channels.round_to or ROUND_TO
+    found: dict[str, list[LayerLimits]] = {}
+    for pattern, limits in channels.layers.items():
+        modules = set(named(model, pattern, "channels.layers"))
+        layers = [n for g in graph.groups for n in g.layers if modules & {n, *_around(n)}]
+        if not layers:
+            raise RecipeError(
+                f"channels.layers: '{pattern}' names no layer that has a width of its own. Give the name of a "
+                "convolution, or of a block that holds some."
+            )
+        for name in dict.fromkeys(layers):
+            found.setdefault(name, []).append(limits)
+
+    def given(key: str, of: list[LayerLimits]) -> list[Any]:
+        return [v for v in (getattr(limits, key) for limits in of) if v is not None]
+
+    def strictest(of: list[LayerLimits]) -> Constraints:
+        return Constraints(
+            math.lcm(multiple, *given("round_to", of) or [everywhere]),
+            max(given("min", of), default=channels.min),
+            min(given("max_removed", of), default=channels.max_removed),
+        )
+
+    each = {name: strictest(limits) for name, limits in found.items()}
+    return Constraints(math.lcm(multiple, everywhere), channels.min, channels.max_removed, each)
+
+
+def _around(layer: str) -> Iterator[str]:
+    """Names of the modules that a layer is in."""
+    while layer := layer.rpartition(".")[0]:
+        yield layer
+
+
+def _goal(cost: Cost, dense: Shapes, metric: str, keep: float) -> Goal:
+    whole, present = cost.total(metric, dense), cost.total(metric)
+    if present <= keep * whole:
+        what = metric if metric == "latency" else "size"
+        raise NothingToRemoveError(
+            f"target.{metric}: the model already is at {present / whole:.3f} of its dense {what}; "
+            f"a target of {keep:g} leaves nothing to remove. Ask for less."
+        )
+    return Goal(metric, keep * whole, whole)
+
+
+def _dense(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:
+    """Of the dense model: shapes of the tensors that are smaller now, and `{set name: channels}`."""
+    record = read_record(model)
+    return (record.plan.shapes, record.widths) if record and record.plan else ({}, graph.widths)
+
+
+def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], dense: Shapes) -> Plan:
+    """Translate kept channels per set into kept indices per tensor, the attributes that follow, and a forecast.
+
+    Args:
+        graph: of the model.
+        cost: of the model.
+        kept: `{set name: kept channels}`; a set that is not named stays whole.
+        dense: shapes in the dense model of the tensors that earlier cuts made smaller.
+    """
+    removed: dict[tuple[str, int], set[int]] = {}
+    narrower = []
+    for group in graph.groups:
+        for channels in group.sets:
+            if channels.name not in kept:
+                continue
+            gone = set(range(channels.size)) - set(kept[channels.name])
+            for slot in channels.slots:
+                removed.setdefault((slot.tensor, slot.dim), set()).update(slot.index[i] for i in gone)
+        widest = max(group.sets, key=lambda s: s.size)
+        if widest.name in kept:
+            narrower.append(GroupWidth(group.name, group.layers, group.width, len(kept[widest.name])))
+    keep: Keep = {}
+    for (tensor, dim), gone in sorted(removed.items()):
+        size = cost.shapes[tensor][dim]
+        keep.setdefault(tensor, {})[dim] = tuple(i for i in range(size) if i not in gone)
+
+    def left(rows: Rows) -> int:
+        gone = removed.get((rows.tensor, rows.dim), set())
+        return sum(i not in gone for i in range(rows.start, rows.stop))
+
+    attributes: Attributes = {}
+    for a in graph.attributes:
+        counts = [left(rows) for rows in a.rows]
+        if counts != [len(rows) for rows in a.rows]:
+            value = counts if a.many else sum(counts) // a.per
+            attributes.setdefault(a.module, {})[a.name] = value
+    scale: Scale = {}
+    for fold in graph.folds:
+        factor = (left(fold.counted) / len(fold.counted)) ** fold.power
+        if factor != 1.0:
+            gone = removed.get((fold.rows.tensor, 0), set())
+            kept_rows = (i for i in range(fold.rows.start, fold.rows.stop) if i not in gone)
+            scale.setdefault(fold.rows.tensor, {}).update(dict.fromkeys(kept_rows, factor))
+    shapes = {t: cost.shapes[t] for t in (*keep, *scale)}
+    plan = Plan(keep, attributes, shapes, tuple(narrower), protected_parts(graph), scale=scale)
+    after = {t: plan.shape_after(t) for t in keep}
+    forecast = Forecast(
+        imgsz=cost.imgsz,
+        dense_flops=cost.flops(dense),
+        flops_before=cost.flops(),
+        flops_after=cost.flops(after),
+        dense_params=cost.parameters(dense),
+        params_before=cost.parameters(),
+        params_after=cost.parameters(after),
+    )
+    if cost.timing is not None:
+        of_dense, now, then = (cost.total("latency", shapes) for shapes in (dense, None, after))
+        forecast = replace(forecast, dense_ms=of_dense, ms_before=now, ms_after=then)
+    return replace(plan, forecast=forecast)
+
+
+def protected_parts(graph: Graph) -> tuple[Protected, ...]:
+    """What may not be touched, gathered by reason."""
+    reasons: dict[str, list[str]] = {}
+    for group in graph.groups:
+        if group.protected:
+            reasons.setdefault(group.protected, []).extend(group.layers)
+    return tuple(Protected(tuple(layers), reason) for reason, layers in reasons.items())
+
+
+def widths(model: nn.Module, graph: Graph | None = None) -> dict[str, int]:
+    """`{set name: channels}` of a model, for attentions that get thinner and for those that lose heads."""
+    found = (graph or trace(model)).widths
+    return {**trace(model, heads="heads").widths, **found} if has_heads(model) else found
+
+
+def present_cost(model: nn.Module, imgsz: int) -> tuple[float, int]:
+    """FLOPs (2 x MACs, one image) and parameters of a model as it is, of what runs in deployment."""
+    return dense_cost(model, None, imgsz)
+
+
+def dense_cost(model: nn.Module, plan: Plan | None, imgsz: int) -> tuple[float, int]:
+    """FLOPs and parameters of the dense model that `plan` turned into `model` (None: it is dense still)."""
+    cost = measure(model, trace(model, imgsz=imgsz))
+    shapes = plan.shapes if plan else {}
+    return cost.flops(shapes), cost.parameters(shapes)
+
+
+def layer_widths(model: nn.Module) -> Sequence[tuple[str, int]]:
+    """`(name, output channels)` of every convolution and linear layer, in model order."""
+    return [
+        (n, m.out_features if isinstance(m, nn.Linear) else m.out_channels)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)
+    ]

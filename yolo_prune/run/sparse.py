@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Sparse training: the scales of batch norms shrink while the model trains, those of channels it needs the least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolo_prune.graph import Graph
+from yolo_prune.planning import planner
+from yolo_prune.run import journal, live, schedule
+
+
+def scales_of(model: nn.Module, graph: Graph) -> dict[nn.Parameter, Tensor]:
+    """The scales that may shrink: of the batch norms of channels that may be cut.
+
+    Args:
+        model: the model that is trained.
+        graph: its trace, or that of a model of the same structure.
+
+    Returns:
+        `{weight of a batch norm: which of its channels, bool (channels,)}`, without those that are not trained.
+    """
+    norms = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    found: dict[nn.Parameter, Tensor] = {}
+    for slot in (slot for g in graph.groups if not g.protected for s in g.sets for slot in s.slots):
+        norm = norms.get(slot.tensor)
+        if norm is not None and norm.weight.requires_grad:
+            chosen = found.setdefault(norm.weight, torch.zeros_like(norm.weight, dtype=torch.bool))
+            chosen[list(slot.index)] = True
+    return found
+
+
+@torch.no_grad()
+def shrink(optimizer: torch.optim.Optimizer, scales: dict[nn.Parameter, Tensor], sparsity: float) -> None:
+    """The proximal step of the L1 norm: a scale `g` becomes `sign(g) * max(|g| - learning rate * sparsity, 0)`.
+
+    It follows the optimizer's own step, so that neither momenta nor the scaling of gradients have a part in it. The
+    penalty is that of "Learning Efficient Convolutional Networks through Network Slimming" (Liu et al., ICCV 2017,
+    arXiv:1708.06519), which takes subgradient steps.
+
+    Args:
+        optimizer: with the learning rates of the step that was made.
+        scales: as `scales_of` finds them.
+        sparsity: weight of the L1 norm in the loss.
+    """
+    for group in optimizer.param_groups:
+        for scale in (p for p in group["params"] if p in scales):
+            thinner = scale.sign() * (scale.abs() - group["lr"] * sparsity).clamp(min=0)
+            scale.copy_(torch.where(scales[scale], thinner, scale))
+
+
+class SparseTraining:
+    """What a trainer does beside the optimizer's steps, where the criterion asks for it, up to the last cut."""
+
+    def __init__(self) -> None:
+        self._sparsity: float | None = None
+        self._scales: dict[nn.Parameter, Tensor] | None = None
+
+    @contextmanager
+    def beside(self, trainer: Any) -> Iterator[None]:
+        """Inside, a step of the trainer's optimizer is followed by `shrink`, before the average sees the weights."""
+        run: journal.Run | None = getattr(trainer, "pruning", None)
+        if run is None or not self._asked(run) or run.done == len(run.rounds):
+            yield
+            return
+        owned = {p for group in trainer.optimizer.param_groups for p in group["params"]}
+        if self._scales is None or not self._scales.keys() <= owned:  # a cut makes parameters anew
+            self._scales = {p: chosen for p, chosen in self._find(trainer, run).items() if p in owned}
+        hook = trainer.optimizer.register_step_post_hook(self._shrink)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _asked(self, run: journal.Run) -> float:
+        if self._sparsity is None:
+            self._sparsity = schedule.sparsity(run.recipe)
+        return self._sparsity
+
+    def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        shrink(optimizer, self._scales or {}, self._sparsity or 0.0)
+
+    @staticmethod
+    def _find(trainer: Any, run: journal.Run) -> dict[nn.Parameter, Tensor]:
+        with live.own_randomness(trainer.args.seed):
+            graph = planner.survey(live.average_of(trainer), run.recipe, journal.imgsz(trainer, run.report), run.frozen)
+        return scales_of(live.model_of(trainer), graph)

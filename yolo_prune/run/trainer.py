@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The trainer class that keeps a pruned structure and whose checkpoints a kill cannot damage."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from ultralytics.engine import trainer as engine
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import strip_optimizer
+
+from yolo_prune.cut import heads
+from yolo_prune.cut.record import is_pruned
+from yolo_prune.env import ranks
+from yolo_prune.env.files import WholeFile, write_bytes
+from yolo_prune.env.releases import strip_qat
+from yolo_prune.errors import RunError
+from yolo_prune.graph.probes import image_channels
+from yolo_prune.run import resume, rounds, schedule
+from yolo_prune.run.sparse import SparseTraining
+from yolo_prune.run.warmup import Restart
+
+
+class KeepStructure:
+    """Mixin over any Ultralytics trainer: a pruned model is trained as it is instead of being rebuilt from its YAML.
+
+    Attributes:
+        cadence: when the optimizer steps; a resumed run takes it up where it was.
+        restart: how long these steps are where the optimizer has started anew.
+        sparse: what shrinks beside these steps.
+        stopped_early: the run that is resumed had stopped, for want of progress, when it was killed.
+    """
+
+    data: Any
+    args: Any
+    epochs: int
+    start_epoch: int
+    lf: Any
+    optimizer: Any
+    scheduler: Any
+    resume: Any
+    fitness: float | None
+    stopped_early = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
+        self.cadence = resume.Cadence()
+        self.restart = Restart()
+        self.sparse = SparseTraining()
+        self._stripped: Path | None = None
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        """The model to train: a copy of `weights` if it is pruned, else what the stock trainer builds."""
+        if not isinstance(weights, nn.Module) or not is_pruned(weights):
+            return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+        if any("YOLOEPE" in cls.__name__ for cls in type(self).__mro__):
+            raise RunError(
+                "Linear probing rebuilds the head of YOLOE, which would lose the pruned structure. Probe first, then "
+                "prune; or fine-tune the pruned model with the default trainer."
+            )
+        model: Any = deepcopy(weights).float()
+        strip_qat(model)  # a resumed quantize=8 run puts its quantizers in again
+        model.criterion = None  # built anew for this run's arguments
+        self._fit_to_data(model)
+        model.requires_grad_(True)  # checkpoints are saved frozen
+        _take_over_dropout(self._stock_model(model), model)  # built also for what else the trainer sets up then
+        return model
+
+    def _fit_to_data(self, model: Any) -> None:
+        """Give a pruned model the input channels, keypoints and classes of this run's dataset."""
+        data = self.data
+        channels, wanted = image_channels(model), data.get("channels", 3)
+        if channels and channels != wanted:
+            follow = heads.followers(lambda n: self._stock_model(model, channels=n)).of(model, channels)
+            heads.resize(model, follow, wanted, self._stock_model(model, channels=wanted))
+            model.yaml["channels"] = wanted
+        keypoints = getattr(model, "kpt_shape", None)
+        if keypoints and "kpt_shape" in data and list(keypoints) != list(data["kpt_shape"]):
+            count, size = data["kpt_shape"]
+            follow = heads.followers(lambda n: self._stock_model(model, kpt_shape=[n, keypoints[1]]))
+            renewed = heads.followers(lambda n: self._stock_model(model, kpt_shape=[n, size]))
+            stock = self._stock_model(model, kpt_shape=[count, size])
+            heads.resize(model, renewed.among(follow.of(model, keypoints[0])), count, stock)
+            model.kpt_shape = model.model[-1].kpt_shape = model.yaml["kpt_shape"] = [count, size]
+        classes, names = len(model.names), data["names"]
+        rows = heads.same_names(model.names, names) if getattr(self.args, "cls_remap", True) else None
+        if classes != data["nc"] or rows:
+            follow = heads.followers(lambda n: self._stock_model(model, nc=n)).of(model, classes)
+            heads.resize(model, follow, data["nc"], self._stock_model(model, nc=data["nc"]), rows)
+            model.yaml["nc"] = data["nc"]
+
+    def _stock_model(self, model: Any, **data: Any) -> nn.Module:
+        """What the stock trainer builds in place of a pruned model, with some facts of the dataset replaced."""
+        held = self.data
+        self.data = {**held, **data}
+        try:
+            return super().get_model(deepcopy(model.yaml), None, verbose=False)  # type: ignore[misc,no-any-return]
+        finally:
+            self.data = held
+
+    def _setup_scheduler(self, *args: Any) -> None:
+        """Stock; its function of the epoch, which the warm-up reads as well, follows the rounds where that is asked."""
+        super()._setup_scheduler(*args)  # type: ignore[misc]
+        stock = self.lf
+
+        def lf(epoch: int) -> float:
+            run = getattr(self, "pruning", None)  # there once all is set up
+            if run is None or run.recipe.recover.learning_rate == "run":
+                return float(stock(epoch))
+            return float(schedule.rewound(epoch, run.rounds, self.epochs, stock))
+
+        self.lf = lf
+        self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]
+
+    def preprocess_batch(self, batch: Any) -> Any:
+        """Stock; the loop calls it after a warm-up has said how often to step, and before it asks whether to step."""
+        self.cadence.batch_starts(self)
+        return super().preprocess_batch(batch)  # type: ignore[misc]
+
+    def optimizer_step(self) -> None:
+        """Stock; counted, short after a restart, and beside it sparse training, where the criterion asks for that."""
+        with self.restart.short_steps(self.optimizer), self.sparse.beside(self):
+            super().optimizer_step()  # type: ignore[misc]
+        self.cadence.stepped()
+
+    def save_model(self) -> Any:
+        """Stock, but files appear whole, and last.pt after the state that belongs to it."""
+        run = getattr(self, "pruning", None)
+        if run and run.exact:
+            resume.save(self, run.turns, self.cadence)
+        saved = super().save_model()  # type: ignore[misc]
+        if run:
+            resume.forget(self, run.turns)
+        return saved
+
+    def resume_training(self, ckpt: Any) -> None:
+        """Stock, which refuses a checkpoint of the last epoch; a run killed after that one can be completed, too."""
+        complete = bool(self.resume and ckpt and ckpt.get("epoch", -1) + 1 == self.epochs)
+        self.epochs += complete
+        super().resume_training(ckpt)  # type: ignore[misc]
+        self.epochs -= complete
+        if self.resume and ckpt:
+            self.fitness = (ckpt.get("train_metrics") or {}).get("fitness")
+            resume.bring_along(self)
+            if ranks.first() and self.fitness is not None and self.fitness == ckpt.get("best_fitness"):
+                write_bytes(self.best, Path(self.args.resume).read_bytes())  # killed before this was written
+
+    def _setup_train(self, *args: Any) -> None:
+        super()._setup_train(*args)  # type: ignore[misc]
+        if self.start_epoch >= self.epochs or self.stopped_early:
+            raise _AllTrained
+
+    def final_eval(self) -> None:
+        """Stock, on checkpoints that are replaced when they are complete, last.pt at the very end of the run."""
+        if run := getattr(self, "pruning", None):
+            rounds.conclude(self, run)
+        engine.strip_optimizer = self.strip
+        try:
+            super().final_eval()  # type: ignore[misc]
+        finally:
+            engine.strip_optimizer = strip_optimizer
+
+    def _do_train(self, *args: Any) -> None:
+        """Stock; where all epochs are trained already, only what comes after them."""
+        try:
+            super()._do_train(*args)  # type: ignore[misc]
+        except _AllTrained:
+            self.epoch, self.epoch_time = self.start_epoch - 1, None
+            self.final_eval()
+            if ranks.first():
+                if self.args.plots:
+                    self.plot_metrics()  # type: ignore[attr-defined]
+                self.run_callbacks("on_train_end")  # type: ignore[attr-defined]
+        self.tidy()
+
+    def tidy(self) -> None:
+        """The run is complete: nothing in its folder is for resuming any more."""
+        if self._stripped and self._stripped.exists():
+            os.replace(self._stripped, self.last)
+        if ranks.first() and hasattr(self, "pruning"):
+            resume.forget(self)
+
+    def strip(self, path: Any, s: str = "", updates: Any = None) -> Any:
+        """Ultralytics' `strip_optimizer` for a file of this run; it is replaced once the new one is complete."""
+        target = Path(s or path)
+        temporary = target.with_name(f".{target.name}.stripped.tmp")
+        with _called(LOGGER, str(temporary), str(target)):
+            result = strip_optimizer(path, s=str(temporary), **({"updates": updates} if updates else {}))
+        if target == self.last:
+            self._stripped = temporary
+        elif temporary.exists():
+            os.replace(temporary, target)
+        return result
+
+
+@contextmanager
+def _called(logger: logging.Logger, name: str, instead: str) -> Iterator[None]:
+    """Let a file be called by the name that it is about to get."""
+
+    def rename(record: logging.LogRecord) -> bool:
+        record.msg = str(record.msg).replace(name, instead)
+        return True
+
+    logger.addFilter(rename)
+    try:
+        yield
+    finally:
+        logger.removeFilter(rename)
+
+
+class _AllTrained(Exception):
+    """Every epoch of a resumed run was trained, or it had stopped early, before it was killed."""
+
+
+@cache
+def prune_trainer(base: type[BaseTrainer]) -> type[BaseTrainer]:
+    """`base` with `KeepStructure`; the name has "Trainer" in it, by which Ultralytics knows trainers."""
+    if issubclass(base, KeepStructure):
+        return base
+    name = f"Prune{base.__name__}"
+    return type(name, (KeepStructure, base), {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__})
+
+
+def _take_over_dropout(stock: nn.Module, model: nn.Module) -> None:
+    """`dropout=` of this run."""
+    wanted = {name: layer.p for name, layer in stock.named_modules() if isinstance(layer, nn.Dropout)}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Dropout) and name in wanted:
+            layer.p = wanted[name]
