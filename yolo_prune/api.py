@@ -56,6 +56,14 @@ def plan(
 
     Raises:
         PruneError: If the recipe is wrong, the target out of reach, or the model not supported.
+
+    Example:
+        >>> import yolo_prune
+        >>> plan = yolo_prune.plan("best.pt", "half-flops", imgsz=640, data="data.yaml")
+        >>> print(plan)
+        group ...
+        >>> plan.predicted.flops_kept <= 0.5
+        True
     """
     asked = _load(recipe, overrides)
     if isinstance(model, str | Path):
@@ -107,6 +115,16 @@ def apply(
     Raises:
         PlanError: If the plan was made for another model, or removes nothing.
         ProofError: If the pruned model would not compute what the masked reference computes.
+
+    Example:
+        >>> from ultralytics import YOLO
+        >>> import yolo_prune
+        >>> model = YOLO("best.pt")
+        >>> plan = yolo_prune.plan(model, "half-flops", imgsz=640, data="data.yaml")
+        >>> proof = yolo_prune.apply(model, plan, imgsz=640, data="data.yaml")
+        >>> proof.error < 1e-8
+        True
+        >>> model.save("cut.pt")
     """
     _startup.install(force=True)  # what is trained next must keep its structure
     module = _module(model)
@@ -153,6 +171,12 @@ def prune(
 
     Raises:
         PruneError: If an argument is wrong, the recipe does not fit, or the run did not end pruned.
+
+    Example:
+        >>> import yolo_prune
+        >>> report = yolo_prune.prune("best.pt", "half-flops", data="data.yaml", epochs=60, imgsz=640)
+        >>> report.pruned.flops / report.dense.flops <= 0.5
+        True
     """
     _startup.install(force=True)
     if isinstance(model, str | Path):
@@ -169,6 +193,11 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
 
     Args:
         model: a `YOLO` object, its module, or a path to a checkpoint.
+
+    Example:
+        >>> import yolo_prune
+        >>> yolo_prune.is_pruned("best.pt"), yolo_prune.is_pruned("pruned.pt")
+        (False, True)
     """
     return records.is_pruned(_module(model))
 

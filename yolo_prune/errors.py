@@ -5,7 +5,16 @@ from __future__ import annotations
 
 
 class PruneError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Example:
+        >>> import yolo_prune
+        >>> try:
+        ...     yolo_prune.load_recipe("half-flop")
+        ... except yolo_prune.PruneError as error:
+        ...     print(error)
+        There is no recipe 'half-flop'. Did you mean 'half-flops'? ...
+    """
 
 
 class ArgumentError(PruneError, SyntaxError):

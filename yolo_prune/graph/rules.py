@@ -27,6 +27,17 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     Raises:
         ValueError: If a class already has a rule.
+
+    Example:
+        >>> import yolo_prune
+        >>> from torch import nn
+        >>> class Swap(nn.Module):  # its forward splits what `cv` puts out into two parts of `self.c` channels
+        ...     ...
+        >>> @yolo_prune.register_block(Swap)
+        ... def swap(block, facts):
+        ...     first, second = facts.parts("cv", block.c, block.c)
+        ...     facts.equal(first, second)
+        ...     facts.attribute("c", first)
     """
 
     def decorate(rule: Rule) -> Rule:
@@ -44,6 +55,13 @@ def read_as_is(*classes: type[nn.Module]) -> None:
 
     Raises:
         ValueError: If a class already has a rule.
+
+    Example:
+        >>> import yolo_prune
+        >>> from torch import nn
+        >>> class Gate(nn.Module):
+        ...     ...
+        >>> yolo_prune.read_as_is(Gate)
     """
     register_block(*classes)(lambda block, facts: None)
 

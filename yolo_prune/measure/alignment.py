@@ -39,6 +39,12 @@ def alignment(path: str | Path, multiple: int = 8) -> Alignment:
 
     Raises:
         BenchError: If onnx is not installed, or the file is no ONNX model.
+
+    Example:
+        >>> import yolo_prune
+        >>> found = yolo_prune.alignment("pruned.onnx", multiple=8)
+        >>> found.aligned + len(found.others) == found.convolutions
+        True
     """
     try:
         onnx = importlib.import_module("onnx")

@@ -59,6 +59,15 @@ def bench(
     Raises:
         BenchError: If something cannot be measured here; before any work, where that can be told.
         ParityError: If an export does not agree with its checkpoint; all figures are its `measurement`.
+
+    Example:
+        >>> import yolo_prune
+        >>> found = yolo_prune.bench(["best.pt", "pruned.pt"], format="onnx", imgsz=640, threads=1)
+        >>> print(found)
+        imgsz ...
+        >>> pruned = found.rows[1]
+        >>> pruned.flops_ratio < 1, pruned.ratio > 0
+        (True, True)
     """
     given = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     setting = Setting.of(imgsz, batch, device, threads, repeats, quantize, data)

@@ -54,6 +54,12 @@ def parity(
     Raises:
         BenchError: If the runtime is missing, or cannot run the file.
         ParityError: If a difference is beyond the tolerance; all of them are its `measurement`.
+
+    Example:
+        >>> import yolo_prune
+        >>> found = yolo_prune.parity("pruned.pt", "pruned.onnx", "images/val", imgsz=640)
+        >>> found.outputs < 0.001, found.failures
+        (True, [])
     """
     path = Path(exported)
     format = _format_of(path)

@@ -30,6 +30,12 @@ def load_recipe(
 
     Raises:
         RecipeError: One message with every problem: where, what was given, what is allowed.
+
+    Example:
+        >>> import yolo_prune
+        >>> recipe = yolo_prune.load_recipe("half-flops", {"target.flops": 0.4, "recover.refit": 128})
+        >>> recipe.target.flops, recipe.recover.refit, recipe.criterion.name
+        (0.4, 128, 'obs')
     """
     data, origin = _read(source)
     overrides = overrides or {}
