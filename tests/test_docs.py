@@ -14,7 +14,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import browser
 import pytest
+from PIL import Image
 from pydantic import BaseModel
 
 import yolo_prune
@@ -128,3 +130,22 @@ def test_the_first_page_is_short() -> None:
 @pytest.mark.parametrize("name", ["report.png", "report-dark.png"])
 def test_a_picture_is_small(name: str) -> None:
     assert 10_000 < (ROOT / "docs/images" / name).stat().st_size <= 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium here")
+def test_the_script_makes_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
+    assert spec
+    assert spec.loader
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "report.html").write_text("<style>:root { color-scheme: light dark }</style><h1>A run</h1>")
+    monkeypatch.setattr(pictures, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pictures.py", str(tmp_path)])
+    assert pictures.main() == 0
+    for name, corner in (("report.png", 255), ("report-dark.png", 18)):
+        with Image.open(tmp_path / "images" / name) as picture:
+            assert picture.width == pictures.WIDTH
+            assert picture.convert("L").getpixel((0, 0)) == corner

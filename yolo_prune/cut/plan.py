@@ -46,15 +46,15 @@ class Protected:
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept indices per tensor and dimension, with the module attributes that follow from them.
+    """What a cut keeps: the indices per tensor and dimension, and the module attributes that follow from them.
 
     Attributes:
         keep: `{tensor name: {dimension: kept indices, ascending}}`, for the tensors that get smaller.
         attributes: `{module name: {attribute: value}}` for blocks that remember a width (`C2f.c`, ...).
-        shapes: shapes of the tensors in `keep` before the plan is applied.
-        groups: the groups that get narrower, for people.
-        protected: what was left alone and why, for people.
-        forecast: predicted cost, or None where it was not asked for.
+        shapes: shapes of the tensors in `keep`, before the plan is applied.
+        groups: the groups that get narrower, for the table.
+        protected: what is protected and why, for the table.
+        forecast: the predicted cost, if there is one.
         scale: `{tensor name: {index along dimension 0 before the plan is applied: factor}}`, for blocks whose forward
             divides by a power of a width.
 
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over what the plan does (not over what it tells people).
+        """SHA-256 of what the plan does: the table is left out.
 
         Example:
             >>> import yolo_prune
@@ -93,10 +93,10 @@ class Plan:
 
     @property
     def predicted(self) -> Forecast:
-        """The forecast, where there must be one.
+        """The predicted cost.
 
         Raises:
-            PlanError: If the plan has none.
+            PlanError: If the plan has no forecast.
 
         Example:
             >>> import yolo_prune
@@ -128,7 +128,7 @@ class Plan:
         return tuple(shape)
 
     def then(self, later: Plan) -> Plan:
-        """Compose: the plan that does at once what this plan and then `later` do.
+        """Compose two plans into one that does both cuts at once: this plan, then `later`.
 
         Raises:
             PlanError: If `later` was made for a model of other shapes.
@@ -174,7 +174,7 @@ class Plan:
         return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale)
 
     def since(self, earlier: Plan) -> Plan:
-        """Undo `then`: what is left to do of this plan where `earlier` was applied already.
+        """Undo `then`: the rest of this plan for a model to which `earlier` was already applied.
 
         Raises:
             PlanError: If this plan keeps what `earlier` removed.
@@ -273,7 +273,7 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON; the file appears whole or not at all.
+        """Write the plan as JSON. The file appears whole or not at all.
 
         Example:
             >>> import yolo_prune
@@ -313,10 +313,10 @@ class Plan:
             raise PlanError(f"'{path}' cannot be used: {e}") from e
 
     def validate(self) -> None:
-        """Make sure that indices and widths are possible.
+        """Check that the indices and widths are possible.
 
         Raises:
-            PlanError: Names the first that is not.
+            PlanError: If one is not; the message names the first.
 
         Example:
             >>> import yolo_prune
@@ -350,7 +350,7 @@ class Plan:
         return self.describe()
 
     def describe(self) -> str:
-        """A table for people: groups before and after, what is protected and why, predicted cost.
+        """The table that `print` shows: groups before and after, protected parts and why, predicted cost.
 
         Example:
             >>> import yolo_prune

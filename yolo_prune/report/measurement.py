@@ -153,10 +153,10 @@ class Measurement(_Row):
 
     Attributes:
         hardware: name of the CPU or GPU.
-        threads: that each runtime was given; None on a GPU.
-        busy: of the machine by others before the first round, in busy cores; None where it cannot be told.
-        rounds: for each format.
-        failed: formats that could not be measured, and why.
+        threads: CPU threads of each runtime; None on a GPU.
+        busy: cores that other programs used before the first round; None if that is unknown.
+        rounds: number of rounds, for each format.
+        failed: formats that could not be measured, with the reason.
 
     Example:
         >>> import yolo_prune
@@ -184,7 +184,7 @@ class Measurement(_Row):
 
     @property
     def models(self) -> list[str]:
-        """Names of the models, the one that ratios are to first.
+        """Names of the models. Ratios refer to the first.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
@@ -196,7 +196,7 @@ class Measurement(_Row):
 
     @property
     def formats(self) -> dict[str, list[TimingRow]]:
-        """The rows of every format, in the order in which they were measured.
+        """The rows of every format, in the order of the measurement.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
@@ -209,7 +209,7 @@ class Measurement(_Row):
 
     @property
     def ends(self) -> tuple[TimingRow, TimingRow] | None:
-        """The first and the last model, in the first format that both were measured in; None where there is none.
+        """The first and the last model, in the first format in which both were measured; None if there is no such one.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
@@ -222,7 +222,7 @@ class Measurement(_Row):
         return (rows[0], rows[-1]) if rows else None
 
     def renamed(self, names: Sequence[str]) -> Measurement:
-        """A copy in which the models, in their order, have other names, one for each.
+        """A copy with other names of the models, in their order.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
@@ -237,7 +237,7 @@ class Measurement(_Row):
         return found
 
     def row(self, model: str, format: str) -> TimingRow:
-        """The row of a model, by its name in the table, in a format.
+        """The row of a model in a format. The name is that in the table.
 
         Raises:
             KeyError: If there is none.
@@ -258,7 +258,8 @@ class Measurement(_Row):
 
         Raises:
             BenchError: If a format could not be measured.
-            ParityError: If one does not; names the model, the format and the number. This is its `measurement`.
+            ParityError: If an export does not agree. The message names the model, the format and the number, and its
+                attribute `measurement` is this object.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
@@ -275,7 +276,7 @@ class Measurement(_Row):
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write this to `path`, whole or not at all.
+        """Write this as JSON. The file appears whole or not at all.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
