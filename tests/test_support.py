@@ -58,6 +58,12 @@ def test_the_page_has_every_architecture_that_ultralytics_ships_and_no_empty_cel
     assert bad == set()
 
 
+def test_the_words_of_the_page_are_those_that_are_written() -> None:
+    text = support.PAGE.read_text(encoding="utf-8")
+    assert text.startswith(support.HEADER)
+    assert support.FAMILIES in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_no_cell_gets_worse(name: str, rows: dict[str, support.Row]) -> None:
