@@ -48,6 +48,7 @@ def integrations(session: nox.Session) -> None:
 
 LOWEST = (
     "jinja2==3.1.0",
+    "markupsafe==2.1.2",
     "matplotlib==3.6.*",
     "numpy==1.23.5",
     "pydantic==2.7.0",

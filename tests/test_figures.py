@@ -17,7 +17,7 @@ from test_latency import measured
 from test_page import PAGES, Page, full, timed
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
-from yolo_prune.pages.pages import run_page
+from yolo_prune.pages import run_page
 
 import yolo_prune
 from yolo_prune import cli
@@ -345,6 +345,6 @@ def test_what_cannot_be_measured_at_all_leaves_an_earlier_measurement_alone(
 
 
 def test_the_size_of_a_run_is_one_that_exports_can_have() -> None:
-    from yolo_prune.pages.pages import bench_file as figures
+    from yolo_prune.pages import bench_file as figures
 
     assert [figures.side(Report(imgsz=size)) for size in (320, 100, [64, 96], None)] == [320, 128, 96, 640]

@@ -26,6 +26,7 @@ from yolo_prune import cli
 from yolo_prune.data import datasets
 from yolo_prune.env import metrics
 from yolo_prune.errors import PruneError
+from yolo_prune.pages import compare_page, evaluate, run_page
 from yolo_prune.report import (
     EpochRow,
     Figures,
