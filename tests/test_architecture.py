@@ -35,6 +35,7 @@ ORDER = (  # folders, and the faces at the root: each imports only what stands a
     "doctor",
     "api",
     "__init__",
+    "_grammar",
     "cli",
 )
 KNOW_NO_ULTRALYTICS = {"errors", "_version", "_keys", "recipe", "cut", "criteria", "planning", "recover", "report"}
