@@ -30,6 +30,13 @@ def test_recipes_know_every_allocation_by_name() -> None:
         assert load_recipe({**T, "allocation": name}).allocation == AllocationSpec(name=name)
 
 
+def test_an_allocation_is_registered_once_and_asked_for_by_a_name_that_is_there() -> None:
+    with pytest.raises(ValueError, match="An allocation named 'global' is already registered"):
+        allocation.ALLOCATIONS.register("global")(allocation.Uniform)
+    with pytest.raises(RecipeError, match=r"allocation\.name: there is no allocation 'local'; choose one of global, "):
+        allocation.create("local", {})
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

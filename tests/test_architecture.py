@@ -44,6 +44,7 @@ IN_FREE_ROOMS = {  # beside them: parts of other folders that are plain function
     "data/layer_samples.py",
     "env/files.py",
     "env/ranks.py",
+    "env/registry.py",
     "env/versions.py",
     "graph/trace.py",
     "graph/rules.py",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from yolo_prune.data.calibration import Calibration, Progress
+from yolo_prune.env.registry import Registry
 from yolo_prune.errors import RecipeError
 from yolo_prune.graph.structure import ChannelSet, Group
 from yolo_prune.planning import sensitivity
@@ -51,6 +52,10 @@ class Allocator(Protocol):
         """Allocate."""
 
 
+ALLOCATIONS: Registry[str, Callable[..., Allocator]] = Registry("An allocation named '{}' is already registered.")
+
+
+@ALLOCATIONS.register("global")
 class Global:
     """All channels of the model compete with one another: what matters least for its cost goes, wherever it is."""
 
@@ -61,6 +66,7 @@ class Global:
         return Allocation()
 
 
+@ALLOCATIONS.register("uniform")
 class Uniform:
     """All groups lose the same share of their channels, as nearly as the allowed widths let them."""
 
@@ -71,6 +77,7 @@ class Uniform:
         return Allocation({group.name: group.name for group, _ in subject.levels})
 
 
+@ALLOCATIONS.register("isomorphic")
 class Isomorphic:
     """Channels compete within groups of the same structure, and all kinds of structure lose the same share of channels.
 
@@ -86,6 +93,7 @@ class Isomorphic:
         return Allocation({g.name: tuple(_structure(s, layers) for s in g.sets) for g, _ in subject.levels})
 
 
+@ALLOCATIONS.register("sensitivity")
 class Sensitivity:
     """Groups compete by what the loss was seen to rise by as each of them was cut by itself; see `sensitivity.curves`.
 
@@ -120,18 +128,10 @@ def _structure(channels: ChannelSet, layers: Mapping[str, nn.Module]) -> Hashabl
     return tuple((type(layers[n]).__name__, getattr(layers[n], "groups", 1) > 1, dim) for n, dim in places)
 
 
-ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
-    "global": Global,
-    "uniform": Uniform,
-    "isomorphic": Isomorphic,
-    "sensitivity": Sensitivity,
-}
-
-
 def create(name: str, options: Mapping[str, Any]) -> Allocator:
     """Make the allocator that a recipe asks for.
 
     Raises:
-        RecipeError: If an option is unknown or out of range.
+        RecipeError: If there is no such allocation, or an option is unknown or out of range.
     """
-    return make("allocation", name, ALLOCATIONS[name], options)
+    return make("allocation", name, ALLOCATIONS, options)
