@@ -11,16 +11,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
+from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import BenchError
 from yolo_prune.latency.fit import Formula, Point, formula, steps
 from yolo_prune.latency.layers import Layer, distinct
 from yolo_prune.planning.cost import Term, Timing
 
 FORMAT = 1
+_OTHER = (
+    f"'{{path}}' is no profile that this yolo-prune {__version__} reads ({{why}}). Write it with 'yolo-prune profile' "
+    "of the same version."
+)
+FILE = JsonFile(
+    "a profile",
+    unreadable="The profile '{path}' cannot be read: {why}.",
+    broken=_OTHER,
+    wrong=_OTHER,
+    error=BenchError,
+)
 KEY = r"^[0-9a-f]{16} [0-9a-f]{16} at [1-9][0-9]{1,4}$"  # see model_key
 LEAST_SCALE = 0.05  # a model that gets no faster at all would leave nothing to solve for
 
@@ -151,17 +163,7 @@ class Table(BaseModel):
         Raises:
             BenchError: If the file cannot be read, or is no such table.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as e:
-            raise BenchError(f"The profile '{path}' cannot be read: {e.strerror or e}.") from e
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "file"
-            raise BenchError(
-                f"'{path}' is no profile that this yolo-prune {__version__} reads ({where}: {first['msg']}). Write it "
-                "with 'yolo-prune profile' of the same version."
-            ) from e
+        return FILE.load(path, cls)
 
 
 def model_key(layers: Mapping[str, list[Layer]], imgsz: int) -> str:

@@ -7,13 +7,20 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from yolo_prune.env.files import write_text
-from yolo_prune.errors import PruneError
+from yolo_prune.env.json_files import JsonFile
 from yolo_prune.report.data import Report
 
 FRONT = "front.json"
+_WITHOUT = "Delete it, and the report goes without it."
+FILE = JsonFile(
+    "what a run with a limit leaves",
+    unreadable=f"{{path}} is damaged: {{why}}. {_WITHOUT}",
+    broken=f"{{path}} is damaged: Invalid JSON: {{why}}. {_WITHOUT}",
+    wrong=f"{{path}} is damaged: {{why}}. {_WITHOUT}",
+)
 
 
 def round_file(number: int) -> str:
@@ -60,13 +67,7 @@ class Front(BaseModel):
             PruneError: If the file is damaged.
         """
         path = Path(folder) / FRONT
-        if not path.exists():
-            return None
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as e:
-            reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e
-            raise PruneError(f"{path} is damaged: {reason}. Delete it, and the report goes without it.") from e
+        return FILE.load(path, cls) if path.exists() else None
 
 
 def front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:
