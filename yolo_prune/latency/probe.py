@@ -23,8 +23,13 @@ from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting
 
 SECONDS = 0.15
-"""That the rounds of one layer may take, all its widths together."""
+"""That the rounds of one layer may take, all its widths together; at least `clock.LEAST` rounds.
+
+A choice: `clock.LEAST` rounds of eight widths of 2 ms each. Of the times the least counts, so rounds are there to meet
+a moment without disturbance. With the exports, the layers of a YOLO11n take half a minute (README).
+"""
 OPSET = 17
+"""Of ONNX. Convolutions and products are the same in later ones; all releases of torch that we take can write it."""
 
 
 def measure(layers: Sequence[Layer], format: str, setting: Setting, progress: Progress) -> dict[str, list[Point]]:

@@ -30,7 +30,11 @@ from yolo_prune.recipe import Recipe
 from yolo_prune.recipe.schema import CriterionSpec, Target
 
 DEPTHS = (0.5, 0.9)
-"""How far models are cut that are timed to set the layers' times right, of what may be cut."""
+"""How far models are cut that are timed to set the layers' times right, of what may be cut.
+
+A choice: with the dense model they lie over the range that targets ask for. Fewer would leave the line between sums of
+layers and whole models to one point; each costs an export and a budget of the stopwatch.
+"""
 METHOD = 1
 """Times that were taken in another way are not those of this one: to be raised with every such change."""
 

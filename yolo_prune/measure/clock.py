@@ -13,8 +13,13 @@ Run = Callable[[], object]
 """One pass of a model; returns when its results are there."""
 Clock = Callable[[], float]
 CONFIDENCE = 0.95
+"""Of the intervals that go with ratios: the usual one."""
 LEAST, MOST = 10, 300
-"""Rounds, where nobody says how many."""
+"""Rounds, where nobody says how many.
+
+A choice. The interval of a median takes six rounds to exist (see `_tail`), and of ten it leaves out the smallest and
+the largest. 300 rounds gave a ratio to +- 0.004 (README), less than it moves by from one hour to the next.
+"""
 
 
 class Interval(NamedTuple):

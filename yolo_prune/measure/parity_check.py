@@ -20,7 +20,11 @@ from yolo_prune.measure.subjects import Setting, Source, Subject
 from yolo_prune.report.measurement import PRECISIONS, TOLERANCES, Parity, Tolerance
 
 IMAGES = 16
-"""Images of a dataset that outputs are compared on."""
+"""Images of a dataset that outputs are compared on.
+
+A choice: what is exported wrongly is likely to show on any image; more of them take longer. mAP, which is compared as
+well, takes all images of the dataset.
+"""
 HEADS = {"segment": "nm", "pose": "nk", "obb": "ne"}
 """Where the heads of tasks that detect more than boxes say how many numbers they add to each."""
 

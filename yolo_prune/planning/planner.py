@@ -30,6 +30,7 @@ STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
 }
 """What takes the place of a criterion or an allocation that looks at training images where there are none."""
 ROUND_TO = 8
+"""What tensor cores want widths in FP16 to be multiples of (8) or to be padded to; the README has what 16 changes."""
 
 
 def make_plan(
