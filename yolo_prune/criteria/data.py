@@ -134,17 +134,19 @@ class Surgeon:
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
         """Score every channel; see `Criterion`."""
-        readers = [self._reader(tensors[slot.tensor], slot) for slot in channels.slots if self._reads(slot)]
-        return order(readers, channels.size) if readers else self._gates(tensors, channels)
+        if seen := self._curvature:
+            readers = [self._reader(seen, tensors[s.tensor], s) for s in channels.slots if self._reads(seen, s)]
+            if readers:
+                return order(readers, channels.size)
+        return self._gates(tensors, channels)
 
-    def _reads(self, slot: Slot) -> bool:
+    def _reads(self, seen: Curvature, slot: Slot) -> bool:
         layer, _, key = slot.tensor.rpartition(".")
-        return key == "weight" and slot.dim == 1 and self._curvature is not None and layer in self._curvature
+        return key == "weight" and slot.dim == 1 and layer in seen
 
-    def _reader(self, weight: Tensor, slot: Slot) -> Reader:
-        assert self._curvature
+    def _reader(self, seen: Curvature, weight: Tensor, slot: Slot) -> Reader:
         layer = slot.tensor.removesuffix(".weight")
-        covariance, curvature = self._curvature.inputs(layer), self._curvature.outputs(layer)
+        covariance, curvature = seen.inputs(layer), seen.outputs(layer)
         covariance.diagonal().add_(self.damping * covariance.diagonal().mean() + TINY)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
         taps = weight[0, 0].numel()

@@ -115,8 +115,13 @@ class Sensitivity:
         self.shares = [fraction("shares", share, kind="allocation") for share in shares]
 
     def __call__(self, subject: Subject) -> Allocation:
-        """See `Allocator`."""
-        assert subject.calibration is not None
+        """See `Allocator`.
+
+        Raises:
+            RecipeError: If there are no training images.
+        """
+        if subject.calibration is None:
+            raise RecipeError("allocation sensitivity looks at training images, and there are none: pass data=.")
         images = subject.calibration.first(self.images)
         free = [(g, levels) for g, levels in subject.levels if len(levels) > 1]
         return Allocation(
