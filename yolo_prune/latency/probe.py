@@ -18,7 +18,7 @@ from yolo_prune.errors import BenchError
 from yolo_prune.latency.fit import Point
 from yolo_prune.latency.layers import COPIES, Layer
 from yolo_prune.measure import clock, runtimes
-from yolo_prune.measure.exporter import quietly
+from yolo_prune.measure.quiet import quietly
 from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting
 

@@ -14,7 +14,7 @@ from yolo_prune.data.datasets import calibration, pixels
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.measure import runtimes, subjects
 from yolo_prune.measure.differences import CONFIDENCE, Array, Comparison, Layout, batches
-from yolo_prune.measure.exporter import quietly
+from yolo_prune.measure.quiet import quietly
 from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting, Source, Subject
 from yolo_prune.report.measurement import PRECISIONS, TOLERANCES, Parity, Tolerance
