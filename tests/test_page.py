@@ -30,7 +30,7 @@ from yolo_prune.pages import compare_page, evaluate, run_page
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundFitness, RoundRow
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
 from yolo_prune.report.data import LatencyRow
-from yolo_prune.report.front import Front, Point
+from yolo_prune.report.front import Front, FrontPoint
 from yolo_prune.report.history import back_until, fitness_lines, flops_steps
 from yolo_prune.report.measurement import Measurement, Parity, Tolerance
 from yolo_prune.report.page import command, render
@@ -55,9 +55,9 @@ def guarded() -> Report:
 
 def front() -> Front:
     points = [
-        Point(round=0, flops_kept=1.0, params_kept=1.0, fitness=0.612, held=True, weights="weights/round0.pt"),
-        Point(round=1, flops_kept=0.75, fitness=0.61, held=True, delivered=True, weights="weights/best.pt"),
-        Point(round=2, flops_kept=0.3, fitness=0.5, held=False, weights="weights/round3.pt"),
+        FrontPoint(round=0, flops_kept=1.0, params_kept=1.0, fitness=0.612, held=True, weights="weights/round0.pt"),
+        FrontPoint(round=1, flops_kept=0.75, fitness=0.61, held=True, delivered=True, weights="weights/best.pt"),
+        FrontPoint(round=2, flops_kept=0.3, fitness=0.5, held=False, weights="weights/round3.pt"),
     ]
     return Front(limit=0.01, reference=0.612, points=points)
 

@@ -127,7 +127,7 @@ def _bench(request: Request) -> int:
     from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
-    found = benchmark.measure(models, formats, asked)
+    found = benchmark.measure_models(models, formats, asked)
     print(found)
     if save := values.get("save"):
         print(f"\nsaved {found.save(save)}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from yolo_prune.data import layer_samples
 from yolo_prune.data.calibration import Calibration, Progress
-from yolo_prune.data.layer_samples import Layer
+from yolo_prune.data.layer_samples import ReadableLayer
 
 POSITIONS = 250
 """Of an image that are looked at, per layer.
@@ -71,7 +71,7 @@ class Curvature:
         """`(outputs, outputs)`, float64: per image, second moment of the gradients, summed over positions."""
         return self._gradients[layer] / self._images
 
-    def _forward(self, name: str, layer: Layer, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def _forward(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             return
         where = layer_samples.positions(name, output, layer, POSITIONS)

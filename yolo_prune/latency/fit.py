@@ -21,7 +21,7 @@ SURELY = 0.9
 A choice: the noise of the times moves the errors of like steps by some per cent, and is not to choose between them.
 """
 
-Point = tuple[int, int, float]
+LayerTime = tuple[int, int, float]
 """Channels read, channels put out, milliseconds."""
 
 
@@ -34,7 +34,7 @@ class Formula(NamedTuple):
     both: float
 
 
-def formula(points: Sequence[Point], steps: tuple[int, int] = (1, 1), depthwise: bool = False) -> Formula:
+def formula(points: Sequence[LayerTime], steps: tuple[int, int] = (1, 1), depthwise: bool = False) -> Formula:
     """The formula that comes nearest to some times, by relative squares.
 
     Args:
@@ -45,7 +45,7 @@ def formula(points: Sequence[Point], steps: tuple[int, int] = (1, 1), depthwise:
     return _fit(points, steps, depthwise)[0]
 
 
-def steps(layers: Mapping[str, tuple[Sequence[Point], bool]]) -> tuple[int, int]:
+def steps(layers: Mapping[str, tuple[Sequence[LayerTime], bool]]) -> tuple[int, int]:
     """In multiples of what a runtime works: steps of the channels that layers read, and of those they put out.
 
     Args:
@@ -63,7 +63,7 @@ def steps(layers: Mapping[str, tuple[Sequence[Point], bool]]) -> tuple[int, int]
     return min(good, key=lambda pair: (abs(math.log2(max(pair) / USUAL)), pair))
 
 
-def _fit(points: Sequence[Point], steps: tuple[int, int], depthwise: bool) -> tuple[Formula, float]:
+def _fit(points: Sequence[LayerTime], steps: tuple[int, int], depthwise: bool) -> tuple[Formula, float]:
     """A formula, and the sum of its squared relative errors."""
     table = np.array(points, dtype=np.float64)
     ins, outs = (np.ceil(table[:, i] / step) * step for i, step in enumerate(steps))

@@ -17,7 +17,7 @@ from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import BenchError
-from yolo_prune.latency.fit import Formula, Point, formula, steps
+from yolo_prune.latency.fit import Formula, LayerTime, formula, steps
 from yolo_prune.latency.layers import Layer, distinct
 from yolo_prune.planning.cost import Term, Timing
 
@@ -77,7 +77,7 @@ class Table(BaseModel):
     version: Literal[1] = 1  # FORMAT
     yolo_prune: str = __version__
     place: Place
-    layers: dict[str, Annotated[list[Point], Field(min_length=1)]] = Field(default_factory=dict)
+    layers: dict[str, Annotated[list[LayerTime], Field(min_length=1)]] = Field(default_factory=dict)
     wholes: dict[Annotated[str, Field(pattern=KEY)], list[Whole]] = Field(default_factory=dict)
 
     def missing(self, layers: Mapping[str, list[Layer]]) -> list[Layer]:
@@ -115,8 +115,8 @@ class Table(BaseModel):
         """
         return self.model_copy(update={"layers": self.layers | {m.key: self._nearest(m) for m in self.missing(layers)}})
 
-    def _nearest(self, layer: Layer) -> list[Point]:
-        def distance(points: list[Point]) -> float:
+    def _nearest(self, layer: Layer) -> list[LayerTime]:
+        def distance(points: list[LayerTime]) -> float:
             ins, outs, _ = max(points)
             return abs(math.log(ins / layer.ins)) + abs(math.log(outs / layer.outs))
 

@@ -140,7 +140,7 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
                 "Delete that file, and start again on an idle machine, if the cut comes out worse than one by FLOPs."
             )
         if missing:
-            table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
+            table.layers |= probe.time_layers(missing, format, setting, bar(f"timing {len(missing)} layers"))
             _keep(table, path)  # minutes of work, that are not lost where a whole model cannot be timed
         if not key:
             table.wholes[model_key(layers, setting.imgsz)] = _wholes(dense, table, layers, format, setting)

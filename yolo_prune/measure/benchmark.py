@@ -66,14 +66,14 @@ def bench(
     """
     given = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     setting = Setting.of(imgsz, batch, device, threads, repeats, quantize, data)
-    found = measure(given, runtimes.parse(format), setting)
+    found = measure_models(given, runtimes.parse(format), setting)
     if save:
         found.save(save)
     found.check()
     return found
 
 
-def measure(models: Sequence[Source], formats: Sequence[str], setting: Setting) -> Measurement:
+def measure_models(models: Sequence[Source], formats: Sequence[str], setting: Setting) -> Measurement:
     """What `bench` does, without a verdict on the agreement.
 
     Args:

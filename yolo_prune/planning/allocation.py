@@ -22,7 +22,7 @@ MOST_SHARES = 20
 
 
 @dataclass(frozen=True)
-class Subject:
+class Prunable:
     """What is to be cut: all that an allocator may look at.
 
     Attributes:
@@ -49,7 +49,7 @@ class Allocator(Protocol):
 
     images: int
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """Allocate."""
 
 
@@ -62,7 +62,7 @@ class Global:
 
     images = 0
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """See `Allocator`."""
         return Allocation()
 
@@ -73,9 +73,9 @@ class Uniform:
 
     images = 0
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """See `Allocator`."""
-        return Allocation({group.name: group.name for group, _ in subject.levels})
+        return Allocation({group.name: group.name for group, _ in prunable.levels})
 
 
 @ALLOCATIONS.register("isomorphic")
@@ -88,10 +88,10 @@ class Isomorphic:
 
     images = 0
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """See `Allocator`."""
-        layers = dict(subject.model.named_modules())
-        return Allocation({g.name: tuple(_structure(s, layers) for s in g.sets) for g, _ in subject.levels})
+        layers = dict(prunable.model.named_modules())
+        return Allocation({g.name: tuple(_structure(s, layers) for s in g.sets) for g, _ in prunable.levels})
 
 
 @ALLOCATIONS.register("sensitivity")
@@ -114,18 +114,18 @@ class Sensitivity:
             raise RecipeError(f"allocation.shares: must be a list of 1 to {MOST_SHARES} numbers, got {shares!r}.")
         self.shares = [fraction("shares", share, kind="allocation") for share in shares]
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """See `Allocator`.
 
         Raises:
             RecipeError: If there are no training images.
         """
-        if subject.calibration is None:
+        if prunable.calibration is None:
             raise RecipeError("allocation sensitivity looks at training images, and there are none: pass data=.")
-        images = subject.calibration.first(self.images)
-        free = [(g, levels) for g, levels in subject.levels if len(levels) > 1]
+        images = prunable.calibration.first(self.images)
+        free = [(g, levels) for g, levels in prunable.levels if len(levels) > 1]
         return Allocation(
-            curves=sensitivity.curves(subject.model, free, subject.scores, self.shares, images, subject.progress)
+            curves=sensitivity.curves(prunable.model, free, prunable.scores, self.shares, images, prunable.progress)
         )
 
 

@@ -207,7 +207,7 @@ def weigh(
     comparable = bool(getattr(criterion, "comparable", False))
     allowed = [(g, levels(g, constraints, widths)) for g in free]
     allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
-    share_out = allocate(allocation.Subject(model, allowed, scores, calibration, progress))
+    share_out = allocate(allocation.Prunable(model, allowed, scores, calibration, progress))
     cost = measure(model, graph, timing)
     return Weighed(graph, cost, dense, widths, constraints, scores, comparable, share_out)
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from yolo_prune.cut.plan import Plan
 from yolo_prune.data import layer_samples
-from yolo_prune.data.layer_samples import Layer
+from yolo_prune.data.layer_samples import ReadableLayer
 from yolo_prune.recover.scope import inside, modes_kept
 
 POSITIONS = 8000
@@ -145,7 +145,7 @@ class _Targets:
             if calls > 1:  # shared by several inputs: no single one to fit to
                 self.wanted.pop(name)
 
-    def _note(self, name: str, layer: Layer, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def _note(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
         self._calls[name] += 1
         columns = layer.weight[0].numel()
         count = max(POSITIONS, PER_COLUMN * columns)

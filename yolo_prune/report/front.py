@@ -28,7 +28,7 @@ def round_file(number: int) -> str:
     return f"round{number}.pt"
 
 
-class Point(BaseModel):
+class FrontPoint(BaseModel):
     """One model: what it costs, as fractions of the dense one, and how good its best epoch was.
 
     Attributes:
@@ -53,7 +53,7 @@ class Front(BaseModel):
     version: Literal[1] = 1
     limit: float
     reference: float
-    points: list[Point]
+    points: list[FrontPoint]
 
     def save(self, folder: str | Path) -> Path:
         """Write `front.json` into a run's folder."""
@@ -81,11 +81,11 @@ def front(report: Report, limit: float, reference: float, start: dict[str, float
     """
     good = max((row.number for row in report.rounds if row.held), default=0)
     finished = report.status == "finished"
-    points = [Point(round=0, fitness=reference, held=True, weights="", flops_kept=start.get("flops"),
+    points = [FrontPoint(round=0, fitness=reference, held=True, weights="", flops_kept=start.get("flops"),
                     params_kept=start.get("params"))]  # fmt: skip
     for row in report.rounds:
         points.append(
-            Point(
+            FrontPoint(
                 round=row.number,
                 flops_kept=_share(row.flops, report.dense.flops),
                 params_kept=_share(row.params, report.dense.params),

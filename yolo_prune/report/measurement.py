@@ -7,9 +7,9 @@ Times are milliseconds, boxes are pixels of the image that the model sees, FLOPs
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -321,5 +321,5 @@ def _parity_table(rows: Sequence[TimingRow]) -> str:
     return align(table, left=1)
 
 
-def _range(pair: tuple[float, float], text: Any) -> str:
+def _range(pair: tuple[float, float], text: Callable[[float], str]) -> str:
     return f"{text(pair[0])} - {text(pair[1])}"
