@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a command of the console script takes: read, checked, and written out as help, from one description."""
+"""Descriptions of commands and arguments of the console script, which reads, checks and documents them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 from yolo_prune.errors import PruneError
 
-WIDTH = 118  # of help, in characters
+WIDTH = 118  # line length of the help, in characters
 HELP = ("help", "h")
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One `name=value` of a command.
+    """One `name=value` argument of a command.
 
     Attributes:
-        name: left of the equals sign.
-        example: a value, for usage lines.
-        help: what it is, as a noun with its article, so that "pass ..." may stand before it.
-        read: `(name, text) -> value`; raises `PruneError` where the text is none.
-        default: the value where the argument is left out; None: there is none.
-        required: it must be given.
+        name: the part before the equals sign.
+        example: an example value, for usage lines.
+        help: description as a noun with its article, because messages put "pass" before it.
+        read: `(name, text) -> value`; raises `PruneError` if the text is not valid.
+        default: the value if the argument is left out; None for no value.
+        required: whether the argument must be given.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Argument:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user typed after the name of a command.
+    """The words that a user typed after the name of a command.
 
     Attributes:
-        words: as typed.
-        places: the files and folders among them.
-        values: `{argument: value as it was read}`, with the defaults.
+        words: all words.
+        places: the words that are files or folders without a key.
+        values: `{argument name: value}`, including default values.
         overrides: `{recipe field: text}`.
     """
 
@@ -60,15 +60,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it is for, what it takes, and the function that does it.
+    """A command: its summary, its arguments, and its function.
 
     Attributes:
-        name: as typed after `yolo-prune`.
-        summary: one line.
+        name: the word after `yolo-prune`.
+        summary: one line for the help.
         run: `(request) -> exit status`.
-        arguments: in the order of the help; one named "recipe" lets `recipe.<field>=` through, too.
-        places: an example of the files that it takes without a key; empty: it takes none.
-        passes_on: to whom every word is passed on unread; empty: the command reads them itself.
+        arguments: arguments in the order of the help. With an argument named "recipe", `recipe.<field>=` is valid too.
+        places: an example of files without a key; empty if the command takes no such files.
+        passes_on: the program that reads all words instead of this command; empty if the command reads them itself.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Command:
 
     @property
     def known(self) -> dict[str, Argument]:
-        """The arguments by their names."""
+        """The arguments by name."""
         return {argument.name: argument for argument in self.arguments}
 
     @property
@@ -90,14 +90,14 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """One line with all that may be typed."""
+        """One line with all arguments."""
         return " ".join(["Usage: yolo-prune", self.name, *self._words(self.arguments)])
 
     def _words(self, arguments: Iterable[Argument]) -> list[str]:
         return [*([self.places] if self.places else []), *map(str, arguments)]
 
     def help(self) -> str:
-        """What the command is for, its usage, and a line for every argument."""
+        """The help text: the summary, the usage, and a line for every argument."""
         indent = " " * len(f"Usage: yolo-prune {self.name} ")
         usage = wrap(self.usage, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
         rows = {name: _explained(argument) for name, argument in self.known.items()}
@@ -107,14 +107,14 @@ class Command:
         if rows:
             parts.append(table(rows))
         if self.passes_on:
-            parts.append(f"It takes every argument of {self.passes_on} as well.")
+            parts.append(f"All arguments of {self.passes_on} are valid as well.")
         return "\n\n".join(parts)
 
     def read(self, words: Sequence[str]) -> Request:
-        """Read what a user typed.
+        """Read the words that a user typed.
 
         Raises:
-            PruneError: If an argument is unknown, missing or impossible; with the nearest that is known.
+            PruneError: If an argument is unknown, missing or not valid.
         """
         request = Request(list(words))
         if self.passes_on:
@@ -142,22 +142,22 @@ class Command:
     def _unknown(self, key: str) -> str:
         near = nearest(key, self.known) or next(iter(_recipe_fields(key) if "recipe" in self.known else []), "")
         hint = f"Did you mean '{near}'? " if near else ""
-        takes = f"It takes {', '.join(self.known)}." if self.known else "It takes none."
+        takes = f"Arguments: {', '.join(self.known)}." if self.known else "It has no arguments."
         return f"'{key}' is not an argument of '{self.name}'. {hint}{takes}"
 
 
 def nearest(word: str, known: Mapping[str, Any]) -> str:
-    """The known word that was probably meant; empty where none is near."""
+    """The most similar known word; empty if no word is similar."""
     return next(iter(get_close_matches(word, known, n=1)), "")
 
 
 def asks_for_help(word: str) -> bool:
-    """Whether a word is `help`, `-h`, `--help`, ..."""
+    """Whether a word asks for help: `help`, `-h`, `--help`, ..."""
     return word.lstrip("-") in HELP
 
 
 def table(rows: Mapping[str, str]) -> str:
-    """Two columns: the left one as wide as its longest entry, the right one wrapped."""
+    """A table with two columns: the left column is as wide as its longest entry, the right column is wrapped."""
     left = max(map(len, rows)) + 4
     lines: list[str] = []
     for name, text in rows.items():
@@ -166,10 +166,10 @@ def table(rows: Mapping[str, str]) -> str:
 
 
 def whole(name: str, text: str) -> int:
-    """A whole number of at least 1.
+    """Read a whole number of at least 1.
 
     Raises:
-        PruneError: If the text is none.
+        PruneError: If the text is not such a number.
     """
     if not text.isdigit() or not int(text):
         raise PruneError(f"{name}={text}: must be a whole number of at least 1.")
@@ -177,10 +177,10 @@ def whole(name: str, text: str) -> int:
 
 
 def image_size(name: str, text: str) -> int:
-    """Height and width of square images, in pixels.
+    """Read the height and width of square images, in pixels.
 
     Raises:
-        PruneError: If a model cannot take such images.
+        PruneError: If the text is not a possible image size.
     """
     if not text.isdigit() or not 32 <= int(text) <= 8192 or int(text) % 32:
         raise PruneError(f"{name}={text}: must be a multiple of 32 between 32 and 8192.")
@@ -188,7 +188,7 @@ def image_size(name: str, text: str) -> int:
 
 
 def truth(name: str, text: str) -> bool:
-    """True or False.
+    """Read True or False.
 
     Raises:
         PruneError: If the text is neither.
@@ -199,7 +199,7 @@ def truth(name: str, text: str) -> bool:
 
 
 def file(suffix: str) -> Callable[[str, str], Path]:
-    """The reader of file names that must end in `suffix`."""
+    """Make a reader for file names that must end in `suffix`."""
 
     def read(name: str, text: str) -> Path:
         path = Path(text)
@@ -211,12 +211,12 @@ def file(suffix: str) -> Callable[[str, str], Path]:
 
 
 def _explained(argument: Argument) -> str:
-    told = argument.default is not None and str(argument.default) not in argument.help
-    return f"{argument.help} (left out: {argument.default})" if told else argument.help
+    show_default = argument.default is not None and str(argument.default) not in argument.help
+    return f"{argument.help} (default: {argument.default})" if show_default else argument.help
 
 
 def _recipe_fields(key: str) -> list[str]:
-    """Recipe fields that a name without their section may mean."""
+    """Recipe fields that a name without its section can mean."""
     from yolo_prune.recipe.schema import Recipe
 
     last = key.rpartition(".")[2]

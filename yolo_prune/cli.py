@@ -18,7 +18,7 @@ from yolo_prune.errors import PruneError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. A user's mistake is one message on standard error, and status 1."""
+    """Run a command and return the exit status. A user's mistake gives one message on standard error and status 1."""
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
     if grammar.asks_for_help(name) and not words:
         print(overview())
@@ -43,18 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PruneError, SyntaxError, FileNotFoundError) as e:
         print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `yolo-prune show ... | head`: nobody reads on, and Python is not to try once more at exit
+    except BrokenPipeError:  # `yolo-prune show ... | head`: stop Python from writing again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def overview() -> str:
-    """The help: a line for every command, with its shortest call."""
+    """The help text: a line for every command, with its shortest call."""
     calls = {f"yolo-prune {command.shortest}": command.summary for command in COMMANDS.values()}
     return "\n\n".join((
         f"yolo-prune {__version__}: structured pruning as an ordinary part of an Ultralytics YOLO run",
         grammar.table(calls),
-        "'yolo-prune COMMAND --help' lists what a command takes besides. Recipe fields are overridden by\n"
+        "'yolo-prune COMMAND --help' lists all arguments of a command. Override a field of the recipe with\n"
         "recipe.<field>=<value>, for example recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle,\n"
         "edge, smallest. After installation 'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.",
     ))  # fmt: skip
@@ -95,11 +95,13 @@ def _plan(request: Request) -> int:
 def _apply(request: Request) -> int:
     values, overrides = request.values, request.overrides
     if "plan" in values and ("recipe" in values or overrides):
-        raise PruneError("plan= and recipe= exclude one another: a plan already says what goes.")
+        raise PruneError(
+            "plan= and recipe= cannot be used together: a plan already has the channels to remove. Leave one out."
+        )
     source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
     if target.resolve() == source.resolve():
-        raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
+        raise PruneError(f"save={target} would overwrite the model. Choose another name.")
     from yolo_prune import api
     from yolo_prune.cut.plan import Plan
     from yolo_prune.recipe import load_recipe
@@ -112,9 +114,9 @@ def _apply(request: Request) -> int:
     api.save(model, target)
     print(plan.describe())
     if proven:
-        print(f"exact: the pruned model computes what silencing computes, to {proven.error:.0e} in float64")
-    why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
-    fitted = why and f"; the weights were not refitted, as {why}"
+        print(f"proof: cutting and silencing these channels gives the same outputs, to {proven.error:.0e} in float64")
+    why = "data= was not given" if data is None else "" if refit else "the recipe has refit: 0"
+    fitted = why and f"; the weights were not refitted because {why}"
     print(f"saved {target}{fitted}. Train it further with: yolo train model={target} data=... epochs=...")
     return 0
 
@@ -127,11 +129,11 @@ def _bench(request: Request) -> int:
     from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
-    found = benchmark.measure_models(models, formats, asked)
-    print(found)
+    measurement = benchmark.measure_models(models, formats, asked)
+    print(measurement)
     if save := values.get("save"):
-        print(f"\nsaved {found.save(save)}")
-    found.check()
+        print(f"\nsaved {measurement.save(save)}")
+    measurement.check()
     return 0
 
 
@@ -139,7 +141,7 @@ def _profile(request: Request) -> int:
     values = request.values
     formats, how = _measuring(values)
     if len(formats) > 1:
-        raise PruneError(f"format={values['format']}: a profile is of one runtime. Write one file for each.")
+        raise PruneError(f"format={values['format']}: a profile has one runtime only. Write one file per runtime.")
     from yolo_prune import api
     from yolo_prune.latency import target
     from yolo_prune.measure.subjects import Setting
@@ -165,33 +167,33 @@ def _show(request: Request) -> int:
 def _report(request: Request) -> int:
     runs, values = request.places, request.values
     if len(runs) != 1:
-        given = f"{len(runs)} runs were named" if runs else "no run was named"
-        raise PruneError(f"{given}; pass the folder of one, as in 'yolo-prune report runs/detect/train'.")
+        given = f"{len(runs)} runs were given" if runs else "no run was given"
+        raise PruneError(f"{given}. Pass the folder of one run, as in 'yolo-prune report runs/detect/train'.")
     formats, how = _measuring(values, "imgsz")
     from yolo_prune.pages import run_page
 
     known = {key: values.get(key) for key in ("data", "model")}
-    found = run_page.measure_run(runs[0], formats, imgsz=values.get("imgsz"), **known, **how) if formats else None
+    measurement = run_page.measure_run(runs[0], formats, imgsz=values.get("imgsz"), **known, **how) if formats else None
     path = run_page.write_report(runs[0], save=values.get("save"), **known)
-    print(f"{found}\n\nsaved {path}" if found else f"saved {path}")
-    if found:
-        found.check()
+    print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
+    if measurement:
+        measurement.check()
     return 0
 
 
 def _compare(request: Request) -> int:
     models, values = request.places, request.values
     if len(models) < 2:
-        raise PruneError(f"pass two or more checkpoints to compare. {COMMANDS['compare'].usage}")
+        raise PruneError(f"{len(models)} checkpoints were given. Pass two or more. {COMMANDS['compare'].usage}")
     if again := next((m for m in models if models.count(m) > 1), None):
-        raise PruneError(f"'{again}' is named twice. Name every checkpoint once.")
+        raise PruneError(f"'{again}' was given twice. Pass every checkpoint once.")
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    text, found = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    text, measurement = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
     print(f"{text}\nsaved {values['save']}")
-    if found:
-        found.check()
+    if measurement:
+        measurement.check()
     return 0
 
 
@@ -222,14 +224,16 @@ def _schema(request: Request) -> int:
 
 
 def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[str, Any]]:
-    """The formats to measure in, none where format= is not given, and how, for `Setting.of`."""
+    """The formats to measure in (none without format=), and the other settings as arguments of `Setting.of`."""
     if "format" not in values:
         if alone := next((key for key in (*others, *(a.name for a in HOW)) if key in values), None):
-            raise PruneError(f"{alone}= says how to measure, and format= is missing, for example format=onnx.")
+            raise PruneError(
+                f"{alone}= is a setting of a measurement, but format= is missing. Add format=, as in format=onnx."
+            )
         return [], {}
     how = {a.name: values[a.name] for a in HOW if a is not HALF and a.name in values}
     if values.get("half") and how.setdefault("quantize", 16) != 16:
-        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
+        raise PruneError(f"half=True means quantize=16, but quantize={values['quantize']} was given. Leave one out.")
     from yolo_prune.measure import runtimes
 
     return runtimes.parse(values["format"]), how
@@ -239,21 +243,21 @@ FALSE = ("=false", "=0", "=none", "=")
 
 MODEL = Argument("model", "best.pt", "a .pt checkpoint", required=True)
 DATA = Argument("data", "data.yaml", "a dataset")
-RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (left out: half-flops)")
+RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: half-flops)")
 IMGSZ = Argument("imgsz", "640", "the height and width of images, in pixels", grammar.image_size, 640)
 FORMAT = Argument("format", "onnx,openvino", "the runtimes to measure in", default="onnx")
 HALF = Argument("half", "True", "the same as quantize=16", grammar.truth)
-REPEATS = Argument("repeats", "20", "the number of rounds (left out: what fits in 30 seconds)", grammar.whole)
-HOW = (  # beside the formats, all that says how to measure
-    Argument("batch", "1", "the number of images in a pass (left out: 1)", grammar.whole),
-    Argument("device", "cpu", "cpu, or the number of an NVIDIA GPU (left out: cpu)"),
-    Argument("threads", "4", "the threads that a runtime may use on a CPU (left out: one per core)", grammar.whole),
+REPEATS = Argument("repeats", "20", "the number of rounds (default: as many as fit in 30 seconds)", grammar.whole)
+HOW = (  # settings of a measurement, without the formats
+    Argument("batch", "1", "the number of images in a pass (default: 1)", grammar.whole),
+    Argument("device", "cpu", "cpu, or the number of an NVIDIA GPU (default: cpu)"),
+    Argument("threads", "4", "the threads that a runtime may use on a CPU (default: one per core)", grammar.whole),
     REPEATS,
     HALF,
-    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (left out: 32)", grammar.whole),
+    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (default: 32)", grammar.whole),
 )
-ON_A_PAGE = (  # left out, a page is written without measuring
-    replace(FORMAT, help="the runtimes to measure in as 'bench' does (left out: nothing is measured)", default=None),
+ON_A_PAGE = (  # without a format, the page is written without measuring
+    replace(FORMAT, help="the runtimes to measure in as 'bench' does (default: nothing is measured)", default=None),
     *HOW,
 )
 COMMANDS = {
@@ -266,18 +270,18 @@ COMMANDS = {
             (
                 replace(MODEL, help="the checkpoint to start from"),
                 replace(DATA, help="the dataset to train on", required=True),
-                Argument("epochs", "60", "the epochs of the run, those of the cuts and of the recovery together"),
+                Argument("epochs", "60", "the number of epochs of the run, for cuts and recovery together"),
                 RECIPE,
             ),
             passes_on="'yolo train'",
         ),
         Command(
             "plan",
-            "look before you cut: what would go, and what it saves",
+            "show which channels would be removed, and what this saves; the model is not changed",
             _plan,
             (
                 MODEL,
-                replace(DATA, help="the dataset, for criteria that look at images"),
+                replace(DATA, help="the dataset, for criteria that need images"),
                 RECIPE,
                 IMGSZ,
                 Argument("save", "plan.json", "the file to write the plan to", grammar.file(".json")),
@@ -285,39 +289,39 @@ COMMANDS = {
         ),
         Command(
             "apply",
-            "one shot: cut and refit, no training",
+            "cut and refit a model once, without training",
             _apply,
             (
                 MODEL,
-                replace(DATA, help="the dataset to refit on (left out: the weights are not refitted)"),
+                replace(DATA, help="the dataset to refit on (without it, the weights are not refitted)"),
                 RECIPE,
-                Argument("plan", "plan.json", "a plan that 'plan' saved, in place of a recipe"),
+                Argument("plan", "plan.json", "a plan that 'plan' saved, instead of a recipe"),
                 IMGSZ,
-                Argument("save", "pruned.pt", "the file to write (left out: <model>-pruned.pt)", grammar.file(".pt")),
+                Argument("save", "pruned.pt", "the file to write (default: <model>-pruned.pt)", grammar.file(".pt")),
             ),
         ),
         Command(
             "show",
-            "what was done to a checkpoint; what a recipe says",
+            "show the pruning history of a checkpoint, or all fields of a recipe",
             _show,
             (Argument("model", "pruned.pt", "a checkpoint"), RECIPE),
         ),
         Command(
             "bench",
-            "is it really faster, and still the same model?",
+            "measure how fast models are in a runtime, and compare exports with their checkpoints",
             _bench,
             (
-                replace(MODEL, example="dense.pt,pruned.pt", help="the checkpoints, the one to compare with first"),
+                replace(MODEL, example="dense.pt,pruned.pt", help="the checkpoints; ratios refer to the first"),
                 FORMAT,
                 IMGSZ,
                 *HOW,
-                replace(DATA, help="the dataset, for images to compare exports on and for their mAP"),
+                replace(DATA, help="the dataset, to compare the outputs and the mAP of exports"),
                 Argument("save", "bench.json", "the file to write the figures to", grammar.file(".json")),
             ),
         ),
         Command(
             "profile",
-            "on the target device: times for recipe.target.profile",
+            "measure layer times on the target device, for recipe.target.profile",
             _profile,
             (
                 MODEL,
@@ -329,22 +333,25 @@ COMMANDS = {
         ),
         Command(
             "report",
-            "what a run did, on one page",
+            "write the report of a run, on one page",
             _report,
             (
-                replace(DATA, help="the dataset, for images and for what the run did not measure"),
-                Argument("model", "dense.pt", "the dense checkpoint, where it is not where the run knew it"),
+                replace(DATA, help="the dataset, for images and for figures that the run did not measure"),
+                Argument("model", "dense.pt", "the dense checkpoint, if it was moved after the run"),
                 Argument(
-                    "save", "report.html", "the file to write (left out: in the run's folder)", grammar.file(".html")
+                    "save",
+                    "report.html",
+                    "the file to write (default: in the folder of the run)",
+                    grammar.file(".html"),
                 ),
-                replace(IMGSZ, help=f"{IMGSZ.help} (left out: that of the run)", default=None),
+                replace(IMGSZ, help=f"{IMGSZ.help} (default: that of the run)", default=None),
                 *ON_A_PAGE,
             ),
             places="runs/detect/train",
         ),
         Command(
             "compare",
-            "checkpoints side by side, validated anew",
+            "validate checkpoints and compare them on one page",
             _compare,
             (
                 replace(DATA, help="the dataset to validate on", required=True),
@@ -356,16 +363,23 @@ COMMANDS = {
         ),
         Command(
             "demo",
-            "everything on a small made-up dataset, in a few minutes",
+            "run all steps on a small artificial dataset, in a few minutes",
             _demo,
             (Argument("folder", "yolo-prune-demo", "a new folder to work in", default="yolo-prune-demo"),),
         ),
-        Command("doctor", "is the start-up hook active, which versions are here", _doctor),
+        Command("doctor", "show whether the start-up hook is active, and the installed versions", _doctor),
         Command(
             "schema",
-            "the JSON schema of recipes, for editors",
+            "show or save the JSON schema of recipes, for editors",
             _schema,
-            (Argument("save", "recipe.schema.json", "the file to write (left out: shown)", grammar.file(".json")),),
+            (
+                Argument(
+                    "save",
+                    "recipe.schema.json",
+                    "the file to write (default: the schema is shown)",
+                    grammar.file(".json"),
+                ),
+            ),
         ),
     )
 }
