@@ -17,11 +17,11 @@ from test_latency import measured
 from test_page import PAGES, Page, full, timed
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
-from yolo_prune.pages import run_page
 
 import yolo_prune
 from yolo_prune import cli
 from yolo_prune.measure import benchmark, clock, parity_check, subjects
+from yolo_prune.pages import run_page
 from yolo_prune.planning import planner
 from yolo_prune.report import Figures, Report
 from yolo_prune.report.measurement import Measurement
@@ -47,13 +47,15 @@ def test_the_page_says_what_was_measured() -> None:
     ):
         assert said in text, said
     assert "there was no dataset" not in text
-    assert "there was no dataset" in Page(render(full(), found=measured().renamed(("a", "b")))).text
+    assert "there was no dataset" in Page(render(full(), measurement=measured().renamed(("a", "b")))).text
 
 
 def test_latency_is_what_the_ratio_of_the_rounds_says() -> None:
     found = timed()
     found.rows[1].ratio = 0.7
-    assert "Latency, onnxruntime, 1 thread 7.50 ms dense 12.0 70.0 % kept" in Page(render(full(), found=found)).text
+    assert (
+        "Latency, onnxruntime, 1 thread 7.50 ms dense 12.0 70.0 % kept" in Page(render(full(), measurement=found)).text
+    )
 
 
 def test_a_comparison_has_latency_as_cost() -> None:

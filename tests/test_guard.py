@@ -90,7 +90,7 @@ def test_what_the_record_says_makes_the_stages() -> None:
     found = guard.stages(1.0, facts)
     assert [(s.number, s.held) for s in found] == [(0, True), (1, True), (3, False)]
     assert guard.last_good(found).file == "round1.pt"
-    assert guard.turns([f.held for f in facts]) == 4
+    assert guard.structure_changes([f.held for f in facts]) == 4
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_the_record_says_makes_the_stages() -> None:
 )
 def test_a_search_ends_where_no_other_size_is_left(keeps: Any, over: bool, fails: bool) -> None:
     found = [START, *(Stage(i, k, 0.6, held) for i, (k, held) in enumerate(keeps, 1))]
-    assert guard.is_found(found) is over
+    assert guard.search_is_over(found) is over
     assert guard.is_known_to_fail(found, 0.45) is fails
 
 

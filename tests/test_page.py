@@ -44,7 +44,7 @@ from yolo_prune.report.front import Front, Point
 from yolo_prune.report.history import History, fitness_lines
 from yolo_prune.report.measurement import Measurement, Parity, Tolerance
 from yolo_prune.report.page import command, render
-from yolo_prune.report.photos import Mark, Photo
+from yolo_prune.report.photos import Detection, Photo
 from yolo_prune.report.scatter import Dot, front_dots, frontier, scatter
 
 EVIL = "<script>alert('x')</script>&\"'"
@@ -88,7 +88,7 @@ def failed() -> Report:
 
 
 def photo(name: str = "one.jpg", kind: str = "cell") -> Photo:
-    mark = Mark(kind, 1, 0.9, ((0.1, 0.1), (0.5, 0.1), (0.5, 0.5), (0.1, 0.5)), ((0.3, 0.3),))
+    mark = Detection(kind, 1, 0.9, ((0.1, 0.1), (0.5, 0.1), (0.5, 0.5), (0.1, 0.5)), ((0.3, 0.3),))
     return Photo(name, PIXEL, 200, 100, ((mark, mark), (mark,)))
 
 
@@ -149,8 +149,8 @@ PAGES = {
     "no validation": lambda: render(make_report(fit=False)),
     "crowded": lambda: render(make_report(starts=tuple(range(20)), epochs=100, layers=250)),
     "comparison": lambda: comparison(photos=(photo(),)),
-    "measured": lambda: render(full(), front(), found=timed()),
-    "measured comparison": lambda: comparison(found=timed("a", "b")),
+    "measured": lambda: render(full(), front(), measurement=timed()),
+    "measured comparison": lambda: comparison(measurement=timed("a", "b")),
     "searched": lambda: render(*searched()),
     "late rounds": lambda: render(make_report(starts=(0, 1, 28, 29))),
     "many models": lambda: crowd(),
@@ -598,21 +598,21 @@ def test_outlines_of_every_task_become_fractions_of_the_image() -> None:
     image, names = np.zeros((8, 16, 3), np.uint8), {0: "a"}
     box = torch.tensor([[4.0, 2, 12, 6, 0.5, 0]])
     corners = ((0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75))
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box))
-    assert mark == Mark("a", 0, 0.5, corners)
-    (mark,) = evaluate.marks(Results(image, "", names, obb=torch.tensor([[8.0, 4, 8, 4, 0, 0.5, 0]])))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box))
+    assert mark == Detection("a", 0, 0.5, corners)
+    (mark,) = evaluate.detections(Results(image, "", names, obb=torch.tensor([[8.0, 4, 8, 4, 0, 0.5, 0]])))
     assert set(mark.outline) == set(corners)
     mask = torch.zeros(1, 8, 16)
     mask[:, 2:6, 4:12] = 1
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, masks=mask))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box, masks=mask))
     assert len(mark.outline) >= 4
     assert all(0.2 < value < 0.8 for point in mark.outline for value in point)
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, masks=torch.zeros(1, 8, 16)))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box, masks=torch.zeros(1, 8, 16)))
     assert mark.outline == corners
     dots = torch.tensor([[[8.0, 2, 1], [0, 0, 0]]])
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, keypoints=dots))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box, keypoints=dots))
     assert mark.dots == ((0.5, 0.25),)
-    assert evaluate.marks(Results(image, "", names, probs=torch.ones(1))) == ()
+    assert evaluate.detections(Results(image, "", names, probs=torch.ones(1))) == ()
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

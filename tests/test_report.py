@@ -32,7 +32,7 @@ from yolo_prune.report import (
 )
 from yolo_prune.report.picture import compose, draw
 from yolo_prune.report.table import difference
-from yolo_prune.run.journal import log_if_untrained
+from yolo_prune.run.journal import log_if_no_epoch_helped
 
 
 def make_report(starts: tuple[int, ...] = (0, 5, 10), epochs: int = 30, layers: int = 88, fit: bool = True) -> Report:
@@ -154,7 +154,7 @@ def test_training_that_gained_nothing_is_named(
     row = RoundRow(number=1, epoch=2, target={"flops": 0.5}, fitness=RoundFitness(recovered=0.6))
     epochs = [EpochRow(epoch=i, fitness=f) for i, f in enumerate((0.7, 0.7, *later), 1)]
     with caplog.at_level("INFO", "ultralytics"):
-        log_if_untrained(Report(rounds=[row], epochs_log=epochs), batch=16, per_step=per_step)
+        log_if_no_epoch_helped(Report(rounds=[row], epochs_log=epochs), batch=16, per_step=per_step)
     assert ("no epoch after the last cut came up to the fitness of 0.600" in caplog.text) is said
     assert ("one in 4 batches, with nbs=16 one in each" in caplog.text) is (said and per_step > 1)
 

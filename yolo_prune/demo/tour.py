@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`yolo-prune demo`: the whole way, on a small made-up dataset, through the same calls a user makes."""
+"""`yolo-prune demo`: the complete workflow on a small synthetic dataset, with the same calls that a user makes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ SETTINGS: dict[str, Any] = {
     "exist_ok": True,
 }
 DENSE = {"epochs": 16, "lr0": 0.002, "warmup_epochs": 1}
-PRUNE: dict[str, Any] = {"epochs": 10, "lr0": 0.0005}  # gently: the model is trained already
+PRUNE: dict[str, Any] = {"epochs": 10, "lr0": 0.0005}  # a low learning rate, because the model is trained already
 PARITY = 1e-3
 
 
 def run(folder: Path) -> int:
-    """Make data, train dense, prune in rounds while training, export, check; print what came out.
+    """Make a dataset, train a dense model, prune it while training, export it, check the export, print the results.
 
     Args:
-        folder: created; an earlier demo in it is replaced.
+        folder: folder for all files. It is made if it is missing, and an earlier demo in it is replaced.
 
     Raises:
-        PruneError: If the export extra is missing, or the folder holds something else.
+        PruneError: If the export extra is missing, or the folder holds other files.
     """
     began = time.perf_counter()
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -99,14 +99,17 @@ def compare_onnx(checkpoint: Path, exported: Path, images: list[Path]) -> float:
         (got,) = session.run(None, {name: image.numpy()})
         worst = max(worst, float((wanted - torch.from_numpy(got)).abs().max() / wanted.abs().max()))
     if not worst <= PARITY:
-        raise PruneError(f"{exported} does not agree with {checkpoint}: outputs differ by {worst:.1e}, relative.")
+        raise PruneError(
+            f"{exported} does not agree with {checkpoint}: outputs differ by {worst:.1e}, relative to the largest. Run "
+            "'yolo-prune doctor', and report this with its output."
+        )
     return worst
 
 
 def _prepare(folder: Path) -> None:
     ours = folder / "scenes"
     if folder.exists() and any(folder.iterdir()) and not ours.is_dir():
-        raise PruneError(f"'{folder}' holds something else. Pass an empty or new folder: yolo-prune demo folder=NAME.")
+        raise PruneError(f"'{folder}' holds other files. Pass an empty or new folder: yolo-prune demo folder=NAME.")
     for old in ("dense", "pruned"):
         shutil.rmtree(folder / old, ignore_errors=True)
 
@@ -116,7 +119,7 @@ def _conclude(report: Report, folder: Path, exported: Path, difference: float, s
     print(f"\n{rounds_table(report)}\n\n{summary_table(report)}\n")
     print(f"onnxruntime agrees with torch to {difference:.0e} (relative) on {exported}")
     print(f"The report is in {run}: open {run / 'report.html'}; the figures are in prune.json.")
-    print(f"The pruned model is {run / 'weights/best.pt'}. Took {seconds / 60:.1f} minutes.")
+    print(f"The pruned model is {run / 'weights/best.pt'}. The demo took {seconds / 60:.1f} minutes.")
     print("\nOn your own model: yolo train model=best.pt data=data.yaml epochs=60 callbacks=prune recipe=half-flops")
 
 

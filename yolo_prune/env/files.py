@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Writing files so that they appear whole or not at all."""
+"""Write files so that they are never incomplete."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 class WholeFile(type(Path())):  # type: ignore[misc]  # PosixPath or WindowsPath; Path itself only from Python 3.12 on
-    """A path whose `write_bytes` writes all or nothing; what is joined to it is one, too."""
+    """A path whose `write_bytes` never leaves an incomplete file. Paths joined to it have the same class."""
 
     def write_bytes(self, data: bytes) -> int:
-        """See the function of this name."""
+        """Call the function `write_bytes` of this module."""
         write_bytes(Path(self), data)
         return len(data)

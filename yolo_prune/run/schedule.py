@@ -12,8 +12,8 @@ from yolo_prune.errors import ScheduleError
 from yolo_prune.recipe import Recipe, Schedule
 
 DEFAULT_ROUNDS = 3
-_WITH_LAST = ", and an epoch for what they find,"
-SEARCH_ROUNDS = 5  # bisection: the size found is within 3 % of the dense model of the smallest
+_WITH_LAST = ", and an epoch to train the result,"
+SEARCH_ROUNDS = 5  # bisection: the result is larger than the smallest possible size by at most 3 % of the dense model
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Round:
     Attributes:
         number: counted from 1.
         epoch: the cut is made at the start of this epoch, counted from 0.
-        keep: fraction of the dense model that is left after it; None where the search for it decides.
-        settles: no cut: the search is over, and what it found is trained for the rest of the run.
+        keep: size after the cut, as a fraction of the dense model; None in a search, which decides the size later.
+        settles: whether this ends a search: there is no cut, and the result is trained for the rest of the run.
     """
 
     number: int
@@ -47,13 +47,13 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[Round, ..
         present: fraction of the dense model that the run starts from.
 
     Raises:
-        ScheduleError: If they do not fit the epochs of the run.
+        ScheduleError: If the rounds do not fit the epochs of the run.
     """
     asked, early = recipe.schedule, recipe.recover.rewind
     if early and early.epoch > epochs - 2:
         raise ScheduleError(
-            f"recover.rewind.epoch: {early.epoch}, counted from 0, leaves no epoch for a cut and what follows in a run "
-            f"of {epochs}. It can be at most {epochs - 2}, or train longer."
+            f"recover.rewind.epoch: {early.epoch}, counted from 0, leaves no epoch for a cut and the training after it "
+            f"in a run of {epochs} epochs. Set it to at most {epochs - 2}, or train longer."
         )
     if asked.start is None and (early or sparsity(recipe)):
         start = max(quarter(epochs), early.epoch + 1 if early else 0)
@@ -76,7 +76,7 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
 
     Args:
         schedule: as the recipe gives it.
-        target: fraction of the dense model to keep in the end; None to search for it, and then settle.
+        target: fraction of the dense model to keep in the end; None to search for it, and then to train the result.
         epochs: epochs of the run.
         present: fraction of the dense model that the run starts from.
 
@@ -84,7 +84,7 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
         Rounds in order, each in an epoch of its own, the last one at `target`.
 
     Raises:
-        ScheduleError: If they do not fit; says what would.
+        ScheduleError: If the rounds do not fit. The message says what would fit.
     """
     search = target is None
     default = SEARCH_ROUNDS if search else 1 if schedule.curve == "one-shot" else DEFAULT_ROUNDS
@@ -95,14 +95,14 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
         fit = f"at most {room} rounds fit" if room > 0 else "no round fits"
         raise ScheduleError(
             f"schedule: {count - search} rounds{_WITH_LAST * search} from epoch {start} need at least {start + count} "
-            f"epochs, the run has {epochs}; {fit}. Set schedule.rounds or schedule.start, or train longer."
+            f"epochs, and the run has {epochs}; {fit}. Set schedule.rounds or schedule.start, or train longer."
         )
     cuts = _epochs(schedule, count, start, epochs, search)
     if cuts[-1] > epochs - 1:
         longest = (epochs - 1 - start) // (count - 1)
         raise ScheduleError(
             f"schedule.interval: with interval {schedule.interval} the last of {count} rounds falls on epoch "
-            f"{cuts[-1]}, counted from 0, and the run has {epochs} epochs. The interval can be at most {longest}, or "
+            f"{cuts[-1]}, counted from 0, and the run has {epochs} epochs. Set the interval to at most {longest}, "
             "give fewer rounds, or train longer."
         )
     if target is None:
@@ -113,15 +113,15 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
 
 
 def quarter(epochs: int) -> int:
-    """The first cut of a run that has something to do before it: after a quarter of the epochs, at least one."""
+    """Epoch of the first cut, if something must come before it: a quarter of the epochs, but at least 1."""
     return max(epochs // 4, 1)
 
 
 def rewound(epoch: int, rounds: Sequence[Round], epochs: int, lf: Callable[[float], float]) -> float:
-    """The factor of the learning rate in an epoch, where its schedule begins anew with each round.
+    """The factor of the learning rate in an epoch, if its schedule restarts at each cut.
 
     Learning rate rewinding, after "Comparing Rewinding and Fine-tuning in Neural Network Pruning" (Renda et al., ICLR
-    2020, arXiv:2003.02389): the whole schedule is run down before the first cut, between cuts and after the last one.
+    2020, arXiv:2003.02389): the whole schedule is run before the first cut, between two cuts and after the last cut.
 
     Args:
         epoch: counted from 0.
@@ -137,7 +137,8 @@ def rewound(epoch: int, rounds: Sequence[Round], epochs: int, lf: Callable[[floa
 def _epochs(schedule: Schedule, count: int, start: int, epochs: int, search: bool) -> list[int]:
     if schedule.interval is not None:
         return [start + i * schedule.interval for i in range(count)]
-    # The first half of the run (of a search, two thirds), or what start leaves of it; when that is too short, one each.
+    # Spread the cuts from `start` over the first half of the run (in a search: the first two thirds). If this span is
+    # too short, there is one cut in each epoch.
     intervals = count - search
     span = max(epochs * (2 / 3 if search else 1 / 2) - start, intervals)
     cuts = [start + int(i * span / intervals) for i in range(count)]
