@@ -29,7 +29,7 @@ CONFIDENCE = 0.25
 SHOWN = ("detect", "segment", "pose", "obb")  # tasks whose results have outlines
 
 
-def measure(model: Model, name: str, data: str | Path, imgsz: int) -> Candidate:
+def validate_once(model: Model, name: str, data: str | Path, imgsz: int) -> Candidate:
     """Validate a model once, and compute its cost.
 
     Args:
@@ -63,7 +63,7 @@ def time_all(models: Sequence[Model], formats: Sequence[str], setting: Setting) 
     Raises:
         PruneError: If no format could be measured.
     """
-    measurement = benchmark.measure(models, formats, setting)
+    measurement = benchmark.measure_models(models, formats, setting)
     if not measurement.rows:
         measurement.check()
     return measurement
