@@ -12,14 +12,14 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write `data` to a temporary name in the same folder, then rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # opened as any file is, so that it gets the mode of an ordinary one; the files of `tempfile` are private
+    # `open` gives the file ordinary permissions; the files of `tempfile` are private
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    with temporary.open("xb") as file:  # and is nobody else's
+    with temporary.open("xb") as file:  # "x": it fails if another process has made this file
         try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            file.close()  # Windows renames no open files
+            file.close()  # Windows cannot rename an open file
             os.replace(temporary, path)
         except BaseException:
             file.close()

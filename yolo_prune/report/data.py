@@ -22,13 +22,13 @@ from yolo_prune.errors import PruneError
 
 FORMAT = 1
 FILE_NAME = "prune.json"
-_WHERE = f"Give the {FILE_NAME} of a run that was trained with callbacks=prune, or its folder."
+_WHERE = f"Pass the {FILE_NAME} of a run that was trained with callbacks=prune, or its folder."
 FILE = JsonFile(
     "a pruning report",
     missing=f"No pruning report at {{path}}. {_WHERE}",
     unreadable=f"Cannot read the pruning report {{path}}: {{why}}. {_WHERE}",
-    broken="{path} is not complete JSON ({why}): it was cut short or edited. Restore it from a copy, or resume the "
-    "run, which writes it again.",
+    broken="{path} is not complete JSON ({why}): the file is incomplete or was edited. Restore it from a copy, or "
+    "resume the run, which writes it again.",
 )
 
 

@@ -14,9 +14,9 @@ from yolo_prune.env.json_files import JsonFile
 from yolo_prune.report.data import Report
 
 FRONT = "front.json"
-_WITHOUT = "Delete it, and the report goes without it."
+_WITHOUT = "Delete it to get a report without it."
 FILE = JsonFile(
-    "what a run with a limit leaves",
+    "the front.json of a run with a limit",
     unreadable=f"{{path}} is damaged: {{why}}. {_WITHOUT}",
     broken=f"{{path}} is damaged: Invalid JSON: {{why}}. {_WITHOUT}",
     wrong=f"{{path}} is damaged: {{why}}. {_WITHOUT}",

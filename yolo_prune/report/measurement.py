@@ -24,8 +24,8 @@ FORMAT = 1
 BENCH = "bench.json"
 FILE = JsonFile(
     "a measurement",
-    missing="There is no measurement at {path}.",
-    unreadable="The measurement {path} cannot be read: {why}.",
+    missing="There is no measurement at {path}. Pass a file that 'yolo-prune bench ... save=bench.json' wrote.",
+    unreadable="The measurement {path} cannot be read: {why}. Check the path and its permissions.",
     broken="{path} is not complete JSON: {why}. Measure again.",
     wrong="{path} is not a measurement: {why}. Measure again.",
 )
