@@ -114,7 +114,7 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _without_traceback() -> Iterator[None]:
-    """End a `yolo` command that fails with an error of this package with the message only, without a traceback."""
+    """If a `yolo` command fails with an error of this package, show only the message, without a traceback."""
     try:
         yield
     except PruneError as e:

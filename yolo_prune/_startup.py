@@ -108,7 +108,7 @@ class _Loader:
         self._loader = loader
 
     def __getattr__(self, name: str) -> object:
-        if name == "_loader":  # not set yet, as in a copy under construction
+        if name == "_loader":  # not set yet, for example while this object is being copied
             raise AttributeError(name)
         return getattr(self._loader, name)
 

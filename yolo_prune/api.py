@@ -41,7 +41,7 @@ def plan(
     data: str | Path | None = None,
     **overrides: Any,
 ) -> Plan:
-    """Make a plan: what a recipe would remove from a model. The model is not changed.
+    """Make a plan of the channels that a recipe would remove from a model. The model is not changed.
 
     Args:
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
@@ -158,7 +158,7 @@ def prune(
     overrides: Mapping[str, Any] | None = None,
     **train_arguments: Any,
 ) -> Report:
-    """Train and prune in one call: `model.train(callbacks="prune", recipe=...)`, which returns the report of the run.
+    """Train and prune in one call of `model.train(callbacks="prune", recipe=...)`, and return the report of the run.
 
     Args:
         model: a `YOLO` object, or a path to a `.pt` or `.yaml` file. A `YOLO` object holds the pruned model afterwards.
@@ -167,7 +167,7 @@ def prune(
         **train_arguments: the arguments of `YOLO.train`: `data`, `epochs`, `imgsz`, ...
 
     Returns:
-        The report: what was measured, as in `prune.json` in the run folder.
+        The report with all measurements, as in `prune.json` in the run folder.
 
     Raises:
         PruneError: If an argument is wrong, the recipe does not fit, or the run did not end pruned.

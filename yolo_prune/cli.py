@@ -70,7 +70,8 @@ def _train(request: Request) -> int:
     import ultralytics.engine.model  # imported to be patched
 
     if errors := _startup.state().errors:
-        raise PruneError("; ".join(f"{k} could not be patched: {v}" for k, v in errors.items()))
+        reasons = "; ".join(f"{k} could not be patched: {v}" for k, v in errors.items())
+        raise PruneError(f"{reasons}. 'yolo-prune doctor' says what to do.")
     arguments = request.words
     resumes = [a.lower() for a in arguments if a.partition("=")[0] == "resume"]
     resumed = any(not a.endswith(FALSE) for a in resumes)
@@ -116,7 +117,7 @@ def _apply(request: Request) -> int:
     if proven:
         print(f"exact: pruned model and masked reference agree to {proven.error:.0e} in float64")
     why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
-    fitted = why and f"; the weights were not refitted, as {why}"
+    fitted = why and f"; the weights were not refitted, because {why}"
     print(f"saved {target}{fitted}. Fine-tune it with: yolo train model={target} data=... epochs=...")
     return 0
 
@@ -129,11 +130,11 @@ def _bench(request: Request) -> int:
     from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
-    found = benchmark.measure_models(models, formats, asked)
-    print(found)
+    measurement = benchmark.measure_models(models, formats, asked)
+    print(measurement)
     if save := values.get("save"):
-        print(f"\nsaved {found.save(save)}")
-    found.check()
+        print(f"\nsaved {measurement.save(save)}")
+    measurement.check()
     return 0
 
 
@@ -173,11 +174,12 @@ def _report(request: Request) -> int:
     from yolo_prune.pages import run_page
 
     known = {key: values.get(key) for key in ("data", "model")}
-    found = run_page.measure_run(runs[0], formats, imgsz=values.get("imgsz"), **known, **how) if formats else None
+    imgsz = values.get("imgsz")
+    measurement = run_page.measure_run(runs[0], formats, imgsz=imgsz, **known, **how) if formats else None
     path = run_page.write_report(runs[0], save=values.get("save"), **known)
-    print(f"{found}\n\nsaved {path}" if found else f"saved {path}")
-    if found:
-        found.check()
+    print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
+    if measurement:
+        measurement.check()
     return 0
 
 
@@ -190,10 +192,10 @@ def _compare(request: Request) -> int:
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    text, found = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    text, measurement = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
     print(f"{text}\nsaved {values['save']}")
-    if found:
-        found.check()
+    if measurement:
+        measurement.check()
     return 0
 
 

@@ -56,7 +56,7 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
-        """0 if `yolo train ... callbacks=prune` works here, 1 if not. An untested version is no failure."""
+        """0 if `yolo train ... callbacks=prune` works here, 1 if not. An untested version does not matter."""
         return int(not self.hook.active or any(c.missing for c in self.components))
 
 

@@ -53,7 +53,7 @@ class UnsupportedModelError(PruneError):
 
 
 class PlanError(PruneError):
-    """A plan that does not fit the model it is applied to."""
+    """A plan that does not fit the model to which it is applied."""
 
 
 class ProofError(PruneError):

@@ -56,7 +56,7 @@ class Calibration:
         return replace(self, load=lambda: self.items[:count])
 
     def batches(self) -> Iterator[Batch]:
-        """One image at a time, ready for the loss."""
+        """The batches, one image each, prepared for the loss."""
         for item in self.items:
             yield self.prepare(dict(item))
 
@@ -91,7 +91,10 @@ class Calibration:
             return math.fsum(float(loss_of(twin, batch)) for batch in self.batches()) / len(self)
 
     def backward(self, twin: Any, progress: Progress) -> Iterator[None]:
-        """Compute the gradients of a `differentiable` copy for each image in turn, for this image alone."""
+        """Compute the gradients of a `differentiable` copy for one image after the other.
+
+        Yields after each image. The gradients are those of this image only.
+        """
         for item in progress(self.items):
             twin.zero_grad(set_to_none=True)
             loss_of(twin, self.prepare(dict(item))).backward()  # type: ignore[no-untyped-call]

@@ -31,7 +31,7 @@ def upsamples(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
 
 
 def padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """Rows and columns of zeros on each side."""
+    """Number of rows and columns of zeros that a convolution adds on each side."""
     return int(layer.padding[0]), int(layer.padding[1])
 
 

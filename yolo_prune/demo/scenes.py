@@ -35,7 +35,7 @@ Box = tuple[int, float, float, float, float]  # class; centre x, centre y, width
 
 
 def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128, seed: int = 0) -> Path:
-    """Make a detection dataset in YOLO format in `folder`, or reuse the one with the same parameters there.
+    """Make a detection dataset in YOLO format in `folder`. An existing dataset with the same parameters is reused.
 
     Args:
         folder: Folder for images/, labels/ and scenes.yaml. It is made if it is missing, and replaced only if an
@@ -64,7 +64,7 @@ def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        made = temporary / "made"  # mkdtemp's own folder is readable by its owner only
+        made = temporary / "made"  # the folder of mkdtemp itself can be read by its owner only
         _write(made, stamp)
         if folder.exists():
             os.replace(folder, temporary / "old")

@@ -77,7 +77,7 @@ def compare_onnx(checkpoint: Path, exported: Path, images: list[Path]) -> float:
     """Largest difference between torch and onnxruntime over `images`, relative to the largest output.
 
     Raises:
-        PruneError: If it is more than 1e-3.
+        PruneError: If the difference is more than 1e-3.
     """
     import cv2
     import onnxruntime

@@ -34,7 +34,7 @@ def agree(make: Callable[[], T]) -> T:
     """Call `make` on rank 0 only, and return its result on every rank.
 
     Raises:
-        PruneError: On every rank, if `make` raised it on rank 0, so that no rank waits for ever.
+        PruneError: On every rank, if `make` raised it on rank 0, so that no rank keeps waiting.
         RunError: On every rank, if `make` raised any other error.
     """
     if not several():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Registries of functions or classes: each is registered under a name or a class, which can be used only once."""
+"""Registries: an object is registered under a name or a class, and each name or class can be used only once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Differences between releases of Ultralytics: one name here for functions that have several names there."""
+"""Differences between releases of Ultralytics: one name for each function, although the releases use several names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class Blocks:
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in a checkpoint, in float32, and the checkpoint. Named `attempt_load_one_weight` before 8.3.200.
+    """The model in a checkpoint, in float32, and the checkpoint.
+
+    Releases of Ultralytics before 8.3.200 call this function `attempt_load_one_weight`.
 
     Raises:
         RunError: If the file is missing, incomplete, or not a checkpoint of Ultralytics.
@@ -47,12 +49,15 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def unwrap_model(model: nn.Module) -> Any:
-    """The model inside wrappers for compilation and several devices. Named `de_parallel` before 8.3.200."""
+    """The model inside wrappers for compilation and several devices.
+
+    Releases of Ultralytics before 8.3.200 call this function `de_parallel`.
+    """
     return (getattr(torch_utils, "unwrap_model", None) or torch_utils.de_parallel)(model)
 
 
 def closes_mosaic_late() -> bool:
-    """True if a run with fewer epochs than `close_mosaic` uses no mosaic. In earlier releases it always uses mosaic."""
+    """True if a run with fewer epochs than `close_mosaic` uses no mosaic. In earlier releases, it uses mosaic."""
     return "mosaic_closed" in inspect.getsource(BaseTrainer._do_train)
 
 
@@ -74,6 +79,6 @@ def strip_qat(model: nn.Module) -> None:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The content of a YAML file. Named `yaml_load` before 8.3.200."""
+    """The content of a YAML file. Releases of Ultralytics before 8.3.200 call this function `yaml_load`."""
     data: dict[str, Any] = utils.YAML.load(path) if hasattr(utils, "YAML") else utils.yaml_load(path)
     return data

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`yolo-prune report`: the page of a run, at its end or later."""
+"""`yolo-prune report`: the page of a run, written at the end of the run or later."""
 
 from __future__ import annotations
 

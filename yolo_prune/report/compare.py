@@ -97,7 +97,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _longer(path: Path, paths: Sequence[Path]) -> str:
-    """The shortest end of a path with which no other path ends."""
+    """The shortest ending of a path that no other path has."""
     others = [other.parts for other in paths if other != path]
     parts = path.parts
     for count in range(1, len(parts) + 1):

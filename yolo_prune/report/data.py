@@ -121,7 +121,7 @@ class LatencyRow(_Row):
 
 
 class RoundRow(_Row):
-    """One round: `epoch` is the 0-based epoch at whose start the cut is made, `target` the fraction kept.
+    """One round. `epoch` is the 0-based epoch at whose start the cut is made, and `target` is the fraction to keep.
 
     `held` says whether the fitness stayed within the limit; it is None without a limit.
     """
@@ -141,7 +141,7 @@ class RoundRow(_Row):
 
 
 class EpochRow(_Row):
-    """One finished epoch, 1-based as in results.csv, with the cost of the model it trained."""
+    """One finished epoch, 1-based as in results.csv, with the cost of the model that was trained."""
 
     epoch: _Count
     fitness: _Float = None

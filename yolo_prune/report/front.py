@@ -14,7 +14,7 @@ from yolo_prune.env.json_files import JsonFile
 from yolo_prune.report.data import Report
 
 FRONT = "front.json"
-_WITHOUT = "Delete it to get a report without it."
+_WITHOUT = "Delete the file to get a report without it."
 FILE = JsonFile(
     "the front.json of a run with a limit",
     unreadable=f"{{path}} is damaged: {{why}}. {_WITHOUT}",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-ROOM = 26.0  # above the panels, for the names of the cuts
-LOWER = 0.28  # share of the height that the lower of two panels has
+ROOM = 26.0  # height above the panels for the names of the cuts, in pixels
+LOWER = 0.28  # height of the lower of two panels, as a share of their height
 Name = tuple[float, str, list[RoundRow]]  # left edge in epochs, text, and the rounds that it names
 
 
@@ -50,7 +50,7 @@ def history_chart(history: History, *, width: float, height: float) -> Markup:
 def draw_history(
     above: Axes | None, below: Axes | None, history: History, colours: Mapping[str, str], size: float
 ) -> list[Artist]:
-    """Draw the fitness above and the FLOPs kept below, or only the one of them that is known.
+    """Draw the fitness above and the FLOPs kept below, or only one of them if the other is not known.
 
     Args:
         above: axes for the fitness.
@@ -96,7 +96,7 @@ def _bands(axes: Axes, history: History, colours: Mapping[str, str]) -> list[Art
 def _fitness(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> list[Artist]:
     """Draw the fitness. Between a cut and the epoch before it, the line is interrupted."""
     known = history.fitness or [0.0]
-    axes.set_ylim(*svg.span([*known, 0.9 * max(known)], margin=0.15))  # small changes look small
+    axes.set_ylim(*svg.span([*known, 0.9 * max(known)], margin=0.15))  # so that small changes look small
     svg.round_ticks(axes.yaxis, most=5)
     axes.set_ylabel("fitness", fontsize=size, color=colours["quiet"], weight="bold")
     handles: list[Artist] = []

@@ -247,7 +247,7 @@ class Measurement(_Row):
         return copy
 
     def row(self, model: str, format: str) -> TimingRow:
-        """The row of a model in a format. The name is that in the table.
+        """The row of a model in a format. `model` is the name of the model in the table.
 
         Raises:
             KeyError: If there is no such row.
@@ -286,7 +286,7 @@ class Measurement(_Row):
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write this as JSON. The file appears whole or not at all.
+        """Write the measurement as JSON. The file is never incomplete.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement

@@ -29,7 +29,7 @@ def facts(measurement: Measurement) -> list[tuple[str, str]]:
 
 
 def precision(row: TimingRow) -> str:
-    """The precision of an export, and that of its computation if it is different."""
+    """The precision of an export, and the precision of its computation if it is different."""
     return row.precision if row.computed in (None, row.precision) else f"{row.precision} run in {row.computed}"
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT, DPI = 16.0, 9.0, 100  # inches, inches, pixels per inch
-LEFT, RIGHT = 0.055, 0.945  # of the figure, shared by both panels
+LEFT, RIGHT = 0.055, 0.945  # edges of both panels, as fractions of the width of the figure
 
-# Blue and vermilion (after Okabe & Ito, 2008) differ in every common colour blindness; the rest is grey.
+# Blue and vermilion (after Okabe & Ito, 2008) look different with every common colour blindness. The rest is grey.
 DENSE, PRUNED, PROTECTED = "#bcd4e6", "#0a5c94", "#8c8c8c"
 INK, QUIET, FAINT, BAND = "#222222", "#666666", "#d9d9d9", "#f5f5f5"
 COLOURS = {"ink": INK, "quiet": QUIET, "faint": FAINT, "sheet": "#ffffff", "dense": DENSE, "pruned": PRUNED}

@@ -54,7 +54,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if wrong:
             raise RunError(f"{key}={settings[key]!r} does not work with callbacks=prune: {why}. Instead, {remedy}.")
     if settings.get("save") is False:
-        raise RunError("save=False does not work with callbacks=prune: the pruned model would be lost. Leave it out.")
+        raise RunError("save=False does not work with callbacks=prune: the pruned model would be lost. Leave save out.")
 
 
 def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
@@ -69,7 +69,9 @@ def check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> No
     if not (recipe.recover.distill or teacher):
         return
     if "distill_model" not in DEFAULT_CFG_DICT:
-        raise RunError(f"Distillation needs a later Ultralytics than {ULTRALYTICS}: pip install -U ultralytics.")
+        raise RunError(
+            f"Distillation needs a newer release of Ultralytics than {ULTRALYTICS}: pip install -U ultralytics."
+        )
     key = "recover.distill" if recipe.recover.distill else "distill_model"
     if not _levels(model.model):
         raise RunError(f"{key} needs a model with a detection head; this model is for {model.task}. Leave {key} out.")
@@ -109,7 +111,7 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
         graph = planner.survey(module, recipe, size, names)
         present = search.trial(module, graph, recipe, size).present
     except NothingToRemoveError as e:
-        raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
+        raise RunError(f"{e} Or train without callbacks=prune: a pruned model keeps its structure.") from e
     schedule.rounds(recipe, int(settings["epochs"]), present)
 
 

@@ -48,7 +48,7 @@ class Request:
 
     @classmethod
     def of(cls, model: Any, arguments: Mapping[str, Any]) -> Request:
-        """Resolve arguments as Ultralytics does: defaults, then `cfg=` or those of the model, then those passed."""
+        """Resolve arguments as Ultralytics does: defaults, then `cfg=` or the model's overrides, then `arguments`."""
         stock = _keys.without_pruning_keys(arguments)
         ours = {key: value for key, value in arguments.items() if key not in stock}
         cfg = stock.get("cfg")
@@ -82,8 +82,8 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
     Args:
         model: the `YOLO` object.
         stock_train: Ultralytics' own `Model.train`.
-        trainer: the trainer class the user passed, or None.
-        arguments: what the user passed to `train`.
+        trainer: the trainer class that the user passed, or None.
+        arguments: the arguments that the user passed to `train`.
 
     Raises:
         PruneError: Before anything is written, if an argument is wrong or the recipe does not fit the model or the run;

@@ -340,7 +340,7 @@ def keep_early(trainer: PruningTrainer, epoch: int) -> None:
     They are saved only once, because the weights may be different if the epoch is repeated.
 
     Raises:
-        RunError: If they cannot be written.
+        RunError: If the file cannot be written.
     """
     path = Path(trainer.wdir) / EARLY
 
@@ -362,7 +362,7 @@ def recall_early(trainer: PruningTrainer, plan: Plan, composed: Plan) -> Early:
         composed: everything removed so far, the cut included.
 
     Raises:
-        RunError: On every rank, if the file is missing, damaged or not of this run.
+        RunError: On every rank, if the file is missing, is damaged, or belongs to another run.
     """
     state = average_of(trainer).state_dict()
     wanted = {n: plan.shape_after(n) if n in plan.keep else tuple(t.shape) for n, t in state.items()}

@@ -267,7 +267,7 @@ def _plan(
     try:
         return plan(recipe, calibration)
     except GradientError as e:  # a model with such gradients has little accuracy to lose, so the run goes on
-        LOGGER.warning(f"{PREFIX}{e} This round uses magnitude instead.")
+        LOGGER.warning(f"{PREFIX}{e} This round uses the criterion magnitude instead.")
         return plan(planner.rehearsal(recipe), None)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""When the model is cut, and how much each cut takes: pure functions of the recipe and the number of epochs."""
+"""When the model is cut, and how much each cut removes: pure functions of the recipe and the number of epochs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SEARCH_ROUNDS = 5  # bisection: the result is larger than the smallest possible 
 
 @dataclass(frozen=True)
 class Round:
-    """One cut.
+    """One cut, or the end of a search.
 
     Attributes:
-        number: counted from 1.
+        number: number of the round, counted from 1.
         epoch: the cut is made at the start of this epoch, counted from 0.
         keep: size after the cut, as a fraction of the dense model; None in a search, which decides the size later.
         settles: whether this ends a search: there is no cut, and the result is trained for the rest of the run.
@@ -34,16 +34,16 @@ class Round:
 
 
 def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[Round, ...]:
-    """The rounds of a run; `lay_out` says how they are spread over the epochs.
+    """The rounds of a run. `lay_out` spreads them over the epochs.
 
-    If the recipe does not say when the first cut is made, the cut waits for what must come before it: the weights to
-    rewind to, or sparse training, each at least a quarter of the run. If it does not say how many rounds there are and
-    the weights are refitted, there is one round, because the epochs are better spent after it. A run with a guard needs
-    several, so that it has a model to go back to.
+    If the recipe does not set the start, the first cut waits for the steps that must come before it: the epoch of a
+    rewind, or sparse training. Each of them takes at least a quarter of the run. If the recipe does not set the number
+    of rounds and the weights are refitted, there is only one round, so that more epochs follow the cut. A run with a
+    guard needs several rounds, so that there is a model to roll back to.
 
     Args:
-        recipe: of the run.
-        epochs: epochs of the run.
+        recipe: the recipe of the run.
+        epochs: number of epochs of the run.
         present: fraction of the dense model that the run starts from.
 
     Raises:
@@ -81,7 +81,7 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
         present: fraction of the dense model that the run starts from.
 
     Returns:
-        Rounds in order, each in an epoch of its own, the last one at `target`.
+        The rounds in order, each in a different epoch. The last one keeps `target`.
 
     Raises:
         ScheduleError: If the rounds do not fit. The message says what would fit.
@@ -124,10 +124,10 @@ def rewound(epoch: int, rounds: Sequence[Round], epochs: int, lf: Callable[[floa
     2020, arXiv:2003.02389): the whole schedule is run before the first cut, between two cuts and after the last cut.
 
     Args:
-        epoch: counted from 0.
-        rounds: of the run.
-        epochs: epochs of the run.
-        lf: the schedule over the whole run: from an epoch, which may be a fraction, to the factor.
+        epoch: number of the epoch, counted from 0.
+        rounds: the rounds of the run.
+        epochs: number of epochs of the run.
+        lf: the schedule over the whole run: a function from the epoch, which may be a fraction, to the factor.
     """
     begin = max((r.epoch for r in rounds if r.epoch <= epoch), default=0)
     end = min((r.epoch for r in rounds if r.epoch > epoch), default=epochs)
@@ -148,5 +148,5 @@ def _epochs(schedule: Schedule, count: int, start: int, epochs: int, search: boo
 
 
 def _removed(curve: str, progress: float) -> float:
-    """Share of the removal that is done after a share `progress` of the rounds."""
+    """Share of all removed channels that is removed after a share `progress` of the rounds."""
     return progress if curve == "linear" else 1 - (1 - progress) ** 3

@@ -9,13 +9,13 @@ from typing import Any
 from yolo_prune.recipe import Recipe, Target
 
 TRAINED: dict[str, Any] = {"warmup_bias_lr": 0.0}
-"""For a trained model: all learning rates rise in the warm-up. In Ultralytics, the one of biases falls from 0.1."""
+"""For a trained model: all learning rates rise in the warm-up. In Ultralytics, the rate of biases falls from 0.1."""
 
 GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.001}
 """After a refit: the settings that gave the best result in experiments with `benchmarks/`."""
 
 WARM_UP = 3.0
-"""Epochs of the warm-up, as in Ultralytics. It is shorter in a short run: of four epochs, only one would be left."""
+"""Epochs of the warm-up, as in Ultralytics. In a run of four epochs, it would leave only one epoch after it."""
 
 DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
 """Largest fraction of the dense model for which the learning rate is doubled.

@@ -62,7 +62,7 @@ class KeepStructure(_Base):
         self._stripped: Path | None = None
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """The model to train: a copy of `weights` if it is pruned, else what the stock trainer builds."""
+        """The model to train: a copy of `weights` if it is pruned, else the model that Ultralytics' trainer builds."""
         if not isinstance(weights, nn.Module) or not is_pruned(weights):
             return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
         if any("YOLOEPE" in cls.__name__ for cls in type(self).__mro__):
@@ -169,7 +169,7 @@ class KeepStructure(_Base):
             raise _AllTrained
 
     def final_eval(self) -> None:
-        """As in Ultralytics, but a new file replaces a checkpoint only when it is complete, and last.pt at the end."""
+        """As in Ultralytics, but only complete files replace checkpoints. last.pt is replaced at the end of the run."""
         if self.pruning:
             rounds.conclude(self, self.pruning)
         with _stripped_by(self.strip, self.wdir):
