@@ -191,7 +191,7 @@ def test_the_page_says_what_the_report_says() -> None:
     for said in (
         "dense/best pruned to 50.0 % of its FLOPs",
         *("0.600 dense 0.612 -0.012", "3.30 G dense 6.60 50.0 % kept", "7.50 ms dense 12.0 62.5 % kept"),
-        *("round 2, taken back", "limit 0.602", "0.020", "taken back 1e-15"),
+        *("round 2, rolled back", "limit 0.602", "0.020", "rolled back 1e-15"),
         *("task output 1 layer: model.21.m.87.conv", "cell 0.700 → 0.600 -0.100", "disc 0.500 → 0.550 +0.050"),
         *("one.jpg", "dense 2 found", "pruned 1 found", "torch 2.9.9", "criterion obs", "name: obs"),
         "callbacks=prune recipe=runs/train/prune.yaml",
@@ -587,10 +587,10 @@ def test_a_dataset_or_model_that_does_not_fit_is_one_message(folder: Path, tmp_p
     with pytest.raises(PruneError, match="has 5 classes, the model 80"):
         compare_page.compare([folder / "dense.pt", other], data, IMGSZ, tmp_path / "c.html")
     (tmp_path / "prune.json").write_text(json.dumps({**make_report().to_dict(), "model": "gone.pt"}))
-    with pytest.raises(PruneError, match=r"The dense model 'gone.pt' of this run is not here.*model="):
+    with pytest.raises(PruneError, match=r"The dense model 'gone.pt' of this run was not found.*model="):
         run_page.write_report(tmp_path, data=data)
     (tmp_path / "front.json").write_text("{")
-    with pytest.raises(PruneError, match=r"front\.json is damaged: Invalid JSON.*Delete it"):
+    with pytest.raises(PruneError, match=r"front\.json is damaged: Invalid JSON.*Delete the file"):
         run_page.write_report(tmp_path)
 
 
@@ -683,5 +683,5 @@ def test_a_latency_that_was_the_target_is_on_the_page() -> None:
     assert "of its latency" in page
     assert "Latency, onnxruntime" in page
     assert "61.7 % kept" in page  # round by round, as in the log; the medians would be 63.0 %
-    assert "60 % latency, came to 61.7 %" in page
+    assert "60 % latency, reached 61.7 %" in page
     assert "cuts timed in onnxruntime 1.32.0 on a Pi" in page

@@ -199,7 +199,7 @@ def test_a_profile_that_is_none(content: str | None, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("format=onnx,ncnn",), "a profile is of one runtime"),
+        (("format=onnx,ncnn",), "a profile is for one runtime"),
         (("format=onxn",), "Did you mean 'onnx'?"),
         (("format=torch", "quantize=8"), "quantize=8 cannot be profiled"),
         (("format=torch", "half=True"), "format=torch computes in float32 on a CPU"),

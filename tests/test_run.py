@@ -515,9 +515,9 @@ def test_classes_in_another_order_take_their_rows_along(pruned: Path, data: str,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained": "PRUNED"}, "is a pruned model; copied into the dense one, its structure would be lost"),
+        ({"pretrained": "PRUNED"}, "is a pruned model. Copying its weights into the dense model would lose the"),
         ({"freeze": 23, "callbacks": "prune"}, "cannot be reached"),
-        ({"resume": True, "callbacks": "prune"}, "not of a run that was pruning"),
+        ({"resume": True, "callbacks": "prune"}, "belongs to a run without pruning"),
     ],
 )
 def test_what_would_lose_the_structure_or_prune_nothing_is_refused(
@@ -531,7 +531,7 @@ def test_what_would_lose_the_structure_or_prune_nothing_is_refused(
 
 
 def test_resuming_a_finished_run_says_so(pruned: Path) -> None:
-    with pytest.raises(RunError, match="is of a run that has ended; there is nothing to resume"):
+    with pytest.raises(RunError, match="belongs to a run that has ended, so there is nothing to resume"):
         YOLO(pruned / "weights/last.pt").train(resume=True)
 
 
@@ -550,7 +550,7 @@ def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
     for state in last.parent.glob("state-*.pt"):
         state.write_bytes(state.read_bytes()[:1000])
     YOLO(last).train(resume=True)
-    assert "going on from last.pt alone" in caplog.text
+    assert "continues from last.pt alone" in caplog.text
     report = Report.load(tmp_path / "train")
     assert [r.number for r in report.rounds] == [1, 2, 3]
     assert report.pruned.flops <= 0.5 * report.dense.flops

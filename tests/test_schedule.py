@@ -158,7 +158,7 @@ def test_an_interval_fits_or_the_one_that_is_named_does(count: int, start: int, 
     if start + (count - 1) * interval <= epochs - 1:
         assert [r.epoch for r in lay_out(schedule, 0.5, epochs)] == [start + i * interval for i in range(count)]
         return
-    with pytest.raises(ScheduleError, match="interval can be at most") as error:
+    with pytest.raises(ScheduleError, match="Set the interval to at most") as error:
         lay_out(schedule, 0.5, epochs)
     longest = int(re.findall(r"at most (\d+)", str(error.value))[0])
     assert lay_out(Schedule(rounds=count, start=start, interval=longest), 0.5, epochs)
