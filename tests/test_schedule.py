@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import one_cycle
 from yolo_prune.errors import ScheduleError
 from yolo_prune.recipe import Schedule, load_recipe
 from yolo_prune.run import schedule as agenda
-from yolo_prune.run.schedule import lay_out, rewound
+from yolo_prune.run.schedule import lay_out, learning_rate_factor
 
 Curve = Literal["linear", "cubic"]
 
@@ -109,16 +109,16 @@ def test_what_has_to_come_before_the_first_cut_does() -> None:
 
 def test_the_learning_rate_begins_anew_at_each_cut_and_runs_down_to_the_next() -> None:
     plan = lay_out(Schedule(rounds=2, start=4, interval=2), 0.5, 10)
-    factors = [rewound(epoch, plan, 10, lambda x: 1 - x / 10) for epoch in range(10)]
+    factors = [learning_rate_factor(epoch, plan, 10, lambda x: 1 - x / 10) for epoch in range(10)]
     assert factors == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4, 1, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4])
-    cosine = [rewound(epoch, plan, 10, one_cycle(1, 0.1, 10)) for epoch in range(4, 8)]
+    cosine = [learning_rate_factor(epoch, plan, 10, one_cycle(1, 0.1, 10)) for epoch in range(4, 8)]
     assert cosine == pytest.approx([1, 0.55, 1, 1 + (0.1 - 1) * (1 - 0.5**0.5) / 2])
 
 
 @given(start=st.integers(0, 30), epochs=st.integers(31, 300))
 def test_with_one_cut_at_the_start_the_learning_rate_is_that_of_the_run(start: int, epochs: int) -> None:
-    assert rewound(start, lay_out(Schedule(rounds=1), 0.5, epochs), epochs, lambda x: x) == start
-    assert rewound(start, lay_out(Schedule(rounds=1, start=start), 0.5, epochs), epochs, lambda x: x) == 0
+    assert learning_rate_factor(start, lay_out(Schedule(rounds=1), 0.5, epochs), epochs, lambda x: x) == start
+    assert learning_rate_factor(start, lay_out(Schedule(rounds=1, start=start), 0.5, epochs), epochs, lambda x: x) == 0
 
 
 @given(

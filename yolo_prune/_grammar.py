@@ -166,7 +166,7 @@ def table(rows: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def whole(name: str, text: str) -> int:
+def positive_integer(name: str, text: str) -> int:
     """A whole number of at least 1.
 
     Raises:
@@ -188,7 +188,7 @@ def image_size(name: str, text: str) -> int:
     return int(text)
 
 
-def truth(name: str, text: str) -> bool:
+def boolean(name: str, text: str) -> bool:
     """True or False.
 
     Raises:

@@ -228,10 +228,10 @@ def _schema(request: Request) -> int:
 def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[str, Any]]:
     """The formats to measure, empty without format=, and the arguments for `Setting.of`."""
     if "format" not in values:
-        if alone := next((key for key in (*others, *(a.name for a in HOW)) if key in values), None):
+        if alone := next((key for key in (*others, *(a.name for a in MEASURING)) if key in values), None):
             raise PruneError(f"{alone}= is for measuring, and format= is missing. Add it, for example format=onnx.")
         return [], {}
-    how = {a.name: values[a.name] for a in HOW if a is not HALF and a.name in values}
+    how = {a.name: values[a.name] for a in MEASURING if a is not HALF and a.name in values}
     if values.get("half") and how.setdefault("quantize", 16) != 16:
         raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
     from yolo_prune.measure import runtimes
@@ -246,19 +246,23 @@ DATA = Argument("data", "data.yaml", "a dataset")
 RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: half-flops)")
 IMGSZ = Argument("imgsz", "640", "the height and width of images, in pixels", grammar.image_size, 640)
 FORMAT = Argument("format", "onnx,openvino", "the formats to measure", default="onnx")
-HALF = Argument("half", "True", "the same as quantize=16", grammar.truth)
-REPEATS = Argument("repeats", "20", "the number of rounds (default: as many as fit in 30 seconds)", grammar.whole)
-HOW = (  # all arguments for measuring, except the formats
-    Argument("batch", "1", "the number of images in a pass (default: 1)", grammar.whole),
+HALF = Argument("half", "True", "the same as quantize=16", grammar.boolean)
+REPEATS = Argument(
+    "repeats", "20", "the number of rounds (default: as many as fit in 30 seconds)", grammar.positive_integer
+)
+MEASURING = (  # all arguments for measuring, except the formats
+    Argument("batch", "1", "the number of images in a pass (default: 1)", grammar.positive_integer),
     Argument("device", "cpu", "cpu, or the number of an NVIDIA GPU (default: cpu)"),
-    Argument("threads", "4", "the number of CPU threads of a runtime (default: one for each core)", grammar.whole),
+    Argument(
+        "threads", "4", "the number of CPU threads of a runtime (default: one for each core)", grammar.positive_integer
+    ),
     REPEATS,
     HALF,
-    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (default: 32)", grammar.whole),
+    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (default: 32)", grammar.positive_integer),
 )
 ON_A_PAGE = (  # without format=, a page is written without measuring
     replace(FORMAT, help="the formats to measure, as 'bench' does (default: nothing is measured)", default=None),
-    *HOW,
+    *MEASURING,
 )
 COMMANDS = {
     command.name: command
@@ -316,7 +320,7 @@ COMMANDS = {
                 ),
                 FORMAT,
                 IMGSZ,
-                *HOW,
+                *MEASURING,
                 replace(DATA, help="the dataset on which exports are compared with their checkpoints"),
                 Argument("save", "bench.json", "the file for the figures", grammar.file(".json")),
             ),
@@ -329,7 +333,7 @@ COMMANDS = {
                 MODEL,
                 replace(FORMAT, example="ncnn", help="the format to measure"),
                 IMGSZ,
-                *(argument for argument in HOW if argument is not REPEATS),
+                *(argument for argument in MEASURING if argument is not REPEATS),
                 Argument("save", "profile.json", "the file to write", grammar.file(".json"), Path("profile.json")),
             ),
         ),

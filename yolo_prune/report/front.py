@@ -70,7 +70,7 @@ class Front(BaseModel):
         return FILE.load(path, cls) if path.exists() else None
 
 
-def front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:
+def make_front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:
     """Collect the points of a run.
 
     Args:

@@ -68,7 +68,7 @@ def draw_history(
     for axes in (above, below):
         if axes is None:
             continue
-        svg.plain(axes, colours, size)
+        svg.plain_axes(axes, colours, size)
         axes.set_xlim(0, history.last)
         draw = _fitness if axes is above else _flops
         bands = _bands(axes, history, colours)

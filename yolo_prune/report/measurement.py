@@ -348,7 +348,7 @@ def busy_note(measurement: Measurement) -> str:
 def _timing_table(rows: Sequence[TimingRow], rounds: int) -> str:
     head = ["model", "median ms", "quartiles", "latency", "95 % interval", "FLOPs", "GFLOPs", "M params", "MB"]
     aligned = any(row.convolutions for row in rows)
-    table = [[*head, "convs of 8s"] if aligned else head]
+    table = [[*head, "multiple-of-8 convs"] if aligned else head]
     for index, row in enumerate(rows):
         table.append([
             row.model,

@@ -17,7 +17,7 @@ from yolo_prune.env.files import write_bytes
 from yolo_prune.report.data import LayerRow, Report
 from yolo_prune.report.history import History
 from yolo_prune.report.history_chart import draw_history, name_cuts
-from yolo_prune.report.svg import default_style, plain
+from yolo_prune.report.svg import default_style, plain_axes
 from yolo_prune.report.table import MISSING, difference, fitness, number, percent
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _history(figure: Figure, report: Report) -> None:
 
 
 def _panel(axes: Axes, title: str, pad: float = 0.0) -> None:
-    plain(axes, COLOURS, 10)
+    plain_axes(axes, COLOURS, 10)
     _headline(axes, title, pad)
 
 

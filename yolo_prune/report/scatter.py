@@ -62,7 +62,7 @@ def scatter(
     with svg.default_style():
         figure = svg.blank(width, height)
         axes = figure.subplots()
-        svg.plain(axes, colours)
+        svg.plain_axes(axes, colours)
         axes.set_xlim(*svg.span([dot.x for dot in dots], margin=0.12))
         heights = [*(dot.y for dot in dots), *([] if limit is None else [limit])]
         axes.set_ylim(*svg.span(heights, margin=0.15, least=0.02))

@@ -70,7 +70,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
-def plain(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:
+def plain_axes(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:
     """Style axes: no frame, no tick marks, and faint horizontal lines."""
     axes.patch.set_visible(False)
     for side in ("top", "right", "left"):

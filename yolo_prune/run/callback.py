@@ -63,9 +63,9 @@ class PruneCallback:
         if run.exact:
             resume.seed_epoch(trainer)
         if (early := run.recipe.recover.rewind) and not run.done:
-            live.keep_early(trainer, early.epoch)
+            live.save_early_weights(trainer, early.epoch)
         if run.recipe.limit is not None and not trainer.epoch and not run.due(0):
-            verdict.take_reference(trainer)
+            verdict.measure_reference(trainer)
         while due := run.due(trainer.epoch):
             if rounds.perform(trainer, run, due):
                 break

@@ -20,7 +20,7 @@ from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundRow
 from yolo_prune.report.data import FILE_NAME
-from yolo_prune.report.front import front
+from yolo_prune.report.front import make_front
 from yolo_prune.run import guard, live
 from yolo_prune.run.guard import Stage
 from yolo_prune.run.state import PruningTrainer, RunState
@@ -49,7 +49,7 @@ def fail(trainer: PruningTrainer, error: BaseException | None) -> None:
         save(trainer, run.report)
 
 
-def open_new(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
+def new_report(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
     """The report of a new run. `plan` is a trial plan that applies the recipe in one cut."""
     forecast = plan.predicted
     whole = forecast.present(recipe.target.metric) == 1.0
@@ -64,7 +64,7 @@ def open_new(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -
     )
 
 
-def reopen(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> Report:
+def resumed_report(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> Report:
     """The report of a resumed run, as it was at the checkpoint. If the file is missing, it is made from the record."""
     report = _saved_report(trainer)
     if report is None:
@@ -234,7 +234,9 @@ def write_front(trainer: PruningTrainer, run: RunState, record: Record) -> None:
     start: dict[str, float] = {run.recipe.target.metric: record.start}
     if record.start == 1.0:
         start = {"flops": 1.0, "params": 1.0}
-    front(run.report, run.recipe.limit, guard.nan_if_none(record.rounds[0].reference), start).save(trainer.save_dir)
+    make_front(run.report, run.recipe.limit, guard.nan_if_none(record.rounds[0].reference), start).save(
+        trainer.save_dir
+    )
 
 
 def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:

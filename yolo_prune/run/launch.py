@@ -96,7 +96,7 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
     elif request.prunes:
         launch = _prune(model, request)
     else:
-        launch = _keep(model, request)
+        launch = _keep_structure(model, request)
     if launch is None:
         return stock_train(model, trainer=trainer, **request.stock)
     checks.check_devices(request.settings)
@@ -174,7 +174,7 @@ def _warn(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _keep(model: Any, request: Request) -> Launch | None:
+def _keep_structure(model: Any, request: Request) -> Launch | None:
     """A run without our keys. A pruned model keeps its structure; for a model that is not pruned, returns None."""
     if request.recipe_keys:
         raise ArgumentError(

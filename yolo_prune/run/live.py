@@ -49,7 +49,7 @@ def _student(model: nn.Module) -> nn.Module:
     return student_of(model)
 
 
-def keep_record(trainer: PruningTrainer, record: Record) -> None:
+def store_record(trainer: PruningTrainer, record: Record) -> None:
     """Store the record in the live model and in its average."""
     write_record(model_of(trainer), record)
     average_of(trainer).yaml = model_of(trainer).yaml
@@ -334,7 +334,7 @@ def start_from_average(trainer: PruningTrainer) -> None:
     model_of(trainer).load_state_dict(averaged)
 
 
-def keep_early(trainer: PruningTrainer, epoch: int) -> None:
+def save_early_weights(trainer: PruningTrainer, epoch: int) -> None:
     """At the start of the given epoch, save the live weights for `rewind`.
 
     They are saved only once, because the weights may be different if the epoch is repeated.
@@ -353,7 +353,7 @@ def keep_early(trainer: PruningTrainer, epoch: int) -> None:
         ranks.agree(keep)
 
 
-def recall_early(trainer: PruningTrainer, plan: Plan, composed: Plan) -> Early:
+def read_early_weights(trainer: PruningTrainer, plan: Plan, composed: Plan) -> Early:
     """Read the early weights, in the structure that the next cut gives to the model. Only the first rank has tensors.
 
     Args:

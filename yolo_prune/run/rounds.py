@@ -74,7 +74,7 @@ def perform(trainer: PruningTrainer, run: RunState, due: schedule.Round) -> bool
     began = time.perf_counter()
     record, changed = judge(trainer, run)
     stages = guard.stages(record.start, record.rounds)
-    if due.settles or guard.is_over(run.recipe, stages):
+    if due.settles or guard.stops_on_breach(run.recipe, stages):
         check_delivers(trainer, run, stages)
         run.advance(trainer)
         return changed
@@ -123,7 +123,7 @@ def _cut(
     uncut = bare_copy(live.average_of(trainer)) if recipe.recover.refit and ranks.first() else None
     if recipe.limit is not None and not record.rounds and trainer.best_fitness is None:
         live.save_average(trainer, trainer.wdir / round_file(0))
-    early = live.recall_early(trainer, plan, composed) if recipe.recover.rewind else None
+    early = live.read_early_weights(trainer, plan, composed) if recipe.recover.rewind else None
     live.cut(trainer, plan)
     _compare_ranks(trainer, composed)
     run.cost = plan.predicted.flops_after, plan.predicted.params_after
@@ -167,7 +167,7 @@ def _commit(
     )
     _forget_best(trainer, record)
     run.advance(trainer)
-    live.keep_record(trainer, replace(record, plan=outcome.composed, rounds=(*record.rounds, facts)))
+    live.store_record(trainer, replace(record, plan=outcome.composed, rounds=(*record.rounds, facts)))
     if outcome.fitness.recovered is not None:
         live.take_average_for_best(trainer, outcome.fitness.recovered)
     journal.log_round(trainer, run, row)

@@ -56,7 +56,7 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[Round, ..
             f"in a run of {epochs} epochs. Set it to at most {epochs - 2}, or train longer."
         )
     if asked.start is None and (early or sparsity(recipe)):
-        start = max(quarter(epochs), early.epoch + 1 if early else 0)
+        start = max(delayed_start(epochs), early.epoch + 1 if early else 0)
         asked = asked.model_copy(update={"start": start})
     if asked.rounds is None and recipe.recover.refit and recipe.limit is None:
         asked = asked.model_copy(update={"rounds": 1})
@@ -112,12 +112,12 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
     return tuple(Round(i, e, k) for i, (e, k) in enumerate(zip(cuts, keeps, strict=True), 1))
 
 
-def quarter(epochs: int) -> int:
+def delayed_start(epochs: int) -> int:
     """Epoch of the first cut, if something must come before it: a quarter of the epochs, but at least 1."""
     return max(epochs // 4, 1)
 
 
-def rewound(epoch: int, rounds: Sequence[Round], epochs: int, lf: Callable[[float], float]) -> float:
+def learning_rate_factor(epoch: int, rounds: Sequence[Round], epochs: int, lf: Callable[[float], float]) -> float:
     """The factor of the learning rate in an epoch, if its schedule restarts at each cut.
 
     Learning rate rewinding, after "Comparing Rewinding and Fine-tuning in Neural Network Pruning" (Renda et al., ICLR

@@ -66,13 +66,13 @@ def _begin(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
     plan, present, timing = ranks.agree(lambda: search.trial(model, graph, recipe, trainer.args.imgsz))
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
-    live.keep_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
+    live.store_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
     if ranks.first():
         weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
         for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
             old.unlink(missing_ok=True)  # these files belong to an earlier run in the same folder
     due = schedule.rounds(recipe, trainer.epochs, present)
-    report = journal.open_new(trainer, recipe, source, plan)
+    report = journal.new_report(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     exact = bool(trainer.args.deterministic)
     return RunState(recipe, due, report, trainer.stopper.patience, cost, frozen, timing=timing, exact=exact)
@@ -87,7 +87,7 @@ def _resume(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record
     due = schedule.rounds(recipe, trainer.epochs, record.start)
     cut = record.rounds[-1].number if record.rounds else 0
     done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # the record has no rounds without a cut
-    report = journal.reopen(trainer, recipe, source, record)
+    report = journal.resumed_report(trainer, recipe, source, record)
     frozen = live.frozen_modules(trainer)
     run = RunState(recipe, due, report, trainer.stopper.patience, (0.0, 0), frozen, None, done, exact)
     run.cost = planner.present_cost(live.model_of(trainer), run.imgsz(trainer))

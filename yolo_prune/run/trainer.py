@@ -122,7 +122,7 @@ class KeepStructure(_Base):
             run = self.pruning  # None until the run is set up
             if run is None or run.recipe.recover.learning_rate == "run":
                 return float(stock(epoch))
-            return float(schedule.rewound(epoch, run.rounds, self.epochs, stock))
+            return float(schedule.learning_rate_factor(epoch, run.rounds, self.epochs, stock))
 
         self.lf = lf
         self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]

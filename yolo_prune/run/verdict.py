@@ -44,7 +44,7 @@ def judge(trainer: PruningTrainer, run: RunState, ended: bool = False) -> tuple[
         )
     held = guard.holds(fitness, guard.nan_if_none(last.reference), run.recipe.limit)
     record = replace(record, rounds=(*earlier, replace(last, end=fitness, held=held)))
-    live.keep_record(trainer, record)
+    live.store_record(trainer, record)
     good = guard.last_good(guard.stages(record.start, record.rounds))
     journal.log_verdict(trainer, run, record.rounds[-1], good)
     journal.write_front(trainer, run, record)
@@ -73,7 +73,7 @@ def _roll_back(trainer: PruningTrainer, run: RunState, record: Record, good: Sta
         raise RunError(f"{path} does not belong to this run. Restore the file of this run, or start the run again.")
     live.go_back(trainer, source, record.plan)
     record = replace(record, plan=earlier.plan)
-    live.keep_record(trainer, record)
+    live.store_record(trainer, record)
     run.cost = planner.present_cost(live.model_of(trainer), run.imgsz(trainer))
     live.put_aside(trainer, trainer.wdir / round_file(record.rounds[-1].number))
     live.take_for_best(trainer, path, good.fitness, ended)
@@ -98,12 +98,12 @@ def check_delivers(trainer: PruningTrainer, run: RunState, finished: Sequence[St
     )
 
 
-def take_reference(trainer: PruningTrainer) -> None:
+def measure_reference(trainer: PruningTrainer) -> None:
     """Measure the model that the run starts from, before the epochs that come before the first cut."""
     record = read_record(live.model_of(trainer))
     if record and record.reference is None:
         measured = live.validate(trainer)
-        live.keep_record(trainer, replace(record, reference=ranks.agree(lambda: measured)))
+        live.store_record(trainer, replace(record, reference=ranks.agree(lambda: measured)))
 
 
 def reference(trainer: PruningTrainer, run: RunState, record: Record, before: float | None) -> float | None:
