@@ -101,7 +101,8 @@ def test_a_healthy_environment(diagnose: Diagnose, tmp_path: Path) -> None:
         ),
         (
             {"started": False},
-            "not active: there is a start-up file, but this Python started before it was installed or did not read it",
+            "not active: there is a start-up file, but this Python started before the file was installed, or did not "
+            "read the file",
             "restart Python (or the notebook's kernel), or use `yolo-prune train`",
         ),
         (

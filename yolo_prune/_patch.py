@@ -125,7 +125,7 @@ def _without_traceback() -> Iterator[None]:
 
 
 def _may_involve_pruning(model: Any, arguments: Mapping[str, Any]) -> bool:
-    """True for runs with our keys, runs of pruned models, and runs that load another checkpoint: it may be pruned."""
+    """True for runs with our keys, of pruned models, or that load another checkpoint, which may be pruned."""
     yaml = getattr(model.model, "yaml", None)
     pruned = isinstance(yaml, Mapping) and RECORD in yaml
     resumed = arguments.get("resume", model.overrides.get("resume"))

@@ -47,8 +47,8 @@ def plan(
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
         recipe: a bundled name, a path, a mapping or a `Recipe`; None is the default recipe, `half-flops`.
         imgsz: image size in pixels, at which FLOPs are counted and training images are read.
-        data: the dataset, as for `model.train`. Criteria and allocations that look at training images need it; without
-            it, the criterion `magnitude` and the allocation `global` replace them.
+        data: the dataset, as for `model.train`, for criteria and allocations that look at training images. Without
+            `data`, the criterion `magnitude` and the allocation `global` replace them.
         **overrides: single fields of the recipe, with dots: `**{"target.flops": 0.4}`.
 
     Returns:

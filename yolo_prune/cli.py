@@ -229,7 +229,9 @@ def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[st
     """The formats to measure, empty without format=, and the arguments for `Setting.of`."""
     if "format" not in values:
         if alone := next((key for key in (*others, *(a.name for a in MEASURING)) if key in values), None):
-            raise PruneError(f"{alone}= is for measuring, and format= is missing. Add it, for example format=onnx.")
+            raise PruneError(
+                f"{alone}= is for measuring, and format= is missing. Add a format, for example format=onnx."
+            )
         return [], {}
     how = {a.name: values[a.name] for a in MEASURING if a is not HALF and a.name in values}
     if values.get("half") and how.setdefault("quantize", 16) != 16:

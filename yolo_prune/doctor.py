@@ -136,7 +136,8 @@ def _why_not_started(files: tuple[Path, ...]) -> tuple[str, str]:
         return "not active: `python -S` reads no start-up files", f"start Python without -S, or {_INSTEAD}"
     if files:
         return (
-            "not active: there is a start-up file, but this Python started before it was installed or did not read it",
+            "not active: there is a start-up file, but this Python started before the file was installed, or did not "
+            "read the file",
             f"restart Python (or the notebook's kernel), or {_INSTEAD}",
         )
     return (

@@ -60,7 +60,7 @@ def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128
         return folder / YAML_NAME
     ours = (folder / STAMP_NAME).is_file()
     if folder.exists() and not ours and (folder.is_file() or any(folder.iterdir())):
-        raise PruneError(f"{folder} exists and is not a scenes dataset; give another folder, or empty it.")
+        raise PruneError(f"{folder} exists and is not a scenes dataset; give another folder, or empty this one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:

@@ -57,15 +57,15 @@ def run(folder: Path) -> int:
     _startup.install(force=True)
     _say("1/4 drawing a dataset of simple shapes")
     data = scenes.make_dataset(folder / "scenes", imgsz=IMGSZ, **IMAGES)
-    _say(f"2/4 training a dense YOLO11n on it for {DENSE['epochs']} epochs")
+    _say(f"2/4 training a dense YOLO11n on this dataset for {DENSE['epochs']} epochs")
     dense = YOLO("yolo11n.yaml")
     dense.train(data=str(data), project=str(folder.resolve()), name="dense", **DENSE, **SETTINGS)
-    _say(f"3/4 pruning it to half of its FLOPs, in a run of {PRUNE['epochs']} epochs")
+    _say(f"3/4 pruning the model to half of its FLOPs, in a run of {PRUNE['epochs']} epochs")
     keys = {"callbacks": "prune", "recipe": "half-flops"}
     place = {"project": str(folder.resolve()), "name": "pruned"}
     YOLO(folder / "dense/weights/best.pt").train(data=str(data), **place, **keys, **PRUNE, **SETTINGS)
     report = Report.load(folder / "pruned")
-    _say("4/4 exporting it to ONNX and comparing onnxruntime with torch")
+    _say("4/4 exporting the pruned model to ONNX and comparing onnxruntime with torch")
     best = folder / "pruned/weights/best.pt"
     exported = Path(YOLO(best).export(format="onnx", imgsz=IMGSZ, device="cpu"))
     difference = compare_onnx(best, exported, sorted((folder / "scenes/images/val").iterdir())[:8])

@@ -57,7 +57,7 @@ def unwrap_model(model: nn.Module) -> Any:
 
 
 def closes_mosaic_late() -> bool:
-    """True if a run with fewer epochs than `close_mosaic` uses no mosaic. In earlier releases, it uses mosaic."""
+    """True if a run with fewer epochs than `close_mosaic` uses no mosaic. Earlier releases use mosaic in it."""
     return "mosaic_closed" in inspect.getsource(BaseTrainer._do_train)
 
 

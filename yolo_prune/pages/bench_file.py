@@ -30,7 +30,7 @@ def export_size(report: Report) -> int:
 
 
 def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: int) -> str | None:
-    """The dataset on which exports are checked: the one that the user names, or that of the run if it exists and fits.
+    """The dataset on which exports are checked: the user's, or the dataset of the run if it exists and fits.
 
     Raises:
         RunError: If the dataset that the user names cannot be read, or has other classes than the models.
@@ -81,7 +81,7 @@ def _is_start(row: TimingRow, report: Report, start: Path | None) -> bool:
     """
     if row.params == report.dense.params:
         return True
-    module: Any = open_model(start).model if start else None  # it was pruned already, or has other classes
+    module: Any = open_model(start).model if start else None  # a pruned model, or other classes
     return module is not None and row.params == planner.present_cost(module, export_size(report))[1]
 
 

@@ -56,8 +56,8 @@ def write_report(
 
     Args:
         run: the folder of the run, or its prune.json.
-        data: the dataset for images and for class accuracies that the run did not measure; None: that of the run, if it
-            exists.
+        data: the dataset for images and for class accuracies that the run did not measure; None: the dataset of the
+            run, if it exists.
         model: the dense checkpoint, if it was moved since the run.
         save: path of the page; None: in the folder of the run.
 
@@ -96,9 +96,9 @@ def measure_run(
     Args:
         run: the folder of the run, or its prune.json.
         formats: formats to measure, as `runtimes.parse` returns them.
-        data: the dataset on which exports are checked; None: that of the run, if it exists and fits both models.
+        data: the dataset on which exports are checked; None: the dataset of the run, if it exists and fits both models.
         model: the dense checkpoint, if it was moved since the run.
-        imgsz: image size in pixels; None: that of the run.
+        imgsz: image size in pixels; None: the image size of the run.
         how: more arguments for `Setting.of`.
 
     Raises:
@@ -108,8 +108,8 @@ def measure_run(
     folder, report, start = _open(run, model)
     if report.status != "finished":
         raise RunError(
-            f"There is nothing to measure yet: the run in {folder} is {report.status}, not finished. Resume it, or "
-            "pass a finished run."
+            f"There is nothing to measure yet: the run in {folder} is {report.status}, not finished. Resume "
+            "the run, or pass a finished run."
         )
     if start is None:
         raise _no_start_model(report)

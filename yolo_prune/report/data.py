@@ -222,7 +222,7 @@ class Report(_Row):
             raise PruneError(
                 f"{path} is a report of format version {data['version']!r}, written by yolo-prune "
                 f"{data.get('yolo_prune', '(unknown)')}; this yolo-prune {__version__} reads version "
-                f"{FORMAT}. Read it with the yolo-prune that wrote it, or a newer one."
+                f"{FORMAT}. Read the report with the yolo-prune that wrote it, or with a newer yolo-prune."
             )
         try:
             return cls.model_validate(data)

@@ -27,7 +27,7 @@ from yolo_prune.run.state import PruningTrainer, RunState
 
 TRACKED = "prune/"
 NOT_LISTED = ("model", "data", "imgsz", "epochs", "task", "mode", "name", "project", "exist_ok", "save_dir", "resume")
-"""Arguments that a report does not list: it has a key for them, or they only say where the files of a run are."""
+"""Arguments that a report does not list: the report has keys for them, or they only say where the run is stored."""
 
 
 def save(trainer: PruningTrainer, report: Report) -> None:
@@ -65,7 +65,7 @@ def new_report(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan)
 
 
 def resumed_report(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> Report:
-    """The report of a resumed run, as it was at the checkpoint. If the file is missing, it is made from the record."""
+    """The report of a resumed run, as it was at the checkpoint. A missing report is made from the record."""
     report = _saved_report(trainer)
     if report is None:
         flops, params = planner.dense_cost(live.model_of(trainer), record.plan, trainer.args.imgsz)

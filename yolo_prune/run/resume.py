@@ -153,8 +153,8 @@ def restore(trainer: PruningTrainer, changes: int, accumulation: GradientAccumul
         usable = False
     if not usable:
         LOGGER.warning(
-            f"yolo-prune: {path.name} beside last.pt is missing, or it does not fit. The run continues from last.pt "
-            "alone: it will be complete, but not bit for bit the same as without the interruption."
+            f"yolo-prune: {path.name} is missing beside last.pt, or does not fit. The run continues from last.pt "
+            "alone. It will be complete, but not bit for bit the same as a run without interruption."
         )
         return
     for key, module in _modules(trainer).items():

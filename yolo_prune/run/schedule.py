@@ -113,7 +113,7 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
 
 
 def delayed_start(epochs: int) -> int:
-    """Epoch of the first cut, if something must come before it: a quarter of the epochs, but at least 1."""
+    """Epoch of the first cut after a rewind epoch or sparse training: a quarter of the epochs, but at least 1."""
     return max(epochs // 4, 1)
 
 

@@ -15,7 +15,7 @@ GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0"
 """After a refit: the settings that gave the best result in experiments with `benchmarks/`."""
 
 WARM_UP = 3.0
-"""Epochs of the warm-up, as in Ultralytics. In a run of four epochs, it would leave only one epoch after it."""
+"""Epochs of the warm-up, as in Ultralytics. In a run of four epochs, only one epoch would follow this warm-up."""
 
 DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
 """Largest fraction of the dense model for which the learning rate is doubled.

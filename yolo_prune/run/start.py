@@ -59,7 +59,10 @@ def _aim(recipe: Recipe) -> str:
 def _begin(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
     teacher = getattr(trainer.args, "distill_model", None)
     if teacher and Path(teacher).resolve().parent == Path(trainer.wdir).resolve():
-        raise RunError(f"This run would overwrite its teacher {teacher}, in its own folder. Give the run a new name=.")
+        raise RunError(
+            f"This run would overwrite its teacher {teacher}, which is in the folder of the run. Give the run "
+            "another name=."
+        )
     model, frozen = live.model_of(trainer), live.frozen_modules(trainer)
     record = read_record(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)

@@ -54,7 +54,7 @@ def judge(trainer: PruningTrainer, run: RunState, ended: bool = False) -> tuple[
 
 
 def _continue_from_best(trainer: PruningTrainer, record: Record, good: Stage) -> bool:
-    """Continue from the best epoch since the last cut, which was judged, if it is not the last epoch."""
+    """If the last epoch is not the best one since the cut, continue from the best epoch, which was judged."""
     if ranks.agree(lambda: trainer.fitness == good.fitness) or record.plan is None:
         return False
     aside = trainer.wdir / good.file  # this file exists if the run was killed after this step
