@@ -112,7 +112,7 @@ def test_a_healthy_environment(diagnose: Diagnose, tmp_path: Path) -> None:
         ),
         (
             {"patched": TARGETS[:1]},
-            "not active: another import hook loaded ultralytics.engine.model past this one",
+            "not active: another import hook loaded ultralytics.engine.model without calling this one",
             "use `yolo-prune train` instead of `yolo train`",
         ),
     ],

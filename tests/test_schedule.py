@@ -73,13 +73,13 @@ def test_rounds_go_on_from_what_is_left_of_a_pruned_model() -> None:
 @pytest.mark.parametrize(
     ("schedule", "epochs", "message"),
     [
-        (Schedule(), 2, "3 rounds from epoch 0 need at least 3 epochs, the run has 2; at most 2 rounds fit"),
+        (Schedule(), 2, "3 rounds from epoch 0 need at least 3 epochs, and the run has 2; at most 2 rounds fit"),
         (Schedule(start=30), 30, "no round fits"),
-        (Schedule(), 1, "3 rounds from epoch 0 need at least 3 epochs, the run has 1"),
-        (Schedule(rounds=4, start=8), 10, "4 rounds from epoch 8 need at least 12 epochs, the run has 10"),
+        (Schedule(), 1, "3 rounds from epoch 0 need at least 3 epochs, and the run has 1"),
+        (Schedule(rounds=4, start=8), 10, "4 rounds from epoch 8 need at least 12 epochs, and the run has 10"),
         (Schedule(curve="one-shot"), 0, "no round fits"),
-        (Schedule(rounds=3, interval=14), 28, "falls on epoch 28.* interval can be at most 13"),
-        (Schedule(interval=20), 30, "falls on epoch 40.* interval can be at most 14"),
+        (Schedule(rounds=3, interval=14), 28, "falls on epoch 28.* Set the interval to at most 13"),
+        (Schedule(interval=20), 30, "falls on epoch 40.* Set the interval to at most 14"),
     ],
 )
 def test_rounds_that_do_not_fit_are_refused_with_what_would(schedule: Schedule, epochs: int, message: str) -> None:
