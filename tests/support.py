@@ -322,7 +322,7 @@ fails if a value becomes worse. The columns are:
 - **plan**: fraction of the FLOPs that the first cut keeps. The cut removes 40 % of the FLOPs that may be removed.
 - **exact**: largest difference between the outputs of the pruned model and of a reference model, in float64, divided
   by the variation of the output. In the reference model, the removed channels are set to zero. This test does not
-  use the plan: it finds the kept channels by comparing the pruned weights with the original weights.
+  use the plan: the kept channels are found by a comparison of the pruned weights with the original weights.
 - **least FLOPs**: smallest fraction of the FLOPs that the default limits allow (`round_to: 8`, `min: 8`,
   `max_removed: 0.75`).
 - **train step**: whether one AdamW step on the task's own loss works after the cut.
@@ -340,7 +340,8 @@ limitation.
 FAMILIES = """
 ## What is protected, and why
 
-The percentages are fractions of the parameters. They count the layers whose output channels may not be removed. (The
+The percentages are fractions of the parameters. A percentage counts the layers whose output channels may not be
+removed. (The
 input channels of these layers may be removed.) The tested models are small and have three classes, so heads have a
 larger fraction of the parameters than in other models.
 """
