@@ -339,7 +339,7 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
         (
             {"recipe.recover.refit": 0, "epochs": 2},
             RecipeError,
-            "3 rounds from epoch 0 need at least 3 epochs, the run has 2",
+            "3 rounds from epoch 0 need at least 3 epochs, and the run has 2",
         ),
         (
             {"recipe.criterion": "taylr"},
