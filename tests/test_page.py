@@ -101,12 +101,12 @@ def timed(*names: str) -> Measurement:
     return found.renamed(names or ("dense", "pruned"))
 
 
-def comparison(name: str = "a", photos: tuple[Photo, ...] = (), found: Measurement | None = None) -> str:
+def comparison(name: str = "a", photos: tuple[Photo, ...] = (), measurement: Measurement | None = None) -> str:
     candidates = [
         Candidate(name, Figures(flops=2e9, params=2e6, size_mb=5.0, fitness=0.6, classes={"cell": 0.6}), 0.6, 0.8),
         Candidate("b", Figures(flops=1e9, params=1e6, size_mb=2.0, fitness=0.5, classes={"cell": 0.5}), 0.5, 0.7),
     ]
-    return render_comparison(candidates, "data/cells.yaml", 320, photos, "yolo-prune compare a.pt b.pt", found)
+    return render_comparison(candidates, "data/cells.yaml", 320, photos, "yolo-prune compare a.pt b.pt", measurement)
 
 
 class Page(HTMLParser):
