@@ -204,7 +204,8 @@ def log_verdict(trainer: PruningTrainer, run: RunState, facts: RoundFacts, good:
 def close_rounds(report: Report, final: float | None) -> None:
     """Set the final fitness of the rounds that were not judged.
 
-    It is the fitness before the next cut; for the last round it is `final`, the fitness of the delivered model.
+    The final fitness of a round is the fitness before the next cut. For the last round, it is `final`, the fitness of
+    the delivered model.
     """
     starts = [*(r.fitness.before for r in report.rounds[1:]), final]
     for row, end in zip(report.rounds, starts, strict=False):

@@ -146,7 +146,7 @@ def go_back(trainer: PruningTrainer, source: nn.Module, plan: Plan) -> None:
 
 
 def put_aside(trainer: PruningTrainer, aside: Path) -> None:
-    """Move the best checkpoint so far to the file `aside`, because the next best one has another structure.
+    """Move best.pt to the file `aside`, because the checkpoint that will replace best.pt has another structure.
 
     An existing file is kept: if the run was killed after this step, best.pt may be another checkpoint now.
     """

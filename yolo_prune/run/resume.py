@@ -224,7 +224,8 @@ def delete_old_states(trainer: PruningTrainer, keep: int | None = None) -> None:
 
     Args:
         trainer: the trainer.
-        keep: structure changes of the state for `trainer.epoch` that is kept; None if the run is over: none is kept.
+        keep: `changes` in the name of the state file to keep, for `trainer.epoch`; None if no state file is kept,
+            because the run is over.
     """
     if keep is None:
         (trainer.wdir / EARLY).unlink(missing_ok=True)

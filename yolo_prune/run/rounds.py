@@ -175,7 +175,7 @@ def _commit(
 
 
 def _forget_best(trainer: PruningTrainer, record: Record) -> None:
-    """Move best.pt to the file of its round, because the next best model has another structure.
+    """Move best.pt to the file of its round, because the checkpoint that will replace best.pt has another structure.
 
     After a rollback, best.pt is a copy of such a file, so it is deleted instead.
     """
