@@ -72,7 +72,8 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.module and not node.level, f"{path}: imports are absolute"
+            assert node.module, f"{path}: imports are absolute"
+            assert not node.level, f"{path}: imports are absolute"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield full if full in MODULES else node.module
@@ -80,7 +81,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def room(module: str) -> str:
     """The folder that a module of ours lies in; of what lies at the root, its own name."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def ours(path: Path) -> set[str]:

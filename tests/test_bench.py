@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tampering
 import torch
-from datasets import IMGSZ, tiny
+from small_data import IMGSZ, tiny
 from ultralytics import RTDETR, YOLO, utils
 from ultralytics.utils import checks
 

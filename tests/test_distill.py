@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from models import scaled
-from quick import QUICK
+from small_runs import QUICK
 from ultralytics import YOLO
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import load_checkpoint

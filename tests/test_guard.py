@@ -9,19 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import clock
-import datasets
+import made_up_clock
 import models
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import QUICK
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
 from yolo_prune.cut import surgery
 from yolo_prune.cut.record import Record, read_record, student_of, write_record
-from yolo_prune.data import datasets as readers
+from yolo_prune.data import datasets
 from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import RecipeError, RunError
 from yolo_prune.planning import planner
@@ -202,7 +202,7 @@ def judged(trainer: Any) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("guard"), train=8)
+    return small_data.tiny(tmp_path_factory.mktemp("guard"), train=8)
 
 
 def train(folder: Path, tmp_path: Path, recipe: dict[str, Any], begins: Any = judged, **settings: Any) -> Path:
@@ -244,8 +244,8 @@ def test_the_smallest_model_within_the_drop_is_found_and_delivered(folder: Path,
 
 @pytest.mark.slow
 def test_cuts_for_a_latency_are_taken_back_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock.install(monkeypatch, lambda flops: 0.3 + 0.7 * flops)
-    monkeypatch.setattr(readers, "MEMORY", tmp_path / "memory")
+    made_up_clock.install(monkeypatch, lambda flops: 0.3 + 0.7 * flops)
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "memory")
     target = {"latency": 0.65, "format": "torch", "threads": 1}
     run = train(folder, tmp_path, {"target": target, "schedule": {"rounds": 3}, "guard": {"max_drop": 0.45}})
     rows = Report.load(run).rounds

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import clock
+import made_up_clock
 import pytest
 import torch
 import ultralytics.cfg
 import yaml
-from datasets import IMGSZ, tiny
 from models import scaled
-from quick import QUICK
+from small_data import IMGSZ, tiny
+from small_runs import QUICK
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.engine.exporter import export_formats
 from ultralytics.engine.model import Model
@@ -120,7 +120,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPat
         patch.setattr(ultralytics.cfg, "ARGV", [])
         patch.setattr(datasets, "MEMORY", tmp_path_factory.mktemp("memory"))
         patch.setattr(subjects, "cores", lambda: 4)  # of the devices that the guides are about
-        clock.install(patch)
+        made_up_clock.install(patch)
         yield patch
 
 

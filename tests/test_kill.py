@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import QUICK
 from ultralytics.utils import ROOT
 
 from yolo_prune.cut.record import read_record
@@ -115,7 +115,7 @@ class Zygote:
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("kill")
-    datasets.tiny(folder, train=18, **({"end2end": True, "reg_max": 1} if NEW else {}))
+    small_data.tiny(folder, train=18, **({"end2end": True, "reg_max": 1} if NEW else {}))
     zygote = Zygote(folder, str(folder / "scenes/scenes.yaml"))
     yield zygote
     zygote.process.kill()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import ultralytics
-from quick import QUICK
+from small_runs import QUICK
 from torch import nn
 from ultralytics import YOLO
 

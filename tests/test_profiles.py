@@ -8,8 +8,8 @@ from typing import Any
 
 import models
 import pytest
-from clock import install, made_up
-from datasets import IMGSZ, tiny
+from made_up_clock import install, made_up
+from small_data import IMGSZ, tiny
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from quick import QUICK
+import small_data
+from small_runs import QUICK
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_prune.cut.record import is_pruned
@@ -86,7 +86,7 @@ def launch(model: Path, arguments: dict[str, Any], script: str = PARENT) -> subp
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("ranks"), train=18, val=6)
+    return small_data.tiny(tmp_path_factory.mktemp("ranks"), train=18, val=6)
 
 
 def parameters(path: Path) -> int:

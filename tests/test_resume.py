@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from quick import QUICK
+import small_data
+from small_runs import QUICK
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("resume"), train=8)
+    return small_data.tiny(tmp_path_factory.mktemp("resume"), train=8)
 
 
 class Interrupted(Exception):

@@ -9,10 +9,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import QUICK
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -21,7 +21,7 @@ from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import RunError
 from yolo_prune.recover.rewind import Early
 from yolo_prune.report import Report
-from yolo_prune.run import live as control
+from yolo_prune.run import live
 
 RUN: dict[str, Any] = {
     "epochs": 6,
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("rewind"), train=8)
+    return small_data.tiny(tmp_path_factory.mktemp("rewind"), train=8)
 
 
 class Interrupted(Exception):
@@ -96,7 +96,7 @@ class Watched:
 
     def __init__(self, model: YOLO, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, self.plans, self.after, self.kept = model, list[Plan](), list[Any](), list[bool]()
-        stock = control.cut
+        stock = live.cut
 
         def cut(trainer: Any, plan: Plan) -> None:
             self.plans.append(plan)
@@ -115,7 +115,7 @@ class Watched:
         def ends(trainer: Any) -> None:
             self.kept.append((trainer.wdir / "rewind.pt").exists())
 
-        monkeypatch.setattr(control, "cut", cut)
+        monkeypatch.setattr(live, "cut", cut)
         model.add_callback("on_train_epoch_start", begins)
         model.add_callback("on_train_batch_start", trains)
         model.add_callback("on_train_epoch_end", ends)
@@ -133,12 +133,12 @@ def test_after_each_cut_the_weights_are_those_of_the_early_epoch(
         watched.model.train(**{**RUN, "warmup_epochs": 0.5, "recipe": recipe, **places})
         assert len(watched.plans) == len(watched.after) == 2
         expected = watched.early
-        for plan, (live, average, state, updates, warm) in zip(watched.plans, watched.after, strict=True):
+        for plan, (trained, average, state, updates, warm) in zip(watched.plans, watched.after, strict=True):
             surgery.apply(expected, plan)
             wanted = expected.state_dict()
-            assert wanted.keys() == control.keys() == average.keys()
+            assert wanted.keys() == trained.keys() == average.keys()
             for name, value in wanted.items():
-                assert torch.equal(live[name], value), name
+                assert torch.equal(trained[name], value), name
                 assert torch.equal(average[name], value), name
             assert (state, updates, warm) == (0, 2 * epoch, 2)
         assert watched.kept == [i >= epoch for i in range(6)]

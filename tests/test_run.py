@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import short_checkpoint
 from PIL import Image
+from small_data import short_checkpoint
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint

@@ -11,9 +11,9 @@ from typing import Any
 import models
 import numpy as np
 import pytest
-from clock import Clock, install, layers, table
-from datasets import IMGSZ, tiny
-from quick import QUICK
+from made_up_clock import Clock, install, layers, table
+from small_data import IMGSZ, tiny
+from small_runs import QUICK
 from torch import nn
 from ultralytics import YOLO
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import QUICK
 from ultralytics import YOLO
 from ultralytics.data.augment import Compose, Mosaic
 from ultralytics.nn.tasks import load_checkpoint
@@ -41,7 +41,7 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("settings"), train=12)
+    return small_data.tiny(tmp_path_factory.mktemp("settings"), train=12)
 
 
 def mosaic_of(transforms: Any) -> float:

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
 import zoo
-from quick import QUICK
+from small_runs import QUICK
 from ultralytics import RTDETR, YOLO, YOLOWorld
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(task: str, folder: Path) -> dict[str, Any]:
     """What all runs of a task pass to `train`."""
-    return {"data": str(datasets.make(task, folder)), "project": str(folder / "runs"), **TINY}
+    return {"data": str(small_data.make(task, folder)), "project": str(folder / "runs"), **TINY}
 
 
 def prune(model: Model, name: str, run: dict[str, Any]) -> Path:

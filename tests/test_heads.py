@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
 import yaml
 from models import build, plan_of, scaled
 from PIL import Image
-from quick import QUICK
+from small_runs import QUICK
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
@@ -150,7 +150,7 @@ def check(run: Path, start: Path) -> nn.Module:
 
 @pytest.mark.slow
 def test_a_pruned_model_trains_on_other_classes(tmp_path: Path) -> None:
-    data = datasets.make("detect", tmp_path)
+    data = small_data.make("detect", tmp_path)
     start = thin("yolo26", tmp_path, nc=8)
     YOLO(start).train(data=str(data), project=str(tmp_path), **RUN)
     best = check(tmp_path / "train", start)
@@ -160,7 +160,7 @@ def test_a_pruned_model_trains_on_other_classes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pruned_model_trains_on_other_keypoints(tmp_path: Path) -> None:
-    data = datasets.make("pose", tmp_path)
+    data = small_data.make("pose", tmp_path)
     start = thin("yolo26-pose", tmp_path)  # 17 keypoints, of three values each
     YOLO(start).train(data=str(data), project=str(tmp_path), **RUN)
     best = check(tmp_path / "train", start)
@@ -169,7 +169,7 @@ def test_a_pruned_model_trains_on_other_keypoints(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pruned_model_trains_on_grey_images(tmp_path: Path) -> None:
-    source = datasets.make("detect", tmp_path)
+    source = small_data.make("detect", tmp_path)
     grey = tmp_path / "grey"
     shutil.copytree(source.parent, grey, ignore=shutil.ignore_patterns("*.cache"))
     for path in (grey / "images").rglob("*.*"):
@@ -184,7 +184,7 @@ def test_a_pruned_model_trains_on_grey_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pruned_model_is_pruned_further_on_other_classes(tmp_path: Path) -> None:
-    data = datasets.make("detect", tmp_path)
+    data = small_data.make("detect", tmp_path)
     start = thin("yolo11", tmp_path, nc=3)
     arguments = {"recipe.target.flops": 0.4, "recipe.schedule.rounds": 1, "recipe.recover.batchnorm": 1}
     YOLO(start).train(data=str(data), project=str(tmp_path), callbacks="prune", **RUN, **arguments)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import models
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import QUICK
 from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
@@ -76,7 +76,7 @@ def test_only_scales_of_channels_that_may_be_cut_are_chosen() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("sparsity"), train=12)
+    return small_data.tiny(tmp_path_factory.mktemp("sparsity"), train=12)
 
 
 @pytest.mark.slow

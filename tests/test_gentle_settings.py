@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quick import QUICK
+from small_runs import QUICK
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
