@@ -34,9 +34,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "callbacks": "prune",
     },
     "main_path": SMALL,
-    "page": {**SMALL, "epochs": 2, "plots": True, "verbose": False, "exist_ok": True},
     "ranks": {**SMALL, "epochs": 4, "batch": 8, "nbs": 8, "exist_ok": True},
-    "resume": {**SMALL, **IN_PLACE, "epochs": 4, "optimizer": "SGD"},
+    "resume": {**SMALL, **IN_PLACE, "epochs": 3, "optimizer": "SGD"},
     "rewind": {
         **SMALL,
         **IN_PLACE,
@@ -74,6 +73,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "resume": {**PLAIN, **TWICE, **FINE, "target": {"flops": 0.6}, "measure": False},
     "rewind": {
         **FINE,
+        "criterion": "magnitude",
         "target": {"flops": 0.6},
         "schedule": {"rounds": 2, "start": 2, "interval": 2},
         "measure": False,

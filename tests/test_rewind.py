@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import small_data
 import torch
-from small_runs import QUICK
+from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -23,28 +23,7 @@ from yolo_prune.recover.rewind import Early
 from yolo_prune.report import Report
 from yolo_prune.run import live
 
-RUN: dict[str, Any] = {
-    "epochs": 6,
-    "imgsz": 32,
-    "batch": 4,
-    "nbs": 4,
-    **QUICK,
-    "val": False,
-    "optimizer": "SGD",
-    "lr0": 0.01,
-    "lrf": 0.1,
-    "warmup_epochs": 0.0,
-    "exist_ok": True,
-    "name": "run",
-    "callbacks": "prune",
-}
-RECIPE: dict[str, Any] = {
-    "target": {"flops": 0.6},
-    "schedule": {"rounds": 2, "start": 2, "interval": 2},
-    "channels": {"round_to": 2, "min": 2},
-    "measure": False,
-}
-
+RUN, RECIPE = RUNS["rewind"], RECIPES["rewind"]
 SPARSE: dict[str, Any] = {"criterion": {"name": "bn_scale", "sparsity": 0.5}}
 
 pytestmark = pytest.mark.slow
@@ -73,12 +52,12 @@ def rates(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_the_learning_rates_of_a_run_begin_anew_at_each_cut(cosine: bool, folder: Path, tmp_path: Path) -> None:
-    run = train(folder, tmp_path, {"batchnorm": 0, "learning_rate": "rewind"}, cos_lr=cosine)
+    run = train(folder, tmp_path, {"batchnorm": 0, "refit": 0, "learning_rate": "rewind"}, cos_lr=cosine)
     assert rates(run) == pytest.approx([0.01, 0.0055] * 3, rel=1e-5)
 
 
 def test_a_warm_up_leads_to_the_learning_rate_that_was_rewound(folder: Path, tmp_path: Path) -> None:
-    recover = {"batchnorm": 0, "learning_rate": "rewind"}
+    recover = {"batchnorm": 0, "refit": 0, "learning_rate": "rewind"}
     run = train(folder, tmp_path, recover, warmup_epochs=3.0, warmup_bias_lr=0.0)
     warm = (1 / 6, 3 / 6, 5 / 6, 1, 1, 1)  # of six batches of warm-up, after the last batch of each epoch
     assert rates(run) == pytest.approx([0.01 * w * f for w, f in zip(warm, (1, 0.55) * 3, strict=True)], rel=1e-5)

@@ -300,7 +300,7 @@ def share(name: str, metric: str, kept: Kept) -> float:
     return forecast.flops_kept if metric == "flops" else forecast.params_kept
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", pytest.param("random", marks=pytest.mark.long)])
 @pytest.mark.parametrize("round_to", [8, 4, 1])
 @pytest.mark.parametrize("metric", ["flops", "params"])
 @pytest.mark.parametrize("name", models.FAMILIES)
