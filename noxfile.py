@@ -32,9 +32,11 @@ def releases(session: nox.Session) -> None:
 
 @nox.session
 def lowest(session: nox.Session) -> None:
-    """The main path with the lowest versions that `pyproject.toml` allows."""
+    """The main path, and the documentation, with the lowest versions that `pyproject.toml` allows."""
     session.install(".", "pytest", "pytest-xdist", *LOWEST)
     session.run("python", "-m", "pytest", "-q", MAIN_PATH[0])
+    session.install(*LOWEST_DOCS)
+    session.run("python", "-m", "pytest", "-q", "tests/test_docs.py", env={"YOLO_PRUNE_TEST_DOCS": "1"})
 
 
 @nox.session
@@ -46,6 +48,7 @@ def integrations(session: nox.Session) -> None:
 
 LOWEST = (
     "jinja2==3.1.0",
+    "markupsafe==2.1.2",
     "matplotlib==3.6.*",
     "numpy==1.23.5",
     "pydantic==2.7.0",
@@ -54,3 +57,5 @@ LOWEST = (
     "torchvision==0.19.0",
     "ultralytics==8.3.0",
 )
+
+LOWEST_DOCS = ("furo==2024.8.6", "myst-parser==4.0.0", "sphinx==8.0.0")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The accuracy tables of the README, on a model and a dataset of yours.
+"""The accuracy tables of docs/results.md, on a model and a dataset of yours.
 
     python benchmarks/accuracy.py one-shot   model=best.pt data=data.yaml imgsz=320
     python benchmarks/accuracy.py allocation model=best.pt data=data.yaml imgsz=320 keeps=0.5

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What works on which architecture: measures every cell of docs/support.md.
+"""What works on which architecture: measures every cell of docs/reference/support.md.
 
-python tests/support.py            # writes docs/support.md; about 15 minutes on two cores
+python tests/support.py            # writes docs/reference/support.md; about 15 minutes on two cores
 python tests/support.py yolo12     # prints the rows of some architectures
 """
 
@@ -38,7 +38,7 @@ from yolo_prune.graph import Graph, trace
 from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe, load_recipe
 
-PAGE = Path(__file__).parents[1] / "docs/support.md"
+PAGE = Path(__file__).parents[1] / "docs/reference/support.md"
 COLUMNS = ("plan", "exact", "least FLOPs", "train step", "stock reload", "fuse", "ONNX", "again")
 NUMBERS = {"exact": 1e-8, "fuse": 1e-2, "ONNX": 1e-2}  # largest error allowed
 THIN = 0.25  # width multiple of the models that the test suite measures
@@ -268,7 +268,7 @@ def good(column: str, value: Any) -> bool:
 
 
 def page(rows: list[Row], seconds: float) -> str:
-    """docs/support.md."""
+    """docs/reference/support.md."""
     lines = [HEADER, "| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row in rows:
         lines.append(f"| {row.name} | " + " | ".join(_text(c, row.cells.get(c, "no: not run")) for c in COLUMNS) + " |")
@@ -289,19 +289,39 @@ def _text(column: str, value: Any) -> str:
     return f"{value:.0e}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
-HEADER = """# What works on which architecture
+HEADER = """# Supported models
 
-Every model YAML that Ultralytics ships, at its smallest scale, with three classes and random weights. Made by
-`python tests/support.py`; a test measures the same cells again and fails when one gets worse.
+yolo-prune prunes every model YAML that Ultralytics ships: YOLOv3 to YOLO26, RT-DETR, YOLO-World and YOLOE, in every
+scale, for detection, segmentation (instance and semantic), depth, pose, oriented boxes and classification.
+Checkpoints of earlier releases (8.0 to 8.3) work as well.
+
+**What is pruned.** Backbones, necks, attention, the feed-forward layers of transformers, and the hidden channels of
+all heads. Both branches of an end-to-end head are pruned and get the same widths. What stays is protected for a
+reason, which `yolo-prune plan` prints: task outputs, the stream of a transformer (LayerNorm), the width of a text
+embedding. Your own blocks are read off their forward pass; where that writes out sizes, add [a rule of a few
+lines](blocks.md).
+
+**What is refused.** Fused and quantized checkpoints, exported files, SAM, YOLO-NAS, and the `FastSAM` class (open its
+file with `YOLO(...)`). The message says what to pass instead.
+
+**Where it runs.** On a CPU, on one GPU or on several, with `distill_model=` and every other setting of Ultralytics'
+trainer. The exceptions are `compile=True`, `quantize=8`, `time=`, `save=False` and a list of datasets. These are
+refused together with `callbacks=prune`, each with a way round. All of them work on the pruned checkpoint afterwards.
+[What works with what](../how-to/training.md#what-works-with-what) has the list.
+
+## What works on which architecture
+
+Every model YAML that Ultralytics ships, at its smallest scale, with three classes and random weights. `python
+tests/support.py` makes this page. A test measures the same cells again, and fails if one gets worse.
 
 - **plan**: share of the FLOPs that the first cut keeps (60 % of what may go is left).
 - **exact**: largest difference between the pruned model and the masked reference, in float64, relative to how much an
-  output varies; kept channels are looked up by value in the pruned weights, not taken from the plan.
+  output varies. Kept channels are looked up by value in the pruned weights, not taken from the plan.
 - **least FLOPs**: the smallest share that can be kept with the default limits (`round_to: 8`, `min: 8`,
   `max_removed: 0.75`).
 - **train step**: a step of AdamW on the task's own loss after the cut.
 - **stock reload**: the saved checkpoint loads under `ULTRALYTICS_SAFE_LOAD=1` in a Python that cannot import
-  yolo-prune, and puts out the same.
+  yolo-prune, and has the same outputs.
 - **fuse**, **ONNX**: largest difference after `fuse()`, and between torch and ONNX Runtime after the standard export,
   in float32, relative to the largest output. Architectures that take text use made-up embeddings.
 - **again**: share of the FLOPs that is kept after a second cut, proved as the first.
@@ -309,8 +329,8 @@ Every model YAML that Ultralytics ships, at its smallest scale, with three class
 FAMILIES = """
 ## What is protected, and why
 
-Shares are of the parameters of the layers whose outputs may not be cut (their inputs may). Models are small and have
-three classes here, so that heads weigh more than usual.
+Shares are of the parameters of the layers whose outputs may not be cut (their inputs may). The models are small and
+have three classes here, so heads weigh more than usual.
 """
 
 

@@ -94,10 +94,10 @@ def test_training_a_pruned_checkpoint_on_says_what_would_be_gentle(
     )
     model.train(**{**RUN, "epochs": 1}, **places, cos_lr=True)
     better = "warmup_bias_lr=0.0 optimizer=AdamW lr0=0.001 warmup_epochs=0.5 close_mosaic=1"
-    assert f"To go up from there: {better}" in caplog.text
+    assert f"Settings that keep its accuracy: {better}" in caplog.text
     caplog.clear()
     model.train(**{**RUN, "epochs": 1}, **places, lr0=0.001, optimizer="AdamW")
-    assert "To go up from there" not in caplog.text
+    assert "Settings that keep its accuracy" not in caplog.text
 
 
 @pytest.mark.slow

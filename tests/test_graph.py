@@ -314,7 +314,7 @@ def test_what_a_chunk_cuts_keeps_equal_halves() -> None:
 
 
 def test_the_rule_in_the_documentation_prunes_the_block_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs/blocks.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/reference/blocks.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
     block, rule = code.split("@yolo_prune.register_block")
     monkeypatch.setattr(rules, "RULES", dict(RULES))

@@ -20,7 +20,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
 from yolo_prune.cut import surgery
-from yolo_prune.cut.record import Record, read_record, student_of, write_record
+from yolo_prune.cut.record import Record, RoundFacts, read_record, student_of, write_record
 from yolo_prune.data import datasets
 from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import RecipeError, RunError
@@ -83,14 +83,14 @@ def test_a_drop_of_exactly_the_limit_holds() -> None:
 
 def test_what_the_record_says_makes_the_stages() -> None:
     facts = [
-        {"number": 1, "keep": 0.7, "reference": 0.6, "end": 0.6, "held": True},
-        {"number": 3, "keep": 0.5, "reference": 0.6, "end": 0.4, "held": False},
-        {"number": 4, "keep": 0.6, "reference": 0.6},  # not yet over
+        RoundFacts(1, "a", keep=0.7, reference=0.6, end=0.6, held=True),
+        RoundFacts(3, "b", keep=0.5, reference=0.6, end=0.4, held=False),
+        RoundFacts(4, "c", keep=0.6, reference=0.6),  # not yet over
     ]
     found = guard.stages(1.0, facts)
     assert [(s.number, s.held) for s in found] == [(0, True), (1, True), (3, False)]
     assert guard.last_good(found).file == "round1.pt"
-    assert guard.turns([f.get("held") for f in facts]) == 4
+    assert guard.turns([f.held for f in facts]) == 4
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_search_ends_where_no_other_size_is_left(keeps: Any, over: bool, fails
 
 
 def test_rows_of_rounds_that_made_the_same_plan_are_told_apart(tmp_path: Path) -> None:
-    facts = [{"number": n, "epoch": n, "plan": "same", "held": n == 1, "end": n / 10} for n in (1, 2)]
+    facts = [RoundFacts(n, "same", epoch=n, held=n == 1, end=n / 10) for n in (1, 2)]
     rows = [RoundRow(number=n, epoch=n, plan="same", params=n) for n in (1, 2)]
     Report(rounds=rows).save(tmp_path / "prune.json")
     trainer: Any = SimpleNamespace(save_dir=tmp_path, start_epoch=3)
@@ -345,7 +345,7 @@ def test_a_run_that_stopped_early_and_went_back_has_ended(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(rounds_of_a_run, "_check_delivers", kill)
+        patched.setattr(rounds_of_a_run, "check_delivers", kill)
         with pytest.raises(KeyboardInterrupt):
             train(folder, tmp_path / "killed", recipe, epochs=9, patience=2)
     model = YOLO(tmp_path / "killed/run/weights/last.pt")

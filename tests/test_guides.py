@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Everything that the guides and the README tell people to run is run: on a tiny model, and with what makes it quick.
 
-The commands of a page run in their order and in one folder, so that a later one finds what an earlier one wrote.
+The commands of a page run in their order and in one folder, so that a later one finds what an earlier one wrote. So do
+the examples in the docstrings of the public names.
 """
 
 from __future__ import annotations
 
+import doctest
 import functools
 import importlib.util
+import inspect
 import re
 import shlex
 import shutil
@@ -34,12 +37,13 @@ from yolo_prune import cli
 from yolo_prune.data import datasets
 from yolo_prune.measure import runtimes, subjects
 from yolo_prune.recipe import load_recipe
-from yolo_prune.report.measurement import TOLERANCES, Tolerance
+from yolo_prune.report.measurement import TOLERANCES, Measurement, Tolerance
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+LINKING = (*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"""\]\(([^)\s]+)\)|\bsrc(?:set)?="([^"]+)\"""")
 
 ELSEWHERE = {"yolo-prune demo": "test_cli.py runs the demo", "python -m pytest": "this is it"}
 NEEDS = {  # modules, of formats that this package does not measure
@@ -66,7 +70,12 @@ class Item:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{short(self.page)}:{self.line}"
+
+
+def short(page: Path) -> str:
+    """The name of a page in the repository."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def items(page: Path) -> Iterator[Item]:
@@ -260,22 +269,76 @@ def test_a_command_works(
     return None
 
 
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python that trains or measures does so for a moment."""
+    train = Model.train
+
+    @functools.wraps(train)
+    def short_run(self: Any, *args: Any, **settings: Any) -> Any:
+        return train(self, *args, **{**settings, **QUICK, "imgsz": IMGSZ, "batch": 4, "project": "runs"})
+
+    monkeypatch.setattr(Model, "train", short_run)
+    monkeypatch.setattr(yolo_prune, "bench", functools.partial(yolo_prune.bench, repeats=2, threads=1))
+    torch.set_num_threads(1)
+
+
+def quick(source: str) -> str:
+    return re.sub(r"\bimgsz=\d+", f"imgsz={IMGSZ}", re.sub(r"\bepochs=\d+", "epochs=1", source))
+
+
+@pytest.mark.usefixtures("briefly")
 @pytest.mark.parametrize("item", [item for item in ITEMS if item.kind == "python"], ids=str)
 def test_python_works(
     item: Item, folders: dict[Path, Path], names: dict[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = Model.train
-
-    @functools.wraps(train)
-    def briefly(self: Any, *args: Any, **settings: Any) -> Any:
-        return train(self, *args, **{**settings, **QUICK, "imgsz": IMGSZ, "batch": 4, "project": "runs"})
-
     monkeypatch.chdir(folders[item.page])
-    monkeypatch.setattr(Model, "train", briefly)
-    monkeypatch.setattr(yolo_prune, "bench", functools.partial(yolo_prune.bench, repeats=2, threads=1))
-    torch.set_num_threads(1)
-    source = re.sub(r"\bimgsz=\d+", f"imgsz={IMGSZ}", re.sub(r"\bepochs=\d+", "epochs=1", item.text))
-    exec(compile("\n" * (item.line - 1) + source, item.page, "exec"), names[item.page])
+    exec(compile("\n" * (item.line - 1) + quick(item.text), item.page, "exec"), names[item.page])
+
+
+def described() -> Iterator[tuple[str, str]]:
+    """The public names, with the methods of classes, and their docstrings."""
+    for name in yolo_prune.__all__:
+        if name != "__version__":
+            yield from docstrings(name, getattr(yolo_prune, name))
+    yield from docstrings("Measurement", Measurement)
+
+
+def docstrings(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    yield name, inspect.getdoc(value) or ""
+    if inspect.isclass(value):
+        for attribute, member in vars(value).items():
+            inner = getattr(member, "__func__", getattr(member, "fget", member))  # of a classmethod, of a property
+            if not attribute.startswith("_") and inspect.isfunction(inner) and inner.__doc__:
+                yield f"{name}.{attribute}", inspect.getdoc(inner) or ""
+
+
+@pytest.fixture(scope="module")
+def workplace(original: Path, place: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the examples, with what those of methods load."""
+    folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("examples") / "here"))
+    place.chdir(folder)
+    yolo_prune.plan("best.pt", "half-flops", imgsz=IMGSZ).save("plan.json")
+    yolo_prune.bench(["best.pt", "pruned.pt"], imgsz=IMGSZ, repeats=2, threads=1, save="bench.json")
+    return folder
+
+
+class Lenient(doctest.OutputChecker):
+    """Training prints a progress bar, and an example without an output does not promise that there is none."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+@pytest.mark.usefixtures("briefly")
+@pytest.mark.parametrize(("name", "text"), list(described()), ids=[name for name, _ in described()])
+def test_an_example_works(name: str, text: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    example = doctest.DocTestParser().get_doctest(quick(text), {}, name, None, None)
+    assert example.examples, "a public name needs an example"
+    said: list[str] = []
+    runner = doctest.DocTestRunner(Lenient(), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(example, out=said.append).failed == 0, "".join(said)
 
 
 @pytest.mark.parametrize("item", [item for item in ITEMS if item.kind == "yaml"], ids=str)
@@ -286,12 +349,13 @@ def test_a_recipe_is_one(item: Item, tmp_path: Path) -> None:
 
 def test_nothing_is_left_out() -> None:
     assert {item.kind for item in ITEMS} <= {"bash", "python", "yaml"}
-    assert {item.page.stem for item in COMMANDS} >= {"README", "targets", "devices", "troubles", "how-it-works"}
+    stems = {item.page.stem for item in COMMANDS}
+    assert stems >= {"README", "start", "targets", "devices", "troubles", "command-line", "design"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=short)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in LINK.findall(page.read_text(encoding="utf-8")):
+    for link in map("".join, LINK.findall(page.read_text(encoding="utf-8"))):
         if not link.startswith("http"):
             name, _, anchor = link.partition("#")
             target = (page.parent / name).resolve() if name else page

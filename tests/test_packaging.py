@@ -101,7 +101,7 @@ def test_the_metadata(wheel: dict[str, bytes]) -> None:
     metadata = email.message_from_string(info(wheel, "METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("yolo-prune", yolo_prune.__version__)
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "export", "ncnn", "onnx", "openvino", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "docs", "export", "ncnn", "onnx", "openvino", "test"}
     assert "ultralytics>=8.3.0" in metadata.get_all("Requires-Dist", [])
     assert "yolo-prune = yolo_prune.cli:main" in info(wheel, "entry_points.txt")
 
@@ -118,7 +118,12 @@ def test_the_source_archive_can_be_built_from(build: Callable[[str], Path]) -> N
     with tarfile.open(build("sdist")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "yolo_prune/yolo_prune.pth"} <= names
-    assert {"yolo_prune/yolo_prune.start", "recipes/half-flops.yaml", "tests/conftest.py", "docs/targets.md"} <= names
+    assert {
+        "yolo_prune/yolo_prune.start",
+        "recipes/half-flops.yaml",
+        "tests/conftest.py",
+        "docs/how-to/targets.md",
+    } <= names
     assert {f"yolo_prune/report/templates/{name}" for name in TEMPLATES} <= names
 
 

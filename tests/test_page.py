@@ -27,16 +27,25 @@ from yolo_prune.data import datasets
 from yolo_prune.env import metrics
 from yolo_prune.errors import PruneError
 from yolo_prune.pages import compare_page, evaluate, run_page
-from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundFitness, RoundRow
+from yolo_prune.report import (
+    EpochRow,
+    Figures,
+    LayerRow,
+    ProtectedRow,
+    Report,
+    RoundFitness,
+    RoundRow,
+    history_chart,
+    svg,
+)
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
 from yolo_prune.report.data import LatencyRow
 from yolo_prune.report.front import Front, Point
-from yolo_prune.report.history import back_until, fitness_lines, flops_steps
+from yolo_prune.report.history import History, fitness_lines
 from yolo_prune.report.measurement import Measurement, Parity, Tolerance
 from yolo_prune.report.page import command, render
 from yolo_prune.report.photos import Mark, Photo
-from yolo_prune.report.plot import axis_for, tick_text
-from yolo_prune.report.scatter import front_dots, frontier
+from yolo_prune.report.scatter import Dot, front_dots, frontier, scatter
 
 EVIL = "<script>alert('x')</script>&\"'"
 PIXEL = bytes.fromhex("ffd8ffd9")
@@ -142,6 +151,9 @@ PAGES = {
     "comparison": lambda: comparison(photos=(photo(),)),
     "measured": lambda: render(full(), front(), found=timed()),
     "measured comparison": lambda: comparison(found=timed("a", "b")),
+    "searched": lambda: render(*searched()),
+    "late rounds": lambda: render(make_report(starts=(0, 1, 28, 29))),
+    "many models": lambda: crowd(),
 }
 
 
@@ -246,34 +258,149 @@ def test_lines_break_where_the_model_becomes_another_one() -> None:
     lines = fitness_lines(report)
     assert [(line[0][0], line[-1][0]) for line in lines] == [(0, 10), (10, 20), (21, 30)]
     assert lines[1][0] == (10, 0.31)
-    assert [back_until(report, row) for row in report.rounds] == [10, 20]
-    steps = flops_steps(report)
-    assert steps[0] == (0, 100)
-    assert [round(kept) for at, kept in steps if at in (5, 15, 30)] == [75, 75, 30, 30, 75]
+    assert History.of(report).back == ((10, 20),)
     report.epochs_log[4].fitness = None
     assert [(line[0][0], line[-1][0]) for line in fitness_lines(report)] == [(0, 4), (6, 10), (10, 20), (21, 30)]
 
 
 def test_the_frontier_leaves_out_what_another_one_beats() -> None:
     assert frontier([(3, 0.5), (1, 0.4), (2, 0.3), (4, 0.5), (1, 0.2)]) == [(1, 0.4), (3, 0.5)]
-    looks = [dot.look for dot in front_dots(front())]
-    assert looks == ["dot held", "dot delivered", "dot back"]
+    assert [dot.look for dot in front_dots(front())] == ["held", "delivered", "back"]
 
 
-@pytest.mark.parametrize("values", [[0.0], [0.0, 0.0], [0.6], [0.6, 0.61], [1e-3, 0.9], [0.2, 0.200001], [1e9, 3e9]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.0],
+        [0.0, 0.0],
+        [0.6],
+        [0.6, 0.61],
+        [1e-3, 0.9],
+        [0.2, 0.200001],
+        [1e9, 3e9],
+        [-0.5, -0.3],
+        [-0.1, 0.6],
+        [-2.0],
+    ],
+)
 def test_axes_hold_their_values_and_have_few_round_ticks(values: list[float]) -> None:
-    axis = axis_for(values, 0, 100)
-    ticks = axis.ticks(5)
-    assert axis.low <= min(values) <= max(values) <= axis.high
-    assert 1 < len(ticks) <= 6
-    assert len({tick_text(t, ticks) for t in ticks}) == len(ticks)
+    figure = svg.blank(350, 300)
+    axes = figure.subplots()
+    axes.set_ylim(*svg.span(values))
+    svg.round_ticks(axes.yaxis, most=5)
+    figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    texts = [
+        label.get_text()
+        for label, at in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)
+        if low <= at <= high
+    ]
+    assert low <= min(values) <= max(values) <= high
+    assert low >= 0 or min(values) < 0
+    assert 1 < len(texts) <= 6
+    assert len(set(texts)) == len(texts)
+    assert not [text for text in texts if "e" in text]
 
 
 def test_noise_does_not_fill_an_axis() -> None:
-    axis = axis_for([0.6090, 0.6095], 0, 100, least=0.02)
-    assert axis.at(0.6095) - axis.at(0.6090) < 5
-    assert 0 < axis.at(0.6090) < axis.at(0.6095) < 100
-    assert axis_for([0.3, 0.6], 0, 100, least=0.02) == axis_for([0.3, 0.6], 0, 100)
+    low, high = svg.span([0.6090, 0.6095], least=0.02)
+    assert (0.6095 - 0.6090) / (high - low) < 0.05
+    assert low < 0.6090 < 0.6095 < high
+    assert svg.span([0.3, 0.6], least=0.02) == svg.span([0.3, 0.6])
+
+
+def searched() -> tuple[Report, Front]:
+    """A search that closes in on the limit, so that its models crowd there."""
+    report = make_report(starts=tuple(range(0, 60, 6)), epochs=70)
+    kept = [1.0, 0.83, 0.7, 0.6, 0.52, 0.47, 0.4, 0.44, 0.45, 0.42, 0.435]
+    fit = [0.612, 0.611, 0.612, 0.609, 0.606, 0.6045, 0.58, 0.598, 0.603, 0.595, 0.599]
+    points = [
+        Point(round=i, flops_kept=k, fitness=f, held=f > 0.602, delivered=i == 8, weights="")
+        for i, (k, f) in enumerate(zip(kept, fit, strict=True))
+    ]
+    return report, Front(limit=0.01, reference=0.612, points=points)
+
+
+def crowd(count: int = 9) -> str:
+    """A comparison of models of which the last two are almost the same."""
+    steps = [*range(count - 1), count - 2.01]
+    models = [
+        Candidate(f"model {i}", Figures(flops=(9 - step) * 1e9, params=round((9 - step) * 1e6)), 0.6 - 0.01 * step)
+        for i, step in enumerate(steps)
+    ]
+    return render_comparison(models, "data/cells.yaml", 320)
+
+
+def test_every_point_is_drawn_and_says_what_it_is() -> None:
+    page = Page(render(*searched()))
+    assert page.text.count("round 8: 45.0 %, 0.603") == 2  # for wide and for narrow screens
+    dots = front_dots(searched()[1])
+    assert len(dots) == 11
+    assert all(page.text.count(dot.tip) == 2 for dot in dots)
+    assert all(Page(crowd()).text.count(f"model {i}: ") == 4 for i in range(9))
+
+
+def test_axes_say_what_they_show_and_in_what_unit() -> None:
+    text = Page(PAGES["full"]()).text
+    for said in ("epochs finished", "FLOPs kept", "FLOPs kept, %", "50 %", "100 %"):
+        assert text.count(said) >= 2, said  # for wide and for narrow screens
+    assert {"GFLOPs", "million parameters", "mAP50-95", "ms, onnx"} <= set(Page(PAGES["measured comparison"]()).words)
+    labels = [a["aria-label"] for tag, a in Page(PAGES["full"]()).elements if tag == "svg" and a.get("role") == "img"]
+    assert labels.count("Fitness and FLOPs over the epochs of the run") == 2
+    assert labels.count("Fitness against FLOPs of the models that were tried") == 2
+
+
+def test_the_chart_shows_the_epochs_and_cuts_of_the_run() -> None:
+    from matplotlib.figure import Figure
+
+    report = guarded()
+    above, below = Figure(figsize=(10, 5)).subplots(2)
+    history_chart.draw_history(above, below, History.of(report, 0.6), svg.PAGE, svg.SIZE)
+    drawn = {line.get_label(): line for line in (*above.lines, *below.lines)}
+    shown = [point for line in above.lines if line.get_label() == "fitness" for point in line.get_xydata().tolist()]
+    assert [[row.epoch, row.fitness] for row in report.epochs_log if [row.epoch, row.fitness] not in shown] == []
+    assert [line.get_xdata()[0] for line in above.lines if line.get_label() == "recovered"] == [0, 10]
+    foot = above.get_ylim()[0]
+    assert [line.get_ydata()[0] for line in above.lines if line.get_label() == "right after the cut"] == [foot, foot]
+    assert drawn["FLOPs kept"].get_xydata().round().tolist() == [[0, 100], [0, 75], [10, 30], [20, 75], [30, 75]]
+    assert {"dense fitness", "limit 0.600"} <= drawn.keys()
+    assert [[p.get_x(), p.get_x() + p.get_width()] for p in above.patches] == [[10, 20]]
+
+
+def test_a_page_is_the_same_bytes_each_time_whatever_the_settings_of_matplotlib() -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    first = PAGES["full"](), comparison()
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        settings = dict(matplotlib.rcParams)
+        assert (PAGES["full"](), comparison()) == first
+        assert dict(matplotlib.rcParams) == settings
+    assert pyplot.get_fignums() == []
+
+
+def test_a_page_is_small_and_its_drawings_share_no_ids() -> None:
+    for name, text in ((name, make()) for name, make in PAGES.items()):
+        page = Page(text)
+        assert len(text) < 250_000, name
+        ids = [a["id"] for _, a in page.elements if "id" in a]
+        assert len(set(ids)) == len(ids), name
+        used = [a["href"].removeprefix("#") for tag, a in page.elements if tag == "use"]  # type: ignore[union-attr]
+        assert set(used) <= set(ids), name
+
+
+def test_names_that_xml_cannot_hold_are_shown_as_far_as_they_can_be() -> None:
+    assert "a\N{REPLACEMENT CHARACTER}b: 2.00 GFLOPs, 0.600" in Page(comparison("a\x1bb")).text
+    assert "a$b^$c: 2.00 GFLOPs, 0.600" in Page(comparison("a$b^$c")).text
+
+
+def test_a_crowd_of_models_leaves_out_names_rather_than_heap_them() -> None:
+    sizes: dict[str, Any] = {"width": 350, "height": 320, "title": "many", "across": "FLOPs kept, %", "up": "fitness"}
+    drawing = scatter([Dot(50 + i % 7, 0.5 + 0.001 * i, "held", f"round {i}") for i in range(150)], **sizes)
+    named = re.findall(r">(round \d+)</text>", drawing)
+    asked = re.findall(r"<title>(round \d+)</title>", drawing)
+    assert asked == [f"round {i}" for i in range(150)]
+    assert 0 < len(named) < 150
 
 
 def test_names_are_as_short_as_tells_models_apart() -> None:
@@ -516,6 +643,10 @@ def test_pages_fit_screens(browser: Browser, name: str, width: int, dark: bool, 
     assert browser.value("document.body.innerText.length") > 100
     assert browser.value(INK) != browser.value(PAPER)
     assert browser.value(CLIPPED) == []
+    assert browser.value(COVERED) == []
+    assert browser.value("getComputedStyle(document.querySelector('.plot text') || document.body).fontSize") in SIZE
+    colours = browser.value("[...document.querySelectorAll('.plot text')].map(t => getComputedStyle(t).fill)")
+    assert not {"rgb(0, 0, 0)"} & set(colours)  # the page's, in light and in dark
     assert browser.value("[...document.querySelectorAll('.layers')].every(l => l.scrollWidth <= l.clientWidth)")
 
 
@@ -525,6 +656,20 @@ CLIPPED = """
   const plot = text.closest('svg').getBoundingClientRect(), box = text.getBoundingClientRect()
   return plot.width && box.width && (box.left < plot.left - 2 || box.right > plot.right + 2 || box.top < plot.top - 2)
 }).map(text => text.textContent)
+"""
+SIZE = ("12px", "16px")
+# Pairs of texts of a drawing, and names and dots, of which one covers the other.
+COVERED = """
+[...document.querySelectorAll('.plot svg')].flatMap(plot => {
+  const box = element => ({name: element.textContent || element.parentNode.parentNode.textContent,
+    box: element.getBoundingClientRect()})
+  const texts = [...plot.querySelectorAll('text')].map(box).filter(({box}) => box.width)
+  const dots = plot.closest('#history') ? [] : [...plot.querySelectorAll('title ~ g use')].map(box)
+  const covers = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1.5 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2.5
+  return texts.flatMap((one, i) => [...texts.slice(i + 1), ...dots].filter(two => covers(one.box, two.box))
+    .map(two => one.name + ' covers ' + two.name))
+})
 """
 
 

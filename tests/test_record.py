@@ -14,17 +14,19 @@ import pytest
 import torch
 import yaml
 
-from yolo_prune.cut.record import KEY, Record, is_pruned, read_record, write_record
+from yolo_prune.cut.record import KEY, Record, RoundFacts, is_pruned, read_record, write_record
 from yolo_prune.errors import PruneError
 
 
 def record() -> Record:
     plan = models.plan_of("yolo26-tiny", target_flops=0.6)
-    rounds = ({"number": 1, "epoch": 0, "target": {"flops": 0.6}, "plan": plan.hash},)
+    rounds = (RoundFacts(1, plan.hash, epoch=0, target={"flops": 0.6}),)
     return Record(models.recipe(target_flops=0.6).to_dict(), plan, models.graph_of("yolo26-tiny").widths, rounds, 0.9)
 
 
-@pytest.mark.parametrize("wanted", [Record({}), Record({"a": 1}, rounds=({"number": 1},), start=0.5), None])
+@pytest.mark.parametrize(
+    "wanted", [Record({}), Record({"a": 1}, rounds=(RoundFacts(1, "a", held=False),), start=0.5), None]
+)
 def test_a_record_comes_back_as_it_was_written(wanted: Record | None) -> None:
     model = models.build("yolo26-tiny") if wanted else models.pruned("yolo26-tiny", target_flops=0.6)
     wanted = wanted or record()
@@ -122,6 +124,7 @@ def test_a_later_version_is_refused_with_what_to_install() -> None:
         lambda y: y[KEY].update(widths={"model.0": None}),
         lambda y: y[KEY].update(rounds=3),
         lambda y: y[KEY].update(rounds=[3]),
+        lambda y: y[KEY].update(rounds=[{"number": 1}]),
         lambda y: y[KEY].update(start="half"),
         lambda y: y[KEY].update(plan=[1]),
         lambda y: y[KEY]["plan"].pop("keep"),

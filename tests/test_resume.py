@@ -19,7 +19,7 @@ from ultralytics.utils import callbacks as integrations
 from yolo_prune.cut.record import is_pruned
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
-from yolo_prune.run import launch, resume
+from yolo_prune.run import checks, resume
 
 RUN: dict[str, Any] = {**RUNS["resume"], "recipe": RECIPES["resume"]}
 
@@ -181,7 +181,7 @@ def test_integrations_find_a_tidy_folder_at_the_end(
 def test_several_devices_are_refused_where_ultralytics_would_not_prune_on_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "shares_callbacks", lambda: False)
+    monkeypatch.setattr(checks, "shares_callbacks", lambda: False)
     with pytest.raises(RunError, match="does not hand callbacks to the processes of a run on several devices"):
         YOLO(folder / "dense.pt").train(
             **{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path), "device": "0,1"}

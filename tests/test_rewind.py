@@ -89,7 +89,7 @@ class Watched:
             if len(self.after) < len(self.plans):
                 states = (trainer.model.state_dict(), trainer.ema.ema.state_dict())
                 held = [{n: t.clone() for n, t in state.items()} for state in states]
-                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates, trainer.restart.total))
+                self.after.append((*held, len(trainer.optimizer.state), trainer.ema.updates, trainer.warm_up.total))
 
         def ends(trainer: Any) -> None:
             self.kept.append((trainer.wdir / "rewind.pt").exists())

@@ -367,7 +367,7 @@ def test_a_run(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert (report.dense.latency_ms, report.pruned.latency_ms) == (row.latency.dense_ms, row.latency.ms)
     record = read_record(YOLO(tmp_path / "run/weights/best.pt").model)  # type: ignore[arg-type]
     assert isinstance(record, Record)
-    assert record.rounds[0]["keep"] == pytest.approx(row.latency.ratio)
+    assert record.rounds[0].keep == pytest.approx(row.latency.ratio)
 
 
 @pytest.mark.slow

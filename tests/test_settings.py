@@ -96,7 +96,7 @@ class Watched:
         assert [r.number for r in self.report.rounds] == [1, 2]
         assert self.report.pruned.flops / self.report.dense.flops <= 0.6
         assert self.report.pruned.params == sum(p.numel() for p in self.best.parameters())
-        assert [r["plan"] for r in read_record(self.best).rounds] == [r.plan for r in self.report.rounds]
+        assert [r.plan for r in read_record(self.best).rounds] == [r.plan for r in self.report.rounds]
         assert [int(r["epoch"]) for r in self.rows()] == [e.epoch for e in self.report.epochs_log]
 
 
@@ -160,7 +160,7 @@ TOGETHER = (  # settings that do not hide one another's effects, in one run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names", TOGETHER, ids=", ".join)
-def test_settings_work_while_channels_go(names: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+def test_a_setting_works_while_channels_go(names: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
     (tmp_path / "dense.pt").symlink_to(folder / "dense.pt")
     (tmp_path / "scenes").symlink_to(folder / "scenes")
     run = Watched(folder, tmp_path, **{k: v for name in names for k, v in SETTINGS[name][0].items()})

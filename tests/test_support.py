@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""No cell of docs/support.md gets worse: measured again, on thin models where Ultralytics lets a model be thinner."""
+"""No cell of docs/reference/support.md gets worse: measured again, on thin models where Ultralytics allows them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IN_SHORT = ("plan", "least FLOPs", "again")
 
 
 def committed() -> dict[str, dict[str, str]]:
-    """The first table of docs/support.md: `{architecture: {column: cell}}`."""
+    """The first table of docs/reference/support.md: `{architecture: {column: cell}}`."""
     lines = [line for line in support.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     head = next(i for i, line in enumerate(lines) if "plan" in line)
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[head:]]
@@ -65,6 +65,12 @@ def test_the_page_has_every_architecture_that_ultralytics_ships_and_no_empty_cel
         if not support.good(column, number(cell))
     }
     assert bad == set()
+
+
+def test_the_words_of_the_page_are_those_that_are_written() -> None:
+    text = support.PAGE.read_text(encoding="utf-8")
+    assert text.startswith(support.HEADER)
+    assert support.FAMILIES in text
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from yolo_prune.run.warmup import Restart, is_new
+from yolo_prune.run.warmup import RestartWarmUp, is_new
 
 OPTIMIZERS = {
     "AdamW": (torch.optim.AdamW, {}),
@@ -61,14 +61,14 @@ def test_one_that_never_remembers_is_not_new_in_every_epoch() -> None:
     ],
 )
 def test_it_warms_up_as_the_run_does(epoch: int, ahead: int, warmup_epochs: float, batches: int, steps: int) -> None:
-    restart = Restart()
+    restart = RestartWarmUp()
     restart.epoch_starts(trainer_of(torch.optim.AdamW([weights()]), epoch, ahead, warmup_epochs, batches))
     assert restart.total == steps
 
 
 def test_steps_grow_to_the_rate_that_is_there_and_leave_it_alone() -> None:
     optimizer = torch.optim.AdamW([weights()], lr=0.4)
-    restart, taken = Restart(), []
+    restart, taken = RestartWarmUp(), []
     restart.epoch_starts(trainer_of(optimizer, 3, 2, batches=16))  # an epoch of four steps
     for _ in range(6):
         with restart.short_steps(optimizer):

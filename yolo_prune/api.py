@@ -16,7 +16,7 @@ from yolo_prune.cut import proof, surgery
 from yolo_prune.cut import record as records
 from yolo_prune.cut.copies import bare_copy
 from yolo_prune.cut.plan import Plan
-from yolo_prune.cut.record import Record, read_record, write_record
+from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
 from yolo_prune.data import datasets
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log
@@ -41,21 +41,29 @@ def plan(
     data: str | Path | None = None,
     **overrides: Any,
 ) -> Plan:
-    """Look before you cut: what a recipe would remove from a model. The model is not changed.
+    """Make a plan: what a recipe would remove from a model. The model is not changed.
 
     Args:
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
-        recipe: a bundled name, a path, a mapping, a `Recipe`; the default recipe where None.
-        imgsz: image size in pixels at which FLOPs are counted, and training images are looked at.
-        data: the dataset, as for `model.train`, for criteria and allocations that look at training images;
-            without it, magnitude and global stand in for them.
-        **overrides: recipe fields, dotted: `**{"target.flops": 0.4}`.
+        recipe: a bundled name, a path, a mapping or a `Recipe`; None is the default recipe, `half-flops`.
+        imgsz: image size in pixels, at which FLOPs are counted and training images are read.
+        data: the dataset, as for `model.train`. Criteria and allocations that look at training images need it; without
+            it, the criterion `magnitude` and the allocation `global` replace them.
+        **overrides: single fields of the recipe, with dots: `**{"target.flops": 0.4}`.
 
     Returns:
-        The plan; print it for a table of groups, protected parts and predicted cost.
+        The plan. `print` shows a table of the groups, the protected parts and the predicted cost.
 
     Raises:
-        PruneError: If the recipe is wrong, the target out of reach, or the model not supported.
+        PruneError: If the recipe is wrong, the target cannot be reached, or the model is not supported.
+
+    Example:
+        >>> import yolo_prune
+        >>> plan = yolo_prune.plan("best.pt", "half-flops", imgsz=640, data="data.yaml")
+        >>> print(plan)
+        group ...
+        >>> plan.predicted.flops_kept <= 0.5
+        True
     """
     asked = _load(recipe, overrides)
     if isinstance(model, str | Path):
@@ -87,26 +95,36 @@ def apply(
     imgsz: int = 640,
     refit: int = 64,
 ) -> proof.Proof | None:
-    """Cut a model in place, in one shot, without training.
+    """Cut a model in place, in one step, without training.
 
-    The cut is proved on a copy first; if the proof fails the model is unchanged. With `data`, the remaining weights are
-    then refitted to what the layers put out before. Without, expect accuracy to be low until the model is trained again
-    (`model.train(...)` keeps the pruned structure).
+    The cut is proved on a copy first. If the proof fails, the model is unchanged. With `data`, the remaining weights
+    are then refitted, so that each layer puts out what it did before. Without `data`, the accuracy is low until the
+    model is trained again (`model.train(...)` keeps the pruned structure).
 
     Args:
         model: a `YOLO` object or its module.
         plan: a plan made for this model.
-        prove: compare masked reference and pruned copy first.
-        data: the dataset, as for `model.train`, whose training images (not their labels) the weights are refitted on.
-        imgsz: size of those images in pixels.
-        refit: how many images.
+        prove: whether to prove the cut on a copy first.
+        data: the dataset, as for `model.train`. Its training images, not their labels, are used for the refit.
+        imgsz: size of these images in pixels.
+        refit: number of these images.
 
     Returns:
-        The proof, or None with `prove=False`.
+        The proof, with the largest difference as `error`; None with `prove=False`.
 
     Raises:
         PlanError: If the plan was made for another model, or removes nothing.
         ProofError: If the pruned model would not compute what the masked reference computes.
+
+    Example:
+        >>> from ultralytics import YOLO
+        >>> import yolo_prune
+        >>> model = YOLO("best.pt")
+        >>> plan = yolo_prune.plan(model, "half-flops", imgsz=640, data="data.yaml")
+        >>> proof = yolo_prune.apply(model, plan, imgsz=640, data="data.yaml")
+        >>> proof.error < 1e-8
+        True
+        >>> model.save("cut.pt")
     """
     _startup.install(force=True)  # what is trained next must keep its structure
     module = _module(model)
@@ -122,10 +140,9 @@ def apply(
     if calibration and whole:
         recover.refit(whole, module, plan, calibration.images(refit), progress=log.bar("refitting layers"))
     composed = record.plan.then(plan) if record and record.plan else plan
-    forecast = plan.forecast
-    cost = {"flops": forecast.flops_after, "params": forecast.params_after} if forecast else {}
-    row = {"number": 1, "epoch": None, "plan": plan.hash, **cost}
-    write_record(module, Record(record.recipe if record else {}, composed, widths, (row,)))
+    flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
+    facts = RoundFacts(number=1, plan=plan.hash, flops=flops, params=params)
+    write_record(module, Record(record.recipe if record else {}, composed, widths, (facts,)))
     if isinstance(model, Model):
         # train() takes the weights from here, not from a YAML; optimizer and epoch of the dense run are void.
         model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
@@ -140,19 +157,25 @@ def prune(
     overrides: Mapping[str, Any] | None = None,
     **train_arguments: Any,
 ) -> Report:
-    """Train and prune in one call: `model.train(callbacks="prune", recipe=...)` and the report of the run.
+    """Train and prune in one call: `model.train(callbacks="prune", recipe=...)`, which returns the report of the run.
 
     Args:
         model: a `YOLO` object, or a path to a `.pt` or `.yaml` file. A `YOLO` object is the pruned model afterwards.
         recipe: as for `plan`.
-        overrides: recipe fields, dotted.
-        **train_arguments: for `YOLO.train`: `data`, `epochs`, `imgsz`, ...
+        overrides: single fields of the recipe, with dots: `{"target.flops": 0.4}`.
+        **train_arguments: the arguments of `YOLO.train`: `data`, `epochs`, `imgsz`, ...
 
     Returns:
-        What was measured, as in the run folder's `prune.json`.
+        The report: what was measured, as in `prune.json` in the run folder.
 
     Raises:
         PruneError: If an argument is wrong, the recipe does not fit, or the run did not end pruned.
+
+    Example:
+        >>> import yolo_prune
+        >>> report = yolo_prune.prune("best.pt", "half-flops", data="data.yaml", epochs=60, imgsz=640)
+        >>> report.pruned.flops / report.dense.flops <= 0.5
+        True
     """
     _startup.install(force=True)
     if isinstance(model, str | Path):
@@ -165,10 +188,15 @@ def prune(
 
 
 def is_pruned(model: Model | nn.Module | str | Path) -> bool:
-    """True if channels were removed from a model.
+    """Tell whether channels were removed from a model.
 
     Args:
         model: a `YOLO` object, its module, or a path to a checkpoint.
+
+    Example:
+        >>> import yolo_prune
+        >>> yolo_prune.is_pruned("best.pt"), yolo_prune.is_pruned("pruned.pt")
+        (False, True)
     """
     return records.is_pruned(_module(model))
 
@@ -189,9 +217,9 @@ def describe(model: Model | nn.Module | str | Path) -> str:
         "",
     ]
     for r in record.rounds:
-        when = f"before epoch {r['epoch'] + 1}" if r.get("epoch") is not None else "in one shot"
-        back = ", taken back" if r.get("held") is False else ""
-        lines.append(f"round {r['number']} {when}{back}: plan {r['plan'][:12]}")
+        when = f"before epoch {r.epoch + 1}" if r.epoch is not None else "in one shot"
+        back = ", taken back" if r.held is False else ""
+        lines.append(f"round {r.number} {when}{back}: plan {r.plan[:12]}")
     lines += ["", f"{'layer':44}{'dense':>8}{'pruned':>8}"]
     for name, width in planner.layer_widths(module):
         before = record.plan.shapes.get(f"{name}.weight", (width,))[0]

@@ -5,11 +5,20 @@ from __future__ import annotations
 
 
 class PruneError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Example:
+        >>> import yolo_prune
+        >>> try:
+        ...     yolo_prune.load_recipe("half-flop")
+        ... except yolo_prune.PruneError as error:
+        ...     print(error)
+        There is no recipe 'half-flop'. Did you mean 'half-flops'? ...
+    """
 
 
 class ArgumentError(PruneError, SyntaxError):
-    """An argument of ours with a wrong name or value, or out of place; a `SyntaxError`, as Ultralytics' own are."""
+    """An argument with a wrong name or value, or in a wrong place. A `SyntaxError`, as Ultralytics' own are."""
 
 
 class RecipeError(PruneError):
@@ -24,7 +33,7 @@ class TargetError(RecipeError):
     """A target that this model cannot reach under the recipe's constraints.
 
     Attributes:
-        reached: the least fraction of the dense model that can be left, where it is known.
+        reached: the smallest fraction of the dense model that can be kept, if it is known.
     """
 
     def __init__(self, message: str, reached: float | None = None) -> None:
@@ -53,7 +62,7 @@ class RunError(PruneError):
 
 
 class GradientError(PruneError):
-    """The loss of the model, or its gradients, are not finite: no channel can be judged by them."""
+    """The loss of the model, or its gradients, are not finite, so no channel can be judged by them."""
 
 
 class BenchError(PruneError):
@@ -64,7 +73,7 @@ class ParityError(PruneError):
     """An exported model that does not agree with its checkpoint.
 
     Attributes:
-        measurement: all that was measured, a `Measurement` or a `Parity`.
+        measurement: everything that was measured: a `Measurement` or a `Parity`.
     """
 
     def __init__(self, message: str, measurement: object = None) -> None:

@@ -64,6 +64,17 @@ def register_criterion(name: str) -> Callable[[C], C]:
 
     Raises:
         ValueError: If the name is taken.
+
+    Example:
+        >>> import yolo_prune
+        >>> @yolo_prune.register_criterion("peak")
+        ... def peak():
+        ...     def score(tensors, channels):  # one score per channel: its largest weight
+        ...         slot = next(s for s in channels.slots if tensors[s.tensor].ndim > 1)
+        ...         weight = tensors[slot.tensor].movedim(slot.dim, 0)[list(slot.index)]
+        ...         return weight.flatten(1).abs().amax(1).double()
+        ...     return score
+        >>> plan = yolo_prune.plan("best.pt", {"target": {"flops": 0.5}, "criterion": "peak"}, imgsz=640)
     """
 
     def decorate(factory: C) -> C:

@@ -21,11 +21,11 @@ def on_export_start(exporter: Any) -> None:
 
 def summary(record: Record) -> dict[str, Any]:
     """What a reader of an exported model wants to know, short enough for a file header."""
-    last = record.rounds[-1] if record.rounds else {}
+    last = record.rounds[-1] if record.rounds else None
     return {
         "plan": record.plan.hash if record.plan else None,
         "target": record.recipe.get("target"),
         "rounds": len(record.rounds),
-        "flops": last.get("flops"),
-        "params": last.get("params"),
+        "flops": last.flops if last else None,
+        "params": last.params if last else None,
     }

@@ -46,17 +46,25 @@ class Protected:
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept indices per tensor and dimension, with the module attributes that follow from them.
+    """What a cut keeps: the indices per tensor and dimension, and the module attributes that follow from them.
 
     Attributes:
         keep: `{tensor name: {dimension: kept indices, ascending}}`, for the tensors that get smaller.
         attributes: `{module name: {attribute: value}}` for blocks that remember a width (`C2f.c`, ...).
-        shapes: shapes of the tensors in `keep` before the plan is applied.
-        groups: the groups that get narrower, for people.
-        protected: what was left alone and why, for people.
-        forecast: predicted cost, or None where it was not asked for.
+        shapes: shapes of the tensors in `keep`, before the plan is applied.
+        groups: the groups that get narrower, for the table.
+        protected: what is protected and why, for the table.
+        forecast: the predicted cost, if there is one.
         scale: `{tensor name: {index along dimension 0 before the plan is applied: factor}}`, for blocks whose forward
             divides by a power of a width.
+
+    Example:
+        >>> import yolo_prune
+        >>> plan = yolo_prune.plan("best.pt", "half-flops", imgsz=640, data="data.yaml")
+        >>> [(group.name, group.before, group.after) for group in plan.groups]
+        [(...)]
+        >>> [part.reason for part in plan.protected]
+        [...]
     """
 
     keep: Keep
@@ -70,7 +78,14 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over what the plan does (not over what it tells people)."""
+        """SHA-256 of what the plan does: the table is left out.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> plan.hash == yolo_prune.Plan.from_dict(plan.to_dict()).hash
+            True
+        """
         if not self._hash:
             body = {k: v for k, v in self.to_dict().items() if k in ("keep", "attributes", "shapes", "scale")}
             self._hash.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
@@ -78,10 +93,16 @@ class Plan:
 
     @property
     def predicted(self) -> Forecast:
-        """The forecast, where there must be one.
+        """The predicted cost.
 
         Raises:
-            PlanError: If the plan has none.
+            PlanError: If the plan has no forecast.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> plan.predicted.flops_kept <= 0.5, plan.predicted.params_after < plan.predicted.dense_params
+            (True, True)
         """
         if self.forecast is None:
             raise PlanError("This plan has no forecast; make it with yolo_prune.plan.")
@@ -92,17 +113,35 @@ class Plan:
         return bool(self.keep)
 
     def shape_after(self, tensor: str) -> tuple[int, ...]:
-        """Shape of `tensor` once the plan is applied."""
+        """Shape of `tensor` once the plan is applied.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> name = next(iter(plan.keep))
+            >>> plan.shape_after(name) == plan.shapes[name]
+            False
+        """
         shape = list(self.shapes[tensor])
         for dim, kept in self.keep.get(tensor, {}).items():
             shape[dim] = len(kept)
         return tuple(shape)
 
     def then(self, later: Plan) -> Plan:
-        """Compose: the plan that does at once what this plan and then `later` do.
+        """Compose two plans into one that does both cuts at once: this plan, then `later`.
 
         Raises:
             PlanError: If `later` was made for a model of other shapes.
+
+        Example:
+            >>> from ultralytics import YOLO
+            >>> import yolo_prune
+            >>> model = YOLO("best.pt")
+            >>> first = yolo_prune.plan(model, {"target": {"flops": 0.7}}, imgsz=640)
+            >>> proof = yolo_prune.apply(model, first)
+            >>> second = yolo_prune.plan(model, {"target": {"flops": 0.5}}, imgsz=640)
+            >>> first.then(second).predicted.flops_kept <= 0.5
+            True
         """
         keep: Keep = {name: dict(dims) for name, dims in self.keep.items()}
         shapes = dict(self.shapes)
@@ -135,10 +174,20 @@ class Plan:
         return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale)
 
     def since(self, earlier: Plan) -> Plan:
-        """Undo `then`: what is left to do of this plan where `earlier` was applied already.
+        """Undo `then`: the rest of this plan for a model to which `earlier` was already applied.
 
         Raises:
             PlanError: If this plan keeps what `earlier` removed.
+
+        Example:
+            >>> from ultralytics import YOLO
+            >>> import yolo_prune
+            >>> model = YOLO("best.pt")
+            >>> first = yolo_prune.plan(model, {"target": {"flops": 0.7}}, imgsz=640)
+            >>> proof = yolo_prune.apply(model, first)
+            >>> second = yolo_prune.plan(model, {"target": {"flops": 0.5}}, imgsz=640)
+            >>> first.then(second).since(first).keep == second.keep
+            True
         """
         keep: Keep = {}
         for name, dims in self.keep.items():
@@ -165,7 +214,14 @@ class Plan:
         return Plan(keep, self.attributes, shapes, narrower, self.protected, scale=scale)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data (dict, list, str, numbers), as `from_dict` reads it."""
+        """Plain data (dict, list, str, numbers), as `from_dict` reads it.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> sorted(plan.to_dict())
+            ['attributes', 'forecast', 'groups', 'keep', 'protected', 'shapes', 'version']
+        """
         data: dict[str, Any] = {
             "version": VERSION,
             "keep": {n: {str(d): _to_ranges(k) for d, k in sorted(v.items())} for n, v in sorted(self.keep.items())},
@@ -186,6 +242,12 @@ class Plan:
 
         Raises:
             PlanError: If the data is not a plan, or of another version.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> yolo_prune.Plan.from_dict(plan.to_dict()) == plan
+            True
         """
         try:
             if data["version"] != VERSION:
@@ -211,7 +273,13 @@ class Plan:
         return plan
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON; the file appears whole or not at all."""
+        """Write the plan as JSON. The file appears whole or not at all.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.plan("best.pt", "half-flops", imgsz=640, data="data.yaml")
+            >>> path = plan.save("plan.json")
+        """
         return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
@@ -220,6 +288,12 @@ class Plan:
 
         Raises:
             PlanError: If the file is missing, is not JSON, or is not a plan.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> print(plan)
+            group ...
         """
         try:
             with Path(path).open("rb") as file:
@@ -239,10 +313,15 @@ class Plan:
             raise PlanError(f"'{path}' cannot be used: {e}") from e
 
     def validate(self) -> None:
-        """Make sure that indices and widths are possible.
+        """Check that the indices and widths are possible.
 
         Raises:
-            PlanError: Names the first that is not.
+            PlanError: If one is not; the message names the first.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> plan.validate()  # passes, or raises PlanError
         """
         for name, dims in self.keep.items():
             shape = self.shapes.get(name, ())
@@ -271,7 +350,14 @@ class Plan:
         return self.describe()
 
     def describe(self) -> str:
-        """A table for people: groups before and after, what is protected and why, predicted cost."""
+        """The table that `print` shows: groups before and after, protected parts and why, predicted cost.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.Plan.load("plan.json")
+            >>> print(plan.describe())
+            group ...
+        """
         lines = [_row("group", "layers", "before", "after", "kept"), "-" * 100]
         for g in self.groups:
             layers = _shorten(g.layers, 44)

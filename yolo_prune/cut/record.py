@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,54 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
+class RoundFacts:
+    """A round that was performed, as the record keeps it. What is not known is None, and left out of the file.
+
+    Attributes:
+        number: of the round, counted from 1.
+        plan: hash of what it removed.
+        epoch: at whose start it was made, counted from 0; None for a cut in one shot.
+        target: `{metric: fraction of the dense model}` that it aimed at.
+        flops: of the model that it left.
+        params: of the model that it left.
+        latency: as it was timed, plain data as in `report.LatencyRow`.
+        keep: fraction of the dense model that it left, in the metric of the target.
+        reference: fitness that the drop is counted from, where there is a limit on it.
+        end: best fitness after the round, once it is judged.
+        held: whether the drop was within the limit, once it is judged.
+    """
+
+    number: int
+    plan: str
+    epoch: int | None = None
+    target: Mapping[str, float] | None = None
+    flops: float | None = None
+    params: int | None = None
+    latency: Mapping[str, Any] | None = None
+    keep: float | None = None
+    reference: float | None = None
+    end: float | None = None
+    held: bool | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RoundFacts:
+        """Read what `to_dict` wrote; keys that a later release added are left out.
+
+        Raises:
+            KeyError: If the number or the hash of the plan is missing.
+        """
+        known = {key: data[key] for key in _FACTS if key in data}
+        return cls(**{**known, "number": int(data["number"]), "plan": str(data["plan"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without what is not known."""
+        return {key: value for key in _FACTS if (value := getattr(self, key)) is not None}
+
+
+_FACTS = tuple(entry.name for entry in fields(RoundFacts))
+
+
+@dataclass(frozen=True)
 class Record:
     """What was done to a model.
 
@@ -25,7 +73,7 @@ class Record:
         recipe: the resolved recipe, plain data.
         plan: everything removed so far, composed: dense model in, this model out; None before the first cut.
         widths: `{set name: channels}` of the dense model.
-        rounds: plain data per finished round of the run that made this checkpoint.
+        rounds: those finished in the run that made this checkpoint.
         start: fraction of the dense model that this run started from, in the target's metric.
         reference: fitness of the model that this run started from, where it was trained before the first cut.
         active: a pruning run is under way; a resumed run goes on pruning only then.
@@ -34,7 +82,7 @@ class Record:
     recipe: Mapping[str, Any]
     plan: Plan | None = None
     widths: Mapping[str, int] = field(default_factory=dict)
-    rounds: tuple[Mapping[str, Any], ...] = ()
+    rounds: tuple[RoundFacts, ...] = ()
     start: float = 1.0
     reference: float | None = None
     active: bool = False
@@ -84,7 +132,7 @@ def _record(data: Mapping[str, Any]) -> Record:
         recipe=dict(data["recipe"]),
         plan=Plan.from_dict(data["plan"]) if data["plan"] else None,
         widths={str(name): int(width) for name, width in data["widths"].items()},
-        rounds=tuple(dict(r) for r in data["rounds"]),
+        rounds=tuple(RoundFacts.from_dict(r) for r in data["rounds"]),
         start=float(data["start"]),
         reference=data.get("reference"),
         active=bool(data["active"]),
@@ -100,7 +148,7 @@ def write_record(model: nn.Module, record: Record) -> None:
         "recipe": dict(record.recipe),
         "plan": record.plan.to_dict() if record.plan else None,
         "widths": dict(record.widths),
-        "rounds": [dict(r) for r in record.rounds],
+        "rounds": [r.to_dict() for r in record.rounds],
         "start": record.start,
         "reference": record.reference,
         "active": record.active,

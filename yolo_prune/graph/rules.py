@@ -21,12 +21,23 @@ OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase)  # torch modules that write out 
 def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Register a rule for block classes: a function `(block, facts)` that states what a trace cannot see.
 
-    A rule also vouches that the block's forward keeps working with other widths, once the attributes that the rule
-    names are set: in blocks without one, what is cut up by sizes that are written out (`x.view(b, self.heads, ...)`,
-    `x[:, :self.c]`) is protected. Subclasses that inherit `forward` inherit the rule.
+    A rule also promises that the block's forward works with other widths, once the attributes that the rule names are
+    set. In blocks without a rule, channels that are split by written-out sizes (`x.view(b, self.heads, ...)`,
+    `x[:, :self.c]`) are protected. Subclasses that inherit `forward` inherit the rule.
 
     Raises:
         ValueError: If a class already has a rule.
+
+    Example:
+        >>> import yolo_prune
+        >>> from torch import nn
+        >>> class Swap(nn.Module):  # its forward splits what `cv` puts out into two parts of `self.c` channels
+        ...     ...
+        >>> @yolo_prune.register_block(Swap)
+        ... def swap(block, facts):
+        ...     first, second = facts.parts("cv", block.c, block.c)
+        ...     facts.equal(first, second)
+        ...     facts.attribute("c", first)
     """
 
     def decorate(rule: Rule) -> Rule:
@@ -40,10 +51,17 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 
 def read_as_is(*classes: type[nn.Module]) -> None:
-    """Register blocks that need no facts: their forward works as it is whatever the widths.
+    """Register blocks that need no facts: their forward works with any width, as it is.
 
     Raises:
         ValueError: If a class already has a rule.
+
+    Example:
+        >>> import yolo_prune
+        >>> from torch import nn
+        >>> class Gate(nn.Module):
+        ...     ...
+        >>> yolo_prune.read_as_is(Gate)
     """
     register_block(*classes)(lambda block, facts: None)
 

@@ -32,13 +32,19 @@ class Alignment:
 
 
 def alignment(path: str | Path, multiple: int = 8) -> Alignment:
-    """Look at the channels of every convolution of an ONNX file, such as one that TensorRT is fed with.
+    """Count the convolutions of an ONNX file whose channels are multiples of a number that hardware prefers.
 
-    TensorRT pads channels to multiples of 8 (float16 on tensor cores) or more: what pruning leaves between them is
-    computed all the same.
+    TensorRT pads channels to multiples of 8 (float16 on tensor cores) or more. So a width between two multiples costs
+    as much as the larger one.
 
     Raises:
         BenchError: If onnx is not installed, or the file is no ONNX model.
+
+    Example:
+        >>> import yolo_prune
+        >>> found = yolo_prune.alignment("pruned.onnx", multiple=8)
+        >>> found.aligned + len(found.others) == found.convolutions
+        True
     """
     try:
         onnx = importlib.import_module("onnx")

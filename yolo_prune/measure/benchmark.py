@@ -42,23 +42,32 @@ def bench(
     """Export models and time them side by side, in the runtimes that Ultralytics uses.
 
     Args:
-        models: `YOLO` objects or paths to checkpoints; ratios are to the first.
+        models: `YOLO` objects or paths to checkpoints. Ratios refer to the first.
         format: one or several of torch, torchscript, onnx, openvino, ncnn, engine.
-        imgsz: in pixels; what the exports are fixed to.
+        imgsz: image size of the exports, in pixels.
         batch: images per pass.
         device: cpu, or the number of a GPU.
-        threads: that each runtime may use on a CPU; left out: one per core.
-        repeats: rounds; left out: as many as fit into half a minute a format, between 10 and 300.
-        quantize: 16 or 8 for exports in half precision or 8 bit; on a CPU torch stays as it is.
-        data: dataset; with it every export is compared with its checkpoint, and 8 bit calibrated.
-        save: a `.json` file to write, also where exports do not agree.
+        threads: CPU threads that each runtime may use; None is one per core.
+        repeats: number of rounds; None is as many as fit into half a minute per format, between 10 and 300.
+        quantize: 16 exports in half precision, 8 in 8 bit. On a CPU, the format torch does not change.
+        data: dataset. With it, every export is compared with its checkpoint. 8 bit needs it for the calibration.
+        save: a `.json` file to write. It is also written if an export does not agree with its checkpoint.
 
     Returns:
-        All figures; print it for the tables.
+        All figures. `print` shows the tables.
 
     Raises:
-        BenchError: If something cannot be measured here; before any work, where that can be told.
-        ParityError: If an export does not agree with its checkpoint; all figures are its `measurement`.
+        BenchError: If something cannot be measured here; where possible, before any work.
+        ParityError: If an export does not agree with its checkpoint. Its attribute `measurement` has all figures.
+
+    Example:
+        >>> import yolo_prune
+        >>> found = yolo_prune.bench(["best.pt", "pruned.pt"], format="onnx", imgsz=640, threads=1)
+        >>> print(found)
+        imgsz ...
+        >>> pruned = found.rows[1]
+        >>> pruned.flops_ratio < 1, pruned.ratio > 0
+        (True, True)
     """
     given = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     setting = Setting.of(imgsz, batch, device, threads, repeats, quantize, data)

@@ -43,17 +43,26 @@ def parity(
     Args:
         model: a `YOLO` object or a path to the checkpoint.
         exported: `.torchscript`, `.onnx`, `.engine`, `..._openvino_model` or `..._ncnn_model`.
-        images: a folder, a list of files, or an array `(n, channels, imgsz, imgsz)`, 0 to 1.
-        imgsz: that was exported for, in pixels.
-        batch: that was exported for.
-        device: to run both on.
-        quantize: 16 or 8 where it was exported so; what the tolerance goes by.
-        tolerance: instead of the one of this precision.
-        confidence: from which score on detections are compared.
+        images: a folder, a list of files, or an array `(n, channels, imgsz, imgsz)` with values from 0 to 1.
+        imgsz: image size of the export, in pixels.
+        batch: batch size of the export.
+        device: where both run.
+        quantize: precision of the export: 16 or 8; None is 32. It decides which tolerance applies.
+        tolerance: the limits, if not those of this precision.
+        confidence: detections with at least this score are compared.
+
+    Returns:
+        All differences.
 
     Raises:
         BenchError: If the runtime is missing, or cannot run the file.
-        ParityError: If a difference is beyond the tolerance; all of them are its `measurement`.
+        ParityError: If a difference is larger than its limit. Its attribute `measurement` has all differences.
+
+    Example:
+        >>> import yolo_prune
+        >>> found = yolo_prune.parity("pruned.pt", "pruned.onnx", "images/val", imgsz=640)
+        >>> found.outputs < 0.001, found.failures
+        (True, [])
     """
     path = Path(exported)
     format = _format_of(path)

@@ -25,11 +25,18 @@ def load_recipe(
     """Read a recipe.
 
     Args:
-        source: a bundled name, a path to a YAML file, a mapping, or a `Recipe`; the default recipe where None.
-        overrides: `{"target.flops": 0.4}`; a text value is read as YAML. A target replaces the other metrics'.
+        source: a bundled name, a path to a YAML file, a mapping or a `Recipe`; None is the default recipe.
+        overrides: single fields, with dots: `{"target.flops": 0.4}`. Text is read as YAML. A target replaces one in
+            another metric.
 
     Raises:
-        RecipeError: One message with every problem: where, what was given, what is allowed.
+        RecipeError: If it cannot be used. One message has every problem: where, what was given, what is allowed.
+
+    Example:
+        >>> import yolo_prune
+        >>> recipe = yolo_prune.load_recipe("half-flops", {"target.flops": 0.4, "recover.refit": 128})
+        >>> recipe.target.flops, recipe.recover.refit, recipe.criterion.name
+        (0.4, 128, 'obs')
     """
     data, origin = _read(source)
     overrides = overrides or {}

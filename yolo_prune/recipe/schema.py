@@ -225,7 +225,16 @@ class Guard(_Part):
 
 
 class Recipe(_Part):
-    """A pruning recipe."""
+    """A pruning recipe.
+
+    Example:
+        >>> import yolo_prune
+        >>> recipe = yolo_prune.load_recipe({"target": {"flops": 0.5}, "criterion": {"name": "fisher", "images": 32}})
+        >>> recipe.criterion.name, recipe.criterion.options
+        ('fisher', {'images': 32})
+        >>> isinstance(recipe, yolo_prune.Recipe)
+        True
+    """
 
     version: Literal[1] = Field(1, description="version of the recipe format")
     target: Target = Field(description="how much of the dense model is kept")
@@ -274,15 +283,35 @@ class Recipe(_Part):
 
     @property
     def limit(self) -> float | None:
-        """Largest drop of the fitness that a round may cost; None where anything goes."""
+        """Largest drop of the fitness that a round may cost; None where anything goes.
+
+        Example:
+            >>> import yolo_prune
+            >>> yolo_prune.load_recipe("smallest").limit
+            0.01
+        """
         return self.guard.max_drop if self.target.max_drop is None else self.target.max_drop
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with every default spelled out; `load_recipe` reads it."""
+        """Plain data, with every default spelled out; `load_recipe` reads it.
+
+        Example:
+            >>> import yolo_prune
+            >>> yolo_prune.load_recipe("half-flops").to_dict()["target"]
+            {'flops': 0.5}
+        """
         return self.model_dump(mode="json", exclude_none=True)
 
     def to_yaml(self) -> str:
-        """`to_dict` as YAML, in the order of the fields."""
+        """`to_dict` as YAML, in the order of the fields.
+
+        Example:
+            >>> import yolo_prune
+            >>> print(yolo_prune.load_recipe("half-flops").to_yaml())
+            version: 1
+            target: {flops: 0.5}
+            ...
+        """
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
 
 
@@ -301,4 +330,5 @@ def json_schema() -> dict[str, Any]:
         {"type": "array", "items": schema["properties"]["protect"].pop("items")},
     ]
     del schema["properties"]["protect"]["type"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "yolo-prune recipe"}
+    about = {"title": "yolo-prune recipe", "description": "A pruning recipe."}  # without the example of the docstring
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, **about}

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup
+
 from yolo_prune.report.data import Figures
 from yolo_prune.report.measurement import Measurement
 from yolo_prune.report.page import NARROW, WIDE, ClassRow, class_rows, legend, write
 from yolo_prune.report.photos import Photo
 from yolo_prune.report.picture import model_name
-from yolo_prune.report.plot import Plot
 from yolo_prune.report.scatter import Dot, scatter
 from yolo_prune.report.table import align, fitness, number, percent
 
@@ -105,7 +106,7 @@ def _longer(path: Path, paths: Sequence[Path]) -> str:
     return path.as_posix()
 
 
-def _plots(candidates: Sequence[Candidate], found: Measurement | None) -> list[list[Plot]]:
+def _plots(candidates: Sequence[Candidate], found: Measurement | None) -> list[list[Markup]]:
     """Accuracy against what a model costs, each for wide and for narrow screens; of an odd number the first is wide."""
     axes = [
         (unit, [None if (v := getattr(c.figures, what)) is None else v / scale for c in candidates])
@@ -115,7 +116,7 @@ def _plots(candidates: Sequence[Candidate], found: Measurement | None) -> list[l
         times = {row.model: row.median_ms for row in rows}
         axes.insert(0, (f"ms, {format}", [times.get(c.name) for c in candidates]))
     name = measure_name(candidates)
-    drawn = [(unit, dots) for unit, costs in axes if len(dots := _dots(candidates, costs)) > 1]
+    drawn = [(unit, dots) for unit, costs in axes if len(dots := _dots(candidates, costs, unit)) > 1]
     wide = len(drawn) % 2 * (len(drawn) > 1)
     return [
         [
@@ -126,9 +127,9 @@ def _plots(candidates: Sequence[Candidate], found: Measurement | None) -> list[l
     ]
 
 
-def _dots(candidates: Sequence[Candidate], costs: Sequence[float | None]) -> list[Dot]:
+def _dots(candidates: Sequence[Candidate], costs: Sequence[float | None], unit: str) -> list[Dot]:
     return [
-        Dot(cost, c.accuracy, f"dot m{i % 8 + 1}", str(i + 1))
+        Dot(cost, c.accuracy, f"m{i % 8 + 1}", str(i + 1), f"{c.name}: {number(cost)} {unit}, {fitness(c.accuracy)}")
         for i, (c, cost) in enumerate(zip(candidates, costs, strict=True))
         if c.accuracy is not None and cost
     ]

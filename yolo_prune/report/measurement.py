@@ -153,10 +153,16 @@ class Measurement(_Row):
 
     Attributes:
         hardware: name of the CPU or GPU.
-        threads: that each runtime was given; None on a GPU.
-        busy: of the machine by others before the first round, in busy cores; None where it cannot be told.
-        rounds: for each format.
-        failed: formats that could not be measured, and why.
+        threads: CPU threads of each runtime; None on a GPU.
+        busy: cores that other programs used before the first round; None if that is unknown.
+        rounds: number of rounds, for each format.
+        failed: formats that could not be measured, with the reason.
+
+    Example:
+        >>> import yolo_prune
+        >>> found = yolo_prune.bench(["best.pt", "pruned.pt"], format="onnx", imgsz=640, threads=1)
+        >>> [(row.model, row.median_ms, row.ratio) for row in found.rows]
+        [(...), (...)]
     """
 
     version: Literal[1] = 1  # FORMAT
@@ -178,23 +184,52 @@ class Measurement(_Row):
 
     @property
     def models(self) -> list[str]:
-        """Names of the models, the one that ratios are to first."""
+        """Names of the models. Ratios refer to the first.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> found.models
+            ['best.pt', 'pruned.pt']
+        """
         return list(dict.fromkeys(row.model for row in self.rows))
 
     @property
     def formats(self) -> dict[str, list[TimingRow]]:
-        """The rows of every format, in the order in which they were measured."""
+        """The rows of every format, in the order of the measurement.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> [row.model for row in found.formats["onnx"]]
+            ['best.pt', 'pruned.pt']
+        """
         names = dict.fromkeys(row.format for row in self.rows)
         return {name: [row for row in self.rows if row.format == name] for name in names}
 
     @property
     def ends(self) -> tuple[TimingRow, TimingRow] | None:
-        """The first and the last model, in the first format that both were measured in; None where there is none."""
+        """The first and the last model, in the first format in which both were measured; None if there is no such one.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> first, last = found.ends
+            >>> first.model, last.model
+            ('best.pt', 'pruned.pt')
+        """
         rows = next((rows for rows in self.formats.values() if len(rows) == len(self.models) > 1), None)
         return (rows[0], rows[-1]) if rows else None
 
     def renamed(self, names: Sequence[str]) -> Measurement:
-        """A copy in which the models, in their order, have other names, one for each."""
+        """A copy with other names of the models, in their order.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> found.renamed(["dense", "half"]).models
+            ['dense', 'half']
+        """
         found = self.model_copy(deep=True)
         new = dict(zip(self.models, names, strict=True))
         for row in found.rows:
@@ -202,10 +237,16 @@ class Measurement(_Row):
         return found
 
     def row(self, model: str, format: str) -> TimingRow:
-        """The row of a model, by its name in the table, in a format.
+        """The row of a model in a format. The name is that in the table.
 
         Raises:
             KeyError: If there is none.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> found.row("pruned.pt", "onnx").flops_ratio < 1
+            True
         """
         for row in self.rows:
             if (row.model, row.format) == (model, format):
@@ -217,7 +258,13 @@ class Measurement(_Row):
 
         Raises:
             BenchError: If a format could not be measured.
-            ParityError: If one does not; names the model, the format and the number. This is its `measurement`.
+            ParityError: If an export does not agree. The message names the model, the format and the number, and its
+                attribute `measurement` is this object.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> found.check()  # passes, or raises ParityError or BenchError
         """
         judged = [(f"{r.model} as {r.format} ({r.precision})", r.parity) for r in self.rows if r.parity]
         wrong = [f"{name}: {failure}" for name, parity in judged for failure in parity.failures]
@@ -229,7 +276,13 @@ class Measurement(_Row):
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write this to `path`, whole or not at all."""
+        """Write this as JSON. The file appears whole or not at all.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> path = found.save("bench.json")
+        """
         return write_text(path, json.dumps(_plain(self.model_dump()), indent=2, allow_nan=False) + "\n")
 
     @classmethod
@@ -238,6 +291,12 @@ class Measurement(_Row):
 
         Raises:
             PruneError: If the file is missing, cut short, or something else.
+
+        Example:
+            >>> from yolo_prune.report.measurement import Measurement
+            >>> found = Measurement.load("bench.json")
+            >>> print(found)
+            imgsz ...
         """
         try:
             data: Any = json.loads(Path(path).read_text(encoding="utf-8"))

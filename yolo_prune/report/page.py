@@ -13,16 +13,17 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from yolo_prune._version import __version__
 from yolo_prune.report import measurement_words
 from yolo_prune.report.data import LayerRow, Report, RoundRow
 from yolo_prune.report.front import Front
-from yolo_prune.report.history import history
+from yolo_prune.report.history import History
+from yolo_prune.report.history_chart import history_chart
 from yolo_prune.report.measurement import Measurement
 from yolo_prune.report.photos import Photo
 from yolo_prune.report.picture import model_name, title
-from yolo_prune.report.plot import Plot
 from yolo_prune.report.scatter import cost_metric, front_dots, scatter
 from yolo_prune.report.table import MISSING, difference, fitness, number, percent, target_text
 
@@ -97,13 +98,15 @@ def render(
         found: how long they take, under these names.
     """
     least = None if front is None else front.reference - front.limit
+    history = History.of(report, least)
     return write(
         "report.html.j2",
         title=title(report),
         report=report,
         facts=_facts(report),
         cards=_cards(report, found),
-        plots=_history(report, least),
+        history=history,
+        plots=_charts(history),
         searched=_search(front, least),
         rounds=_rounds(report),
         cut=any(row.fitness.cut is not None for row in report.rounds),
@@ -214,16 +217,14 @@ def _before(dense: float | None, pruned: float | None, scale: float = 0.0) -> st
     return number(dense, scale) if scale else fitness(dense)
 
 
-def _history(report: Report, least: float | None) -> list[Plot]:
-    if not report.epochs_log:
+def _charts(history: History) -> list[Markup]:
+    """For wide and for narrow screens."""
+    if not history.epochs or not (history.measured or history.kept):
         return []
-    return [
-        history(report, least, width=WIDE, height=430.0),
-        history(report, least, width=NARROW, height=380.0),
-    ]
+    return [history_chart(history, width=WIDE, height=430.0), history_chart(history, width=NARROW, height=380.0)]
 
 
-def _search(front: Front | None, least: float | None) -> list[Plot]:
+def _search(front: Front | None, least: float | None) -> list[Markup]:
     dots = front_dots(front) if front else []
     if len(dots) < 2 or front is None:
         return []

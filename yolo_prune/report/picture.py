@@ -10,13 +10,15 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from yolo_prune.env.files import write_bytes
-from yolo_prune.report.data import LayerRow, Report, RoundRow, first_known
-from yolo_prune.report.table import MISSING, difference, fitness, number, percent, target_text
+from yolo_prune.report.data import LayerRow, Report
+from yolo_prune.report.history import History
+from yolo_prune.report.history_chart import draw_history, name_cuts
+from yolo_prune.report.svg import default_style, plain
+from yolo_prune.report.table import MISSING, difference, fitness, number, percent
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -28,17 +30,19 @@ LEFT, RIGHT = 0.055, 0.945  # of the figure, shared by both panels
 
 # Blue and vermilion (after Okabe & Ito, 2008) differ in every common colour blindness; the rest is grey.
 DENSE, PRUNED, PROTECTED = "#bcd4e6", "#0a5c94", "#8c8c8c"
-FITNESS, COST = "#0a5c94", "#d55e00"
 INK, QUIET, FAINT, BAND = "#222222", "#666666", "#d9d9d9", "#f5f5f5"
+COLOURS = {"ink": INK, "quiet": QUIET, "faint": FAINT, "sheet": "#ffffff", "dense": DENSE, "pruned": PRUNED}
+COLOURS |= {"cost": "#d55e00", "cost-soft": "#d55e0018", "back": "#a33b00", "back-soft": "#d55e0017"}
 
 GAP = 1.2  # between the convolutions of two modules, in bars
-DIGIT, LETTER = 0.64, 0.58  # width over font size of a digit, and of text on average, in DejaVu Sans
+DIGIT = 0.64  # width over font size of a digit in DejaVu Sans
 
 
 def draw(report: Report, path: str | Path) -> Path:
     """Draw `report` to the PNG file `path`, which appears whole or not at all; None values leave gaps."""
     buffer = io.BytesIO()
-    compose(report).savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    with default_style():
+        compose(report).savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
     return write_bytes(path, buffer.getvalue())
 
 
@@ -50,8 +54,8 @@ def compose(report: Report) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     _header(figure, report)
-    _layers(figure.add_axes((LEFT, 0.475, RIGHT - LEFT, 0.325)), report.layers)
-    _history(figure.add_axes((LEFT, 0.075, RIGHT - LEFT, 0.265)), report)
+    _layers(figure.add_axes((LEFT, 0.525, RIGHT - LEFT, 0.275)), report.layers)
+    _history(figure, report)
     return figure
 
 
@@ -223,155 +227,33 @@ def _label_size(modules: Sequence[_Module]) -> float:
     return min(10.0, min(fits) * point / DIGIT)
 
 
-# ---- lower panel: fitness and FLOPs over the epochs --------------------------------------------------------
+# ---- lower panels: fitness and FLOPs over the epochs --------------------------------------------------------
 
 
-def _history(axes: Axes, report: Report) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    _panel(axes, "Fitness while training, and FLOPs kept", pad=30)
-    last = max([report.epochs or 1, *(row.epoch for row in report.epochs_log)])
-    margin = max(0.02 * last, 0.02)
-    axes.set_xlim(-margin, last + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("epochs finished", fontsize=11, color=QUIET)
-    axes.tick_params(axis="x", labelsize=10)
-    right = axes.twinx()
-    _panel(right)
-    right.set_ylim(0, 107)
-    right.set_yticks(range(0, 101, 25), labels=[f"{tick} %" for tick in range(0, 101, 25)])
-    right.set_ylabel("FLOPs kept", fontsize=11, color=COST)
-    right.tick_params(axis="y", colors=COST, labelsize=10)
-    axes.set_zorder(right.get_zorder() + 1)  # fitness over FLOPs
-    axes.patch.set_visible(False)
-    handles = [*_fitness(axes, report), *_cost(right, report)]
-    _cuts(axes, report.rounds)
-    _legend(axes, handles, pad=24)
-
-
-def _fitness(axes: Axes, report: Report) -> list[Artist]:
-    """Draw the fitness; between a cut and the epoch before it the line is interrupted."""
-    handles: list[Artist] = []
-    values: list[float] = []
-    look: dict[str, Any]
-    dot = 4.5 if len(report.epochs_log) <= 60 else 2.5
-    if report.dense.fitness is not None:
-        values.append(report.dense.fitness)
-        look = {"color": INK, "linewidth": 1.2, "linestyle": (0, (1, 2)), "label": "dense fitness"}
-        handles.append(axes.axhline(values[0], zorder=3, **look))
-    for index, (xs, ys) in enumerate(_stretches(report)):
-        look = {"color": FITNESS, "linewidth": 2.2, "marker": "o", "markersize": dot, "label": "fitness"}
-        line = axes.plot(xs, ys, zorder=4, **look)
-        handles += line if index == 0 else []
-        values += [y for y in ys if not math.isnan(y)]
-    for key, label, marker, fill in (
-        ("cut", "right after the cut", "v", "white"),
-        ("recovered", "recovered", "D", DENSE),
-    ):
-        shown = [(row.epoch, y) for row in report.rounds if (y := getattr(row.fitness, key)) is not None]
-        if shown:
-            at, heights = zip(*shown, strict=True)
-            values += heights
-            look = {"marker": marker, "color": fill, "edgecolors": FITNESS, "linewidths": 1.6, "label": label}
-            handles.append(axes.scatter(at, heights, s=58, zorder=6, clip_on=False, **look))
-    if not values:
-        axes.set_yticks([])
-        _headline(axes, "FLOPs kept (fitness was not measured)", pad=30)
-        return []
-    axes.set_ylim(min(0.0, *values), max(1e-3, *values) * 1.07)
-    axes.set_ylabel("fitness", fontsize=11, color=FITNESS)
-    axes.tick_params(axis="y", colors=FITNESS, labelsize=10)
-    return handles
-
-
-def _stretches(report: Report) -> list[tuple[list[float], list[float]]]:
-    """The fitness line from cut to cut, as x (epochs finished) and y (NaN where not measured)."""
-    log = {row.epoch: row.fitness for row in report.epochs_log}
-    edges = [(0, report.dense.fitness)]
-    edges += [(row.epoch, first_known(row.fitness.recovered, row.fitness.cut)) for row in report.rounds]
-    if len(edges) > 1 and edges[1][0] == 0:
-        edges = edges[1:]  # the first cut was made before the first epoch
-    stretches = []
-    for index, (start, value) in enumerate(edges):
-        end = edges[index + 1][0] if index + 1 < len(edges) else max([start, *log])
-        points = [(start, value), *((epoch, log.get(epoch)) for epoch in range(start + 1, end + 1))]
-        stretches.append(([float(x) for x, _ in points], [math.nan if y is None else y for _, y in points]))
-    return stretches
-
-
-def _cost(axes: Axes, report: Report) -> list[Artist]:
-    """Draw the FLOPs of the model, in percent of the dense one, as steps at the cuts and at ways back."""
-    dense = report.dense.flops
-    if not dense:
-        axes.set_yticks([])
-        axes.set_ylabel("")
-        return []
-    steps = {row.epoch: row.flops for row in report.rounds}
-    for before, after in pairwise(report.epochs_log):
-        if after.flops != before.flops:
-            steps.setdefault(before.epoch, after.flops)
-    xs, ys = [axes.get_xlim()[0]], [100.0]
-    for epoch, flops in sorted(steps.items()):
-        xs.append(float(epoch))
-        ys.append(math.nan if flops is None else 100 * flops / dense)
-    last = max([0, *(row.epoch for row in report.epochs_log), *(row.epoch for row in report.rounds)])
-    xs.append(float(last))
-    ys.append(ys[-1])
-    return list(axes.step(xs, ys, where="post", color=COST, linewidth=1.8, alpha=0.85, label="FLOPs kept"))
-
-
-def _cuts(axes: Axes, rounds: Sequence[RoundRow]) -> None:
-    """A vertical line per cut with its label above the panel; rounds too close for a label each share one."""
-    low, high = axes.get_xlim()
-    point = (high - low) / ((RIGHT - LEFT) * WIDTH * 72)  # in epochs
-    for row in rounds:
-        axes.axvline(row.epoch, color=QUIET, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-    labels = _cut_labels(rounds, point, high + 50 * point, unit=True)
-    if len(labels) < len(rounds):
-        labels = _cut_labels(rounds, point, high + 50 * point, unit=False)
-    look: dict[str, Any] = {"fontsize": 10, "color": INK, "va": "bottom", "transform": axes.get_xaxis_transform()}
-    for left, _, text, _ in labels:
-        axes.text(left, 1.0 + 4 / (72 * HEIGHT * axes.get_position().height), text, **look)
-
-
-def _cut_labels(
-    rounds: Sequence[RoundRow], point: float, limit: float, unit: bool
-) -> list[tuple[float, float, str, list[RoundRow]]]:
-    """Labels that do not overlap: left and right edge in epochs, text, and the rounds it stands for."""
-    labels: list[tuple[float, float, str, list[RoundRow]]] = []
-    for row in rounds:
-        group = [row]
-        while True:
-            text = _cut_text(group, unit)
-            width = len(text) * LETTER * 10 * point
-            left = min(group[0].epoch - 4 * point, limit - width)
-            if not labels or labels[-1][1] <= left:
-                break
-            group = labels.pop()[3] + group
-        labels.append((left, left + width, text, group))
-    return labels
-
-
-def _cut_text(rounds: Sequence[RoundRow], unit: bool) -> str:
-    first, last = rounds[0], rounds[-1]
-    name = f"round {last.number}" if len(rounds) == 1 else f"rounds {first.number}-{last.number}"
-    target = target_text(last, unit)
-    return f"{name} → {target}" if target else name
+def _history(figure: Figure, report: Report) -> None:
+    history = History.of(report)
+    two = history.measured and bool(history.kept)
+    top = figure.add_axes((LEFT, 0.185, RIGHT - LEFT, 0.205) if two else (LEFT, 0.07, RIGHT - LEFT, 0.32))
+    foot = figure.add_axes((LEFT, 0.07, RIGHT - LEFT, 0.085)) if two else top
+    above, below = top if history.measured else None, foot if history.kept else None
+    if above is None and below is None:
+        _panel(top, "Fitness while training, and FLOPs kept")
+        top.set(xticks=[], yticks=[])
+        _say(top, "nothing recorded")
+        return
+    handles = draw_history(above, below, history, COLOURS, 10)
+    words = "Fitness while training, and FLOPs kept" if above else "FLOPs kept (fitness was not measured)"
+    _headline(top, words, pad=30)
+    _legend(top, handles, pad=24)
+    name_cuts(top, history, COLOURS, 10)
 
 
 # ---- shared ------------------------------------------------------------------------------------------------
 
 
-def _panel(axes: Axes, title: str = "", pad: float = 0.0) -> None:
-    axes.set_facecolor("white")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(QUIET)
-    axes.tick_params(axis="both", colors=QUIET, labelsize=10, length=0)
-    if title:
-        axes.grid(axis="y", color=FAINT, linewidth=0.7)
-        axes.set_axisbelow(True)
-        _headline(axes, title, pad)
+def _panel(axes: Axes, title: str, pad: float = 0.0) -> None:
+    plain(axes, COLOURS, 10)
+    _headline(axes, title, pad)
 
 
 def _headline(axes: Axes, title: str, pad: float) -> None:

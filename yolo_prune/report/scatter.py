@@ -3,24 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
+from yolo_prune.report import svg
 from yolo_prune.report.front import Front
-from yolo_prune.report.plot import Labels, Plot, axis_for, tick_text
 
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 18.0, 26.0, 46.0  # room around the points
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+RADIUS = 6.5  # of a dot, in pixels
+AWAY = RADIUS + 4  # from the middle of a dot to its name
+RINGS = 5  # of that width in which a name may find room
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A model: its cost and accuracy, its class in the style sheet, the text in it and beside it."""
+    """A model: its cost and accuracy, its look, a short name to stand beside it, and more to tell on demand.
+
+    `look` is `delivered`, `held`, `back`, or the name of a colour of the style sheet.
+    """
 
     x: float
     y: float
     look: str
-    inside: str = ""
-    beside: str = ""
+    name: str
+    tip: str = ""
 
 
 def scatter(
@@ -32,45 +46,91 @@ def scatter(
     across: str,
     up: str,
     limit: float | None = None,
-) -> Plot:
+) -> Markup:
     """Dots over axes, with a line through those that no other dot beats in both.
 
     Args:
         dots: at least one.
-        width: of the plot, in pixels where it is not scaled.
+        width: in pixels where it is not scaled.
         height: likewise.
         title: for those who cannot see it.
         across: what the horizontal axis shows.
         up: what the vertical axis shows.
         limit: an accuracy to draw a line at.
     """
-    plot = Plot(width, height, title)
-    heights = [*(dot.y for dot in dots), *([] if limit is None else [limit])]
-    x = axis_for([dot.x for dot in dots], LEFT, width - RIGHT, margin=0.12)
-    y = axis_for(heights, height - BOTTOM, TOP, margin=0.15, least=0.02)
-    ticks = y.ticks(5)
-    for tick in ticks:
-        plot.add("line", "grid", x1=LEFT, x2=width - RIGHT, y1=y.at(tick), y2=y.at(tick))
-        plot.text("tick", LEFT - 8, y.at(tick) + 4, tick_text(tick, ticks), "end")
-    ticks = x.ticks(7 if width > 420 else 5)
-    for tick in ticks:
-        plot.text("tick", x.at(tick), height - BOTTOM + 20, tick_text(tick, ticks), "middle")
-    plot.add("line", "axis", x1=LEFT, x2=width - RIGHT, y1=height - BOTTOM, y2=height - BOTTOM)
-    plot.text("axis-name", width - RIGHT, height - 6, across, "end")
-    plot.text("axis-name", 0.0, 14, up)
-    if limit is not None:
-        plot.add("line", "limit", x1=LEFT, x2=width - RIGHT, y1=y.at(limit), y2=y.at(limit))
-        plot.text("limit-name", LEFT + 4, y.at(limit) + 15, f"limit {limit:.3f}")
-    plot.line("frontier", [(x.at(a), y.at(b)) for a, b in frontier([(d.x, d.y) for d in dots])])
-    places = [(x.at(dot.x), y.at(dot.y)) for dot in dots]
-    labels = Labels(plot, (LEFT, 18.0, width, height - BOTTOM), places, 11.0 if dots[0].inside else 7.0)
-    for dot, (across_at, up_at) in zip(dots, places, strict=True):
-        plot.add("circle", dot.look, cx=across_at, cy=up_at, r=11.0 if dot.inside else 6.5)
-        if dot.inside:
-            plot.text("dot-text", across_at, up_at + 4, dot.inside, "middle")
-        if dot.beside:
-            labels.put("dot-name", across_at, up_at, dot.beside)
-    return plot
+    colours = svg.PAGE
+    with svg.default_style():
+        figure = svg.blank(width, height)
+        axes = figure.subplots()
+        svg.plain(axes, colours)
+        axes.set_xlim(*svg.span([dot.x for dot in dots], margin=0.12))
+        heights = [*(dot.y for dot in dots), *([] if limit is None else [limit])]
+        axes.set_ylim(*svg.span(heights, margin=0.15, least=0.02))
+        svg.round_ticks(axes.xaxis, most=6 if width > 420 else 4)
+        svg.round_ticks(axes.yaxis, most=5)
+        words: dict[str, Any] = {"fontsize": svg.SIZE, "color": colours["quiet"], "weight": "bold", "parse_math": False}
+        axes.set_xlabel(svg.printable(across), loc="right", **words)
+        figure.suptitle(svg.printable(up), x=0.0, ha="left", **words)
+        if limit is not None:
+            axes.axhline(limit, color=colours["back"], linewidth=1.2, linestyle=(0, (6, 3)), zorder=1)
+        best = frontier([(dot.x, dot.y) for dot in dots])
+        axes.plot(*zip(*best, strict=True), color=colours["quiet"], linewidth=1.4, linestyle=(0, (1, 2.5)), zorder=2)
+        for dot in dots:
+            look = _look(dot.look, colours)
+            (drawn,) = axes.plot([dot.x], [dot.y], marker="o", markersize=2 * RADIUS, zorder=3, **look)
+            svg.tip(drawn, dot.tip or dot.name)
+        svg.settle(figure)
+        _name(axes, dots, colours)
+        return svg.element(figure, title)
+
+
+def _look(look: str, colours: Mapping[str, str]) -> dict[str, Any]:
+    fill, edge = {
+        "delivered": ("pruned", "pruned"),
+        "held": ("dense", "pruned"),
+        "back": ("sheet", "back"),
+    }.get(look, (look, "sheet"))
+    return {"color": colours[fill], "markeredgecolor": colours[edge], "markeredgewidth": 1.6}
+
+
+def _name(axes: Axes, dots: Sequence[Dot], colours: Mapping[str, str]) -> None:
+    """Write each name at the nearest place where it covers no dot and no other name; a far one gets a line.
+
+    One for which there is no room is left out: its dot says it where the pointer rests, and tables have it.
+    """
+    from matplotlib.transforms import Bbox
+
+    size, around = RADIUS + 1, axes.transData.transform([(dot.x, dot.y) for dot in dots])
+    taken = [Bbox.from_extents(x - size, y - size, x + size, y + size) for x, y in around]
+    words: dict[str, Any] = {"fontsize": svg.SIZE, "weight": "bold", "color": colours["ink"], "zorder": 4}
+    words |= {"textcoords": "offset pixels", "annotation_clip": False, "parse_math": False}
+    line: dict[str, Any] = {"arrowstyle": "-", "color": colours["quiet"], "shrinkA": 0, "shrinkB": RADIUS}
+    for dot in dots:
+        label = axes.annotate(dot.name, (dot.x, dot.y), (0, 0), **words)
+        place = _place(axes, label, taken)
+        if place is None:
+            label.remove()
+        elif math.hypot(*place) > 1.5 * AWAY:
+            axes.annotate("", (dot.x, dot.y), place, textcoords="offset pixels", arrowprops=line, zorder=2)
+
+
+def _place(axes: Axes, label: Annotation, taken: list[Bbox]) -> tuple[float, float] | None:
+    """Move a label to the nearest free place around its dot, and say how far that is from it; None if none is free."""
+    canvas: Any = axes.figure.canvas
+    area, right = axes.bbox, axes.figure.bbox.x1
+    for ring in range(1, RINGS + 1):
+        for angle in (0, 180, 90, 270, 45, 315, 135, 225):
+            x, y = round(math.cos(math.radians(angle)), 3), round(math.sin(math.radians(angle)), 3)
+            place = (ring * AWAY * x, ring * AWAY * y)
+            label.set_position(place)
+            label.set_horizontalalignment("left" if x > 0 else "right" if x < 0 else "center")
+            label.set_verticalalignment("bottom" if y > 0 else "top" if y < 0 else "center")
+            box = label.get_window_extent(canvas.get_renderer())
+            inside = area.x0 <= box.x0 and box.x1 <= right and area.y0 <= box.y0 and box.y1 <= area.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                return place
+    return None
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -92,7 +152,7 @@ def front_dots(front: Front) -> list[Dot]:
             continue
         look = "delivered" if point.delivered else "held" if point.held else "back"
         name = "start" if point.round == 0 else f"round {point.round}"
-        dots.append(Dot(100 * kept, point.fitness, f"dot {look}", beside=name))
+        dots.append(Dot(100 * kept, point.fitness, look, name, f"{name}: {100 * kept:.1f} %, {point.fitness:.3f}"))
     return dots
 
 

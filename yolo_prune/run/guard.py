@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from yolo_prune.cut.record import RoundFacts
 from yolo_prune.recipe import Recipe
 from yolo_prune.report.front import round_file
 
@@ -37,15 +37,20 @@ class Stage:
         return round_file(self.number)
 
 
-def stages(start: float, rounds: Sequence[Mapping[str, Any]]) -> list[Stage]:
+def stages(start: float, rounds: Sequence[RoundFacts]) -> list[Stage]:
     """The stages that are over; the start comes first, and always counts as one that held.
 
     Args:
         start: fraction of the dense model that the run started from.
-        rounds: facts per finished round, as the record holds them.
+        rounds: those that are finished, as the record holds them.
     """
-    first = Stage(0, start, rounds[0].get("reference", math.nan) if rounds else math.nan, True)
-    return [first, *(Stage(r["number"], r["keep"], r["end"], r["held"]) for r in rounds if "held" in r)]
+    first = Stage(0, start, known(rounds[0].reference) if rounds else math.nan, True)
+    return [first, *(Stage(r.number, known(r.keep), known(r.end), r.held) for r in rounds if r.held is not None)]
+
+
+def known(value: float | None) -> float:
+    """A figure that a round left, as a number: NaN if it is not known."""
+    return math.nan if value is None else value
 
 
 def last_good(found: Sequence[Stage]) -> Stage:

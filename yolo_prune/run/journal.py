@@ -1,97 +1,36 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The state of a pruning run, and what it writes down: its report, the log, and figures for experiment trackers."""
+"""What a pruning run writes down: its report, lines in the log, and figures for experiment trackers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from yolo_prune.cut.copies import size_mb
 from yolo_prune.cut.plan import Plan
-from yolo_prune.cut.record import Record
+from yolo_prune.cut.record import Record, RoundFacts
 from yolo_prune.env import ranks
 from yolo_prune.env.log import PREFIX
 from yolo_prune.env.metrics import class_ap
 from yolo_prune.env.versions import installed
 from yolo_prune.errors import PruneError
 from yolo_prune.planning import planner
-from yolo_prune.planning.cost import Timing
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundRow
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.report.front import front
-from yolo_prune.run import guard, live, schedule
+from yolo_prune.run import guard, live
 from yolo_prune.run.guard import Stage
+from yolo_prune.run.state import PruningTrainer, RunState
 
 TRACKED = "prune/"
 APART = ("model", "data", "imgsz", "epochs", "task", "mode", "name", "project", "exist_ok", "save_dir", "resume")
 """Arguments that a report has a key for, or that say where a run lies and not what it does."""
 
 
-@dataclass
-class Run:
-    """The state of one pruned run; lives on the trainer as `trainer.pruning`.
-
-    Attributes:
-        recipe: what was asked for.
-        rounds: when to cut, and how far.
-        report: what was measured so far.
-        patience: the early stopping patience to restore after the last round.
-        cost: FLOPs and parameters of the model as it is.
-        frozen: modules that this run does not train (`freeze=`).
-        timing: what takes how long, where the target is a latency.
-        done: rounds that are finished.
-        exact: a resumed run goes on bit for bit (`deterministic=`).
-        epoch_open: an epoch was trained and is not yet in the report.
-    """
-
-    recipe: Recipe
-    rounds: tuple[schedule.Round, ...]
-    report: Report
-    patience: float
-    cost: tuple[float, int]
-    frozen: tuple[str, ...] = ()
-    timing: Timing | None = None
-    done: int = 0
-    exact: bool = True
-    epoch_open: bool = False
-
-    def due(self, epoch: int) -> schedule.Round | None:
-        """The next round, if its epoch has come; a round that is done never comes again."""
-        left = self.rounds[self.done :]
-        return left[0] if left and epoch >= left[0].epoch else None
-
-    def stage(self, epochs: int) -> int:
-        """Epochs from the last round that is done to the next one, or to the end of the run.
-
-        Args:
-            epochs: of the run.
-        """
-        begin = self.rounds[self.done - 1].epoch if self.done else 0
-        return self.ahead(begin, epochs)
-
-    def ahead(self, epoch: int, epochs: int) -> int:
-        """Epochs from the start of `epoch` to the next round, or to the end of the run of `epochs`."""
-        return (self.rounds[self.done].epoch if self.done < len(self.rounds) else epochs) - epoch
-
-    @property
-    def turns(self) -> int:
-        """How often the structure of the model has changed in this run."""
-        return guard.turns([row.held for row in self.report.rounds])
-
-    def advance(self, trainer: BaseTrainer) -> None:
-        """A round is over; after the last one, early stopping works again."""
-        self.done += 1
-        if self.done == len(self.rounds):
-            trainer.stopper.patience = self.patience
-
-
-def save(trainer: BaseTrainer, report: Report) -> None:
+def save(trainer: PruningTrainer, report: Report) -> None:
     """Write the report; a disk or viewer that does not allow it must not cost a night of training."""
     if not ranks.first():
         return
@@ -101,21 +40,16 @@ def save(trainer: BaseTrainer, report: Report) -> None:
         LOGGER.warning(f"{PREFIX}{FILE_NAME} could not be written: {e}")
 
 
-def fail(trainer: BaseTrainer, error: BaseException | None) -> None:
+def fail(trainer: PruningTrainer, error: BaseException | None) -> None:
     """Close the report of a run that did not end by itself."""
-    run: Run | None = getattr(trainer, "pruning", None)
+    run = trainer.pruning
     if run and run.report.status == "running":
         run.report.status = "failed"
         run.report.error = f"{type(error).__name__}: {error}" if error else None
         save(trainer, run.report)
 
 
-def imgsz(trainer: BaseTrainer, report: Report) -> int:
-    """The image size that the report's FLOPs are for; a run that is resumed at another one keeps it."""
-    return report.imgsz if isinstance(report.imgsz, int) else trainer.args.imgsz
-
-
-def open_new(trainer: BaseTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
+def open_new(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
     """The report of a run that begins; `plan` is what it would do at once."""
     forecast = plan.predicted
     whole = forecast.present(recipe.target.metric) == 1.0
@@ -130,7 +64,7 @@ def open_new(trainer: BaseTrainer, recipe: Recipe, source: str, plan: Plan) -> R
     )
 
 
-def reopen(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) -> Report:
+def reopen(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> Report:
     """The report of the run that is resumed, as of its checkpoint; rebuilt from the record where the file is gone."""
     report = _old(trainer)
     if report is None:
@@ -138,17 +72,17 @@ def reopen(trainer: BaseTrainer, recipe: Recipe, source: str, record: Record) ->
         report = Report(**_identity(trainer, recipe, source), dense=Figures(flops=flops, params=params))
     known = {(row.number, row.plan): row for row in report.rounds}
     report.rounds = [
-        known.get((facts["number"], facts["plan"])) or RoundRow.model_validate(facts) for facts in record.rounds
+        known.get((facts.number, facts.plan)) or RoundRow.model_validate(facts.to_dict()) for facts in record.rounds
     ]
     for row, facts in zip(report.rounds, record.rounds, strict=True):
-        row.held = facts.get("held")
-        row.fitness.end = facts.get("end", row.fitness.end)
+        row.held = facts.held
+        row.fitness.end = row.fitness.end if facts.end is None else facts.end
     report.epochs_log = [row for row in report.epochs_log if row.epoch <= trainer.start_epoch]
     close_rounds(report, None)
     return report
 
 
-def _old(trainer: BaseTrainer) -> Report | None:
+def _old(trainer: PruningTrainer) -> Report | None:
     if not (trainer.save_dir / FILE_NAME).exists():
         return None
     try:
@@ -160,7 +94,7 @@ def _old(trainer: BaseTrainer) -> Report | None:
     return report
 
 
-def _identity(trainer: BaseTrainer, recipe: Recipe, source: str) -> dict[str, Any]:
+def _identity(trainer: PruningTrainer, recipe: Recipe, source: str) -> dict[str, Any]:
     return {
         "versions": installed(),
         "recipe": recipe.to_dict(),
@@ -176,7 +110,7 @@ def _identity(trainer: BaseTrainer, recipe: Recipe, source: str) -> dict[str, An
     }
 
 
-def log_epoch(trainer: BaseTrainer, run: Run, number: int) -> None:
+def log_epoch(trainer: PruningTrainer, run: RunState, number: int) -> None:
     """Take down an epoch, counted from 1, that was trained and validated."""
     flops, params = run.cost
     row = EpochRow(epoch=number, fitness=trainer.fitness, flops=flops, params=params)
@@ -185,7 +119,7 @@ def log_epoch(trainer: BaseTrainer, run: Run, number: int) -> None:
     save(trainer, run.report)
 
 
-def track(trainer: BaseTrainer, run: Run) -> None:
+def track(trainer: PruningTrainer, run: RunState) -> None:
     """Add the run's figures to what Ultralytics' integrations (TensorBoard, MLflow, W&B, ...) are about to log."""
     flops, params = run.cost
     figures: dict[str, Any] = {"round": run.done}
@@ -197,19 +131,19 @@ def track(trainer: BaseTrainer, run: Run) -> None:
     trainer.metrics = {**(trainer.metrics or {}), **{f"{TRACKED}{name}": value for name, value in figures.items()}}
 
 
-def untrack(trainer: BaseTrainer) -> None:
+def untrack(trainer: PruningTrainer) -> None:
     """Take them out again: results.csv keeps its columns."""
     trainer.metrics = {k: v for k, v in (trainer.metrics or {}).items() if not k.startswith(TRACKED)}
 
 
-def log_start(trainer: BaseTrainer, report: Report, fitness: float | None) -> None:
+def log_start(trainer: PruningTrainer, report: Report, fitness: float | None) -> None:
     """Take down how good the model was before the first cut of the run, if that was the dense one."""
     if not report.rounds and report.dense.size_mb is not None:
         measured = trainer.validator.metrics if fitness is not None and ranks.first() else None
         report.dense = report.dense.model_copy(update={"fitness": fitness, "classes": class_ap(measured)})
 
 
-def log_round(trainer: BaseTrainer, run: Run, row: RoundRow) -> None:
+def log_round(trainer: PruningTrainer, run: RunState, row: RoundRow) -> None:
     """Take down a round that was performed."""
     report = run.report
     report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
@@ -249,13 +183,13 @@ def log_if_untrained(report: Report, batch: int, per_step: int) -> None:
         )
 
 
-def log_verdict(trainer: BaseTrainer, run: Run, facts: Mapping[str, Any], good: Stage) -> None:
+def log_verdict(trainer: PruningTrainer, run: RunState, facts: RoundFacts, good: Stage) -> None:
     """Take down whether a round has held."""
     row = run.report.rounds[-1]
-    row.held, row.fitness.end = facts["held"], facts["end"]
+    row.held, row.fitness.end = facts.held, facts.end
     save(trainer, run.report)
-    drop = facts["reference"] - facts["end"]
-    fell = f"fitness {facts['end']:.4f}, {abs(drop):.4f} {'below' if drop > 0 else 'above'} {facts['reference']:.4f}"
+    end, reference = guard.known(facts.end), guard.known(facts.reference)
+    fell = f"fitness {end:.4f}, {abs(reference - end):.4f} {'below' if reference > end else 'above'} {reference:.4f}"
     back = f"round {good.number}" if good.number else "the start"
     LOGGER.info(
         f"{PREFIX}round {row.number} {'held' if row.held else 'cost too much'} ({fell}; limit {run.recipe.limit:g})"
@@ -271,9 +205,10 @@ def close_rounds(report: Report, final: float | None) -> None:
             row.fitness.end = end
 
 
-def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan) -> None:
+def complete(trainer: PruningTrainer, run: RunState, model: nn.Module, plan: Plan) -> None:
     """Fill in what only the delivered model can tell, and close the report."""
-    flops, params = planner.present_cost(model, imgsz(trainer, report))
+    report = run.report
+    flops, params = planner.present_cost(model, run.imgsz(trainer))
     fitness = float(trainer.validator.metrics.fitness)
     classes = class_ap(trainer.validator.metrics)
     report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
@@ -285,14 +220,14 @@ def complete(trainer: BaseTrainer, report: Report, model: nn.Module, plan: Plan)
     save(trainer, report)
 
 
-def write_front(trainer: BaseTrainer, run: Run, record: Record) -> None:
+def write_front(trainer: PruningTrainer, run: RunState, record: Record) -> None:
     """Write front.json, if the run had a limit on the drop."""
     if run.recipe.limit is None or not record.rounds or not ranks.first():
         return
     start: dict[str, float] = {run.recipe.target.metric: record.start}
     if record.start == 1.0:
         start = {"flops": 1.0, "params": 1.0}
-    front(run.report, run.recipe.limit, record.rounds[0]["reference"], start).save(trainer.save_dir)
+    front(run.report, run.recipe.limit, guard.known(record.rounds[0].reference), start).save(trainer.save_dir)
 
 
 def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:

@@ -5,30 +5,75 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from ultralytics.nn.modules.head import Detect
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, checks
-from ultralytics.utils import __version__ as ULTRALYTICS
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
+from ultralytics.utils import checks as ultralytics_checks
 from ultralytics.utils.files import get_latest_run
 
 from yolo_prune import _keys
 from yolo_prune.cut.record import close_record, is_pruned, read_record
 from yolo_prune.env import versions
 from yolo_prune.env.log import PREFIX
-from yolo_prune.env.releases import load_checkpoint, load_yaml, shares_callbacks
-from yolo_prune.errors import ArgumentError, NothingToRemoveError, PruneError, RunError
-from yolo_prune.graph.probes import stride
-from yolo_prune.latency import search
-from yolo_prune.planning import planner
+from yolo_prune.env.releases import load_checkpoint, load_yaml
+from yolo_prune.errors import ArgumentError, PruneError, RunError
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.report import Report
-from yolo_prune.run import journal, schedule
+from yolo_prune.run import checks, journal, schedule
 from yolo_prune.run.callback import PruneCallback
 from yolo_prune.run.settings import further, said, unchosen, without
-from yolo_prune.run.trainer import prune_trainer
+from yolo_prune.run.trainer import KeepStructure, prune_trainer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `train` was asked for.
+
+    Attributes:
+        ours: the arguments that are this package's: `callbacks`, `recipe`, `recipe.<field>`.
+        stock: the arguments that are Ultralytics' own.
+        settings: of the run, as `Model.train` is about to resolve them.
+        explicit: keys of the settings that somebody chose.
+        prunes: `callbacks=prune` was passed.
+    """
+
+    ours: Mapping[str, Any]
+    stock: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    explicit: frozenset[str]
+    prunes: bool
+
+    @classmethod
+    def of(cls, model: Any, arguments: Mapping[str, Any]) -> Request:
+        """Resolve arguments as Ultralytics does: defaults, then `cfg=` or the model's own, then what was passed."""
+        stock = _keys.without_pruning_keys(arguments)
+        ours = {key: value for key, value in arguments.items() if key not in stock}
+        cfg = stock.get("cfg")
+        base = load_yaml(ultralytics_checks.check_yaml(cfg)) if cfg else model.overrides
+        settings = {**DEFAULT_CFG_DICT, **base, **stock}
+        explicit = frozenset({*(base if cfg else ()), *stock})
+        return cls(ours, stock, settings, explicit, _keys.wants_pruning(ours.get("callbacks")))
+
+    @property
+    def recipe_keys(self) -> list[str]:
+        """Our keys but for `callbacks`."""
+        return [key for key in self.ours if key != "callbacks"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is started that keeps a pruned structure.
+
+    Attributes:
+        callback: cuts the model while it trains; None if this run only keeps the structure.
+        settings: what to pass to Ultralytics beside what the user passed.
+    """
+
+    callback: PruneCallback | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
@@ -45,63 +90,39 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
             later, if the run cannot go on or ends without the pruned model.
     """
     model._check_is_pytorch_model()
-    stock = _keys.without_pruning_keys(arguments)
-    settings, explicit = _settings(model, stock)
-    if settings["resume"]:
-        callback = _resumed(model, arguments, settings)
-        if callback is None and not _resumes_pruned(model, settings):
-            return stock_train(model, trainer=trainer, **stock)
+    request = Request.of(model, arguments)
+    if request.settings["resume"]:
+        launch = _resume(model, request)
+    elif request.prunes:
+        launch = _prune(model, request)
     else:
-        callback = _callback(model, arguments, settings)
-        _check_keeps_structure(model, settings)
-        if callback is None:
-            close_record(model.model)
-            if not is_pruned(model.model):
-                return stock_train(model, trainer=trainer, **stock)
-            if isinstance(settings["epochs"], int) and not explicit & {"optimizer", "lr0", "time"}:
-                better = said(without(explicit, further(settings["epochs"])))
-                LOGGER.info(f"{PREFIX}the model is pruned, and trained already. To go up from there: {better}")
-        elif callback.recipe.recover.distill:
-            stock["distill_model"] = str(_origin(model))
-        if callback and model.ckpt and settings.get("pretrained") is not False:
-            ours = unchosen(callback.recipe, settings, explicit)
-            given = said(ours)
-            LOGGER.info(f"{PREFIX}as the model is trained already: {given}, where nothing else was asked for")
-            stock |= ours
-        if is_pruned(model.model) and not model.ckpt:
-            model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
-    _check_devices(settings)
-    trainer = prune_trainer(_trainer_class(trainer, model))
+        launch = _keep(model, request)
+    if launch is None:
+        return stock_train(model, trainer=trainer, **request.stock)
+    checks.check_devices(request.settings)
+    return _run(model, stock_train, prune_trainer(_trainer_class(trainer, model)), request, launch)
+
+
+def _run(model: Any, stock_train: Callable[..., Any], trainer: Any, request: Request, launch: Launch) -> Any:
+    """Train; if that fails, the model is as it was, so that the run can be started once more."""
     held = model.model, model.ckpt
-    if callback:
-        callback.attach(model.callbacks)
+    if is_pruned(model.model) and not model.ckpt:
+        model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
+    if launch.callback:
+        launch.callback.attach(model.callbacks)
     try:
-        return stock_train(model, trainer=trainer, **stock)
+        return stock_train(model, trainer=trainer, **{**request.stock, **launch.settings})
     except BaseException as e:
-        model.model, model.ckpt = held  # as it was, so that the run can be started once more
-        journal.fail(model.trainer, e)
-        if isinstance(e, subprocess.CalledProcessError) and getattr(model.trainer, "ddp", False):
-            raise RunError(_failed_worker(model.trainer)) from e  # this process only started those that train
+        model.model, model.ckpt = held
+        ran = model.trainer if isinstance(model.trainer, KeepStructure) else None
+        if ran:
+            journal.fail(ran, e)
+        if ran and isinstance(e, subprocess.CalledProcessError) and getattr(ran, "ddp", False):
+            raise RunError(_failed_worker(ran)) from e  # this process only started those that train
         raise
     finally:
-        if callback:
-            callback.detach(model.callbacks)
-
-
-def _trainer_class(given: Any, model: Any) -> Any:
-    if given is not None and not isinstance(given, type):
-        raise RunError(f"trainer={given!r} is not a class. Pass a subclass of a trainer of Ultralytics.")
-    return given or model._smart_load("trainer")
-
-
-def _check_devices(settings: Mapping[str, Any]) -> None:
-    device = settings.get("device")
-    several = len(device) > 1 if isinstance(device, list | tuple) else "," in str(device)
-    if several and not shares_callbacks():
-        raise RunError(
-            f"Ultralytics {ULTRALYTICS} does not hand callbacks to the processes of a run on several devices, so that "
-            "they would neither prune nor keep a pruned structure. Train on one device, or pip install -U ultralytics."
-        )
+        if launch.callback:
+            launch.callback.detach(model.callbacks)
 
 
 def _failed_worker(trainer: Any) -> str:
@@ -112,20 +133,33 @@ def _failed_worker(trainer: Any) -> str:
     return f"Training on {trainer.world_size} devices failed: {reason or 'see what the processes printed above'}"
 
 
-def _settings(model: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """The run's settings as `Model.train` is about to resolve them, and which of them somebody chose."""
-    cfg = arguments.get("cfg")
-    base = load_yaml(checks.check_yaml(cfg)) if cfg else model.overrides
-    return {**DEFAULT_CFG_DICT, **base, **arguments}, {*(base if cfg else ()), *arguments}
+def _trainer_class(given: Any, model: Any) -> Any:
+    if given is not None and not isinstance(given, type):
+        raise RunError(f"trainer={given!r} is not a class. Pass a subclass of a trainer of Ultralytics.")
+    return given or model._smart_load("trainer")
 
 
-def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> PruneCallback | None:
-    wanted = _keys.wants_pruning(arguments.get("callbacks"))
-    if not wanted:
-        if given := _recipe_keys(arguments):
-            raise ArgumentError(f"'{given[0]}' has no effect by itself. Add callbacks='prune' to prune while training.")
-        return None
-    recipe = load_recipe(arguments.get("recipe"), _keys.overrides(arguments))
+def _prune(model: Any, request: Request) -> Launch:
+    """A new run that prunes."""
+    settings = request.settings
+    recipe = load_recipe(request.ours.get("recipe"), _keys.overrides(request.ours))
+    _warn(model, recipe, settings)
+    checks.check_settings(settings)
+    checks.check_validates(recipe, settings)
+    checks.check_teacher(model, recipe, settings)
+    checks.check_fits(model.model, recipe, settings)
+    checks.check_keeps_structure(model, settings)
+    added: dict[str, Any] = {}
+    if recipe.recover.distill:
+        added["distill_model"] = str(checks.origin(model))
+    if model.ckpt and settings.get("pretrained") is not False:
+        gentle = unchosen(recipe, settings, request.explicit)
+        LOGGER.info(f"{PREFIX}the model is trained already, so these settings are used: {said(gentle)}")
+        added |= gentle
+    return Launch(PruneCallback(recipe, str(settings.get("model") or model.model_name)), added)
+
+
+def _warn(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
     for warning in versions.untested():
         LOGGER.warning(f"{PREFIX}{warning}")
     if (record := read_record(model.model)) and record.active and (model.ckpt or {}).get("optimizer"):
@@ -138,165 +172,60 @@ def _callback(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, A
             f"{PREFIX}criterion.sparsity: with schedule.start 0 the first cut comes before any sparse training. Give a "
             "later start, or leave it out."
         )
-    check_run(settings)
-    _check_validates(recipe, settings)
-    _check_teacher(model, recipe, settings)
-    _check_fits(model.model, recipe, settings)
-    return PruneCallback(recipe, str(settings.get("model") or model.model_name))
 
 
-def _check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
-    """Refuse a distillation that Ultralytics would only find impossible once the run has begun."""
-    teacher = settings.get("distill_model")
-    if not (recipe.recover.distill or teacher):
-        return
-    if "distill_model" not in DEFAULT_CFG_DICT:
-        raise RunError(f"Distillation needs a later Ultralytics than {ULTRALYTICS}: pip install -U ultralytics.")
-    key = "recover.distill" if recipe.recover.distill else "distill_model"
-    if not _levels(model.model):
-        raise RunError(f"{key} needs a model with a detection head, and this one is for {model.task}. Leave it out.")
-    if recipe.recover.distill and teacher:
-        raise RunError(f"recover.distill and distill_model={teacher} both name a teacher. Leave one of them out.")
-    if recipe.recover.distill and not _origin(model):
-        raise RunError(
-            "recover.distill uses the checkpoint that the run starts from as teacher, and this model comes from no "
-            "file. Save it and start from the .pt, or leave recover.distill out."
+def _keep(model: Any, request: Request) -> Launch | None:
+    """A run without our keys: None unless the model is pruned, and then its structure is kept."""
+    if request.recipe_keys:
+        raise ArgumentError(
+            f"'{request.recipe_keys[0]}' has no effect by itself. Add callbacks='prune' to prune while training."
         )
-    if teacher and Path(str(teacher)).is_file():  # else Ultralytics may know where to download it from
-        levels = [_levels(module) for module in (model.model, load_checkpoint(teacher)[0])]
-        if levels[0] != levels[1]:
-            raise RunError(
-                f"distill_model={teacher} cannot teach this model: it detects on {levels[1]} levels, the model on "
-                f"{levels[0]}. Pass a checkpoint of the same family."
-            )
-    elif teacher and Path(str(teacher)).suffix != ".pt":
-        raise RunError(f"distill_model='{teacher}' is no checkpoint. Pass the path of a .pt file.")
+    checks.check_keeps_structure(model, request.settings)
+    close_record(model.model)
+    if not is_pruned(model.model):
+        return None
+    epochs = request.settings["epochs"]
+    if isinstance(epochs, int) and not request.explicit & {"optimizer", "lr0", "time"}:
+        better = said(without(request.explicit, further(epochs)))
+        LOGGER.info(f"{PREFIX}the model is pruned and already trained. Settings that keep its accuracy: {better}")
+    return Launch()
 
 
-def _levels(module: Any) -> int:
-    """Levels on which a model detects; 0 without a detection head."""
-    return next((len(layer.f) for layer in module.model if isinstance(layer, Detect)), 0)
-
-
-def _origin(model: Any) -> Path | None:
-    """The file that a model was loaded from."""
-    path = Path(str(getattr(model.model, "pt_path", None) or ""))
-    return path.resolve() if path.is_file() else None
-
-
-def _recipe_keys(arguments: Mapping[str, Any]) -> list[str]:
-    return [key for key in arguments if _keys.is_pruning_key(key) and key != "callbacks"]
-
-
-def _resumed(model: Any, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> PruneCallback | None:
-    """A resumed run goes on with the recipe that its checkpoint carries, if it was pruning."""
-    wanted = _keys.wants_pruning(arguments.get("callbacks"))
+def _resume(model: Any, request: Request) -> Launch | None:
+    """A run that was interrupted: it goes on with the recipe in its checkpoint, if it was pruning."""
+    settings = request.settings
     last = getattr(model.trainer, "last", None)
     if settings["resume"] is True and last and last.exists() and not (model.ckpt or {}).get("optimizer"):
         raise RunError(f"'{model.ckpt_path}' is not the run that was interrupted. Resume that with YOLO('{last}').")
-    record = read_record(_resume_source(model, settings))
+    source = _resume_source(model, settings)
+    record = read_record(source)
     if record is None or not record.active:
-        if wanted or _recipe_keys(arguments):
+        if request.prunes or request.recipe_keys:
             raise RunError(
                 "The checkpoint to resume is not of a run that was pruning, so pruning cannot be added to it. Start a "
                 "new run from it instead: leave out resume."
             )
-        return None
-    if given := _recipe_keys(arguments):
-        raise RunError(f"A resumed run keeps the recipe that it began with: leave out {', '.join(given)}.")
+        return Launch() if is_pruned(source) else None
+    if request.recipe_keys:
+        raise RunError(
+            f"A resumed run keeps the recipe that it began with: leave out {', '.join(request.recipe_keys)}."
+        )
     if settings["resume"] is True and not (model.ckpt or {}).get("optimizer"):
         raise RunError(
             f"'{model.ckpt_path}' is of a run that has ended; there is nothing to resume. Leave out resume to train "
             "the pruned model further."
         )
-    check_run(arguments)
+    checks.check_settings(request.stock)
     recipe = Recipe.model_validate(record.recipe)
-    _check_validates(recipe, arguments)
-    return PruneCallback(recipe)
-
-
-def _check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
-    if recipe.limit is not None and settings.get("val") is False:
-        raise RunError("A limit on the drop (max_drop) needs validation after each epoch: leave val=False out.")
-
-
-def _resumes_pruned(model: Any, settings: Mapping[str, Any]) -> bool:
-    return is_pruned(_resume_source(model, settings))
+    checks.check_validates(recipe, request.stock)
+    return Launch(PruneCallback(recipe))
 
 
 def _resume_source(model: Any, settings: Mapping[str, Any]) -> nn.Module:
+    """The model in the checkpoint that a run is resumed from."""
     resume = settings["resume"]
     module: nn.Module = model.model
     if isinstance(resume, str | Path):
         path = resume if Path(resume).exists() else get_latest_run()  # as Ultralytics goes on to
         module = load_checkpoint(path)[0] if path else module
     return module
-
-
-def check_run(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that pruning does not work with yet.
-
-    Raises:
-        RunError: Names the setting, the reason and the way round.
-    """
-    refused = {
-        "compile": (
-            bool(settings.get("compile")),
-            "a compiled model cannot change shape",
-            "leave compile out",
-        ),
-        "quantize": (
-            settings.get("quantize") in (8, "8", "int8"),
-            "quantization-aware training fixes the shapes",
-            "prune first, then train the pruned checkpoint with quantize=8",
-        ),
-        "time": (
-            settings.get("time") is not None,
-            "the number of epochs is not known beforehand",
-            "use epochs",
-        ),
-        "data": (
-            isinstance(settings.get("data"), list | tuple),
-            "rounds belong to one run",
-            "pass one dataset",
-        ),
-    }
-    for key, (wrong, why, remedy) in refused.items():
-        if wrong:
-            raise RunError(f"{key}={settings[key]!r} does not work with callbacks=prune: {why}. Instead, {remedy}.")
-    if settings.get("save") is False:
-        raise RunError("save=False does not work with callbacks=prune: the pruned model would be lost. Leave it out.")
-
-
-def _check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -> None:
-    """Try the whole recipe on the model that was named, before a run folder exists."""
-    imgsz = settings["imgsz"]
-    size = max(imgsz) if isinstance(imgsz, list | tuple) else int(imgsz)
-    step = stride(module)  # Ultralytics rounds up to it, too
-    freeze = settings.get("freeze")
-    frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
-    names = [f"model.{layer}" for layer in frozen]
-    try:
-        size = max(1, -(-size // step)) * step
-        graph = planner.survey(module, recipe, size, names)
-        present = search.trial(module, graph, recipe, size).present
-    except NothingToRemoveError as e:
-        raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
-    schedule.rounds(recipe, int(settings["epochs"]), present)
-
-
-def _check_keeps_structure(model: Any, settings: Mapping[str, Any]) -> None:
-    pretrained = settings.get("pretrained", True)
-    if is_pruned(model.model):
-        if pretrained not in (True, None):
-            raise RunError(
-                f"pretrained={pretrained!r} would rebuild the dense model and lose the pruned structure. Leave it out, "
-                "or start from the dense checkpoint."
-            )
-    elif isinstance(pretrained, str | Path) and Path(pretrained).exists():
-        weights, _ = load_checkpoint(pretrained)
-        if is_pruned(weights):
-            raise RunError(
-                f"pretrained={pretrained} is a pruned model; copied into the dense one, its structure would be lost. "
-                f"Pass it as the model instead: model={pretrained}."
-            )

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from ultralytics.engine.trainer import BaseTrainer
 
 from yolo_prune.cut import surgery
 from yolo_prune.cut.plan import Keep, Plan, Shapes
@@ -31,14 +30,15 @@ from yolo_prune.env.releases import unwrap_model
 from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.recover.rewind import Early
 from yolo_prune.run.resume import refill_mosaic
+from yolo_prune.run.state import PruningTrainer
 
 
-def model_of(trainer: BaseTrainer) -> nn.Module:
+def model_of(trainer: PruningTrainer) -> nn.Module:
     """The module that is trained, without wrappers; of a distillation, the student."""
     return _student(unwrap_model(trainer.model))
 
 
-def average_of(trainer: BaseTrainer) -> nn.Module:
+def average_of(trainer: PruningTrainer) -> nn.Module:
     """The moving average of `model_of`: what is validated, saved and delivered."""
     return _student(trainer.ema.ema)
 
@@ -49,13 +49,13 @@ def _student(model: nn.Module) -> nn.Module:
     return student_of(model)
 
 
-def keep_record(trainer: BaseTrainer, record: Record) -> None:
+def keep_record(trainer: PruningTrainer, record: Record) -> None:
     """Put the record into the live model and its average."""
     write_record(model_of(trainer), record)
     average_of(trainer).yaml = model_of(trainer).yaml
 
 
-def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:
+def frozen_modules(trainer: PruningTrainer) -> tuple[str, ...]:
     """Names of the modules that this run does not train (`freeze=`); the box distribution never is."""
     return tuple(
         name
@@ -66,7 +66,7 @@ def frozen_modules(trainer: BaseTrainer) -> tuple[str, ...]:
     )
 
 
-def cut(trainer: BaseTrainer, plan: Plan) -> None:
+def cut(trainer: PruningTrainer, plan: Plan) -> None:
     """Apply a plan to the live model, its average and the optimizer, between two batches."""
     with _making_parameters_anew(trainer):
         _cut_and_follow(trainer, plan, model_of(trainer), average_of(trainer))
@@ -75,7 +75,7 @@ def cut(trainer: BaseTrainer, plan: Plan) -> None:
 
 
 @contextmanager
-def _making_parameters_anew(trainer: BaseTrainer) -> Iterator[None]:
+def _making_parameters_anew(trainer: PruningTrainer) -> Iterator[None]:
     """Let go of what holds the old parameters."""
     trainer.optimizer.zero_grad(set_to_none=True)
     trainer.loss = None  # holds the last batch's graph
@@ -84,13 +84,13 @@ def _making_parameters_anew(trainer: BaseTrainer) -> Iterator[None]:
     _wrap_again(trainer)
 
 
-def _cut_and_follow(trainer: BaseTrainer, plan: Plan, model: nn.Module, averaged: nn.Module) -> None:
+def _cut_and_follow(trainer: PruningTrainer, plan: Plan, model: nn.Module, averaged: nn.Module) -> None:
     replaced = surgery.apply(model, plan)
     surgery.apply_to_optimizer(trainer.optimizer, replaced, model, plan)
     surgery.apply(averaged, plan)
 
 
-def _projection(trainer: BaseTrainer, plan: Plan) -> Plan | None:
+def _projection(trainer: PruningTrainer, plan: Plan) -> Plan | None:
     """For `distill_model=`: the layers between student and teacher read what the student's head reads."""
     whole = unwrap_model(trainer.model)
     keep: Keep = {}
@@ -103,7 +103,7 @@ def _projection(trainer: BaseTrainer, plan: Plan) -> Plan | None:
     return Plan(keep, {}, shapes) if keep else None
 
 
-def _wrap_again(trainer: BaseTrainer) -> None:
+def _wrap_again(trainer: PruningTrainer) -> None:
     """A wrapper for several devices knows the parameters it was made with: make it anew, with the same settings."""
     old = trainer.model
     if not isinstance(old, DistributedDataParallel):
@@ -119,13 +119,13 @@ def _wrap_again(trainer: BaseTrainer) -> None:
     trainer.model = DistributedDataParallel(old.module, **settings)
 
 
-def structure(trainer: BaseTrainer) -> str:
+def structure(trainer: PruningTrainer) -> str:
     """Hash of the names and shapes of all that is trained and averaged on this rank."""
     shapes = [(n, tuple(t.shape)) for m in (model_of(trainer), average_of(trainer)) for n, t in m.state_dict().items()]
     return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
 
-def go_back(trainer: BaseTrainer, source: nn.Module, plan: Plan) -> None:
+def go_back(trainer: PruningTrainer, source: nn.Module, plan: Plan) -> None:
     """Make the live model and its average what a checkpoint of this run holds; the optimizer starts anew.
 
     Args:
@@ -145,7 +145,7 @@ def go_back(trainer: BaseTrainer, source: nn.Module, plan: Plan) -> None:
     trainer.fitness = None  # was that of another model
 
 
-def put_aside(trainer: BaseTrainer, aside: Path) -> None:
+def put_aside(trainer: PruningTrainer, aside: Path) -> None:
     """Move the best checkpoint so far out of the way of one with another structure.
 
     What lies there already stays: a run that was killed after this may have another best checkpoint by now.
@@ -154,19 +154,19 @@ def put_aside(trainer: BaseTrainer, aside: Path) -> None:
         trainer.best.replace(aside)
 
 
-def forget_best(trainer: BaseTrainer) -> None:
+def forget_best(trainer: PruningTrainer) -> None:
     """Start the search for the best epoch anew: what was best so far has another structure."""
     trainer.best_fitness = None
     _wait_from_here(trainer, 0.0)
 
 
-def _wait_from_here(trainer: BaseTrainer, fitness: float) -> None:
+def _wait_from_here(trainer: PruningTrainer, fitness: float) -> None:
     """Early stopping counts from this epoch on, for epochs that do not exceed a fitness."""
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = fitness, trainer.epoch
     trainer.stopper.possible_stop = False
 
 
-def take_for_best(trainer: BaseTrainer, path: Path, fitness: float, ended: bool) -> None:
+def take_for_best(trainer: PruningTrainer, path: Path, fitness: float, ended: bool) -> None:
     """Make a checkpoint kept aside the best one, which later epochs, if the run has not ended, have to exceed."""
     if ranks.first():
         write_bytes(trainer.best, path.read_bytes())
@@ -175,13 +175,13 @@ def take_for_best(trainer: BaseTrainer, path: Path, fitness: float, ended: bool)
         _wait_from_here(trainer, fitness)
 
 
-def take_average_for_best(trainer: BaseTrainer, fitness: float) -> None:
+def take_average_for_best(trainer: PruningTrainer, fitness: float) -> None:
     """What was recovered without training is the best model so far: no run delivers less. Patience is for epochs."""
     save_average(trainer, trainer.best)
     trainer.best_fitness = fitness
 
 
-def save_average(trainer: BaseTrainer, path: Path) -> None:
+def save_average(trainer: PruningTrainer, path: Path) -> None:
     """Write the averaged model as a checkpoint like those of epochs, but for the optimizer."""
     if not ranks.first():
         return
@@ -193,14 +193,14 @@ def save_average(trainer: BaseTrainer, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def hold_early_stopping(trainer: BaseTrainer) -> float:
+def hold_early_stopping(trainer: PruningTrainer) -> float:
     """Keep the run from stopping before its last round; returns the patience to restore."""
     patience = trainer.stopper.patience
     trainer.stopper.patience = math.inf
     return float(patience)
 
 
-def save_last(trainer: BaseTrainer, ended: bool = False) -> None:
+def save_last(trainer: PruningTrainer, ended: bool = False) -> None:
     """Rewrite last.pt with the present structure, as of the epoch before: recovery and resume restart this epoch.
 
     At epoch 0 there is nothing that could be resumed, and nothing is written.
@@ -222,7 +222,7 @@ def save_last(trainer: BaseTrainer, ended: bool = False) -> None:
         trainer.fitness, trainer.save_period = fitness, period
 
 
-def validate(trainer: BaseTrainer) -> float | None:
+def validate(trainer: PruningTrainer) -> float | None:
     """Fitness of the averaged model, measured as the run itself does; the run's bookkeeping is left alone.
 
     With several ranks, all of them must call it; only the first gets the fitness, the others None.
@@ -242,7 +242,7 @@ def validate(trainer: BaseTrainer) -> float | None:
     return float(measured["fitness"]) if measured else None
 
 
-def training_images(trainer: BaseTrainer, batches: int, seed: int) -> Iterator[Tensor]:
+def training_images(trainer: PruningTrainer, batches: int, seed: int) -> Iterator[Tensor]:
     """Batches of training images as the model sees them, in an order of their own.
 
     Args:
@@ -262,7 +262,7 @@ def training_images(trainer: BaseTrainer, batches: int, seed: int) -> Iterator[T
         yield trainer.preprocess_batch(batch)["img"]
 
 
-def calibration(trainer: BaseTrainer, count: int) -> Calibration:
+def calibration(trainer: PruningTrainer, count: int) -> Calibration:
     """Training images as validation would show them; where the trainer cannot build that, as training does.
 
     Args:
@@ -290,7 +290,7 @@ def calibration(trainer: BaseTrainer, count: int) -> Calibration:
     return Calibration(load, prepare, args, datasets.MEMORY)
 
 
-def _as_validation(trainer: BaseTrainer) -> Any:
+def _as_validation(trainer: PruningTrainer) -> Any:
     """The training set, read as validation reads its own."""
     args = trainer.args
     if not hasattr(trainer, "build_dataset"):
@@ -302,7 +302,7 @@ def _as_validation(trainer: BaseTrainer) -> Any:
         args.cache = cache
 
 
-def average_over(trainer: BaseTrainer, epochs: float) -> None:
+def average_over(trainer: PruningTrainer, epochs: float) -> None:
     """Make the moving average reach back over some epochs.
 
     Ultralytics' own begins with hardly any memory and takes some 2000 steps to gain one, so that in a short run it is
@@ -312,25 +312,25 @@ def average_over(trainer: BaseTrainer, epochs: float) -> None:
     trainer.ema.decay = lambda updates: decay
 
 
-def steps_per_epoch(trainer: BaseTrainer) -> float:
+def steps_per_epoch(trainer: PruningTrainer) -> float:
     """Steps that the optimizer takes in an epoch, once it is warm."""
     return len(trainer.train_loader) / batches_per_step(trainer)
 
 
-def batches_per_step(trainer: BaseTrainer) -> int:
+def batches_per_step(trainer: PruningTrainer) -> int:
     """Batches whose gradients the optimizer gathers for a step, once it is warm."""
     batches: int = max(round(trainer.args.nbs / trainer.batch_size), 1)
     return batches
 
 
-def start_from_average(trainer: BaseTrainer) -> None:
+def start_from_average(trainer: PruningTrainer) -> None:
     """Make the live model what its average is, on every rank what it is on the first."""
     averaged = average_of(trainer).state_dict()
     ranks.share(averaged.values())
     model_of(trainer).load_state_dict(averaged)
 
 
-def keep_early(trainer: BaseTrainer, epoch: int) -> None:
+def keep_early(trainer: PruningTrainer, epoch: int) -> None:
     """At the start of an epoch, keep the live weights for `rewind`.
 
     They are taken down once: when the epoch is redone, they may be others.
@@ -349,7 +349,7 @@ def keep_early(trainer: BaseTrainer, epoch: int) -> None:
         ranks.agree(keep)
 
 
-def recall_early(trainer: BaseTrainer, plan: Plan, composed: Plan) -> Early:
+def recall_early(trainer: PruningTrainer, plan: Plan, composed: Plan) -> Early:
     """The early weights in the structure that the model is about to get. Only the first rank holds the tensors.
 
     Args:
@@ -372,7 +372,7 @@ def recall_early(trainer: BaseTrainer, plan: Plan, composed: Plan) -> Early:
     return held[0] if held else Early({}, updates=updates)
 
 
-def rewind(trainer: BaseTrainer, early: Early) -> None:
+def rewind(trainer: PruningTrainer, early: Early) -> None:
     """After the cut: live model and average get the early weights, and the optimizer forgets what it gathered since."""
     if ranks.first():
         average_of(trainer).load_state_dict(early.tensors)

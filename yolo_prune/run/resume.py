@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import student_of
@@ -26,6 +25,7 @@ from yolo_prune.env import ranks
 from yolo_prune.env.files import write_bytes, write_text
 from yolo_prune.env.releases import DAMAGED, closes_mosaic_late, unwrap_model
 from yolo_prune.recover.rewind import FILE as EARLY
+from yolo_prune.run.state import PruningTrainer
 
 NEVER = 10**9
 PATIENCE = ("best_fitness", "best_epoch", "possible_stop")
@@ -47,14 +47,14 @@ class Cadence:
         self.gradients: dict[str, Tensor] = {}
         self.nominal: int | None = None
 
-    def epoch_starts(self, trainer: BaseTrainer) -> None:
+    def epoch_starts(self, trainer: PruningTrainer) -> None:
         """Put the gradients of a resumed run back."""
         parameters = dict(unwrap_model(trainer.model).named_parameters()) if self.gradients else {}
         for name, gradient in self.gradients.items():
             parameters[name].grad = gradient
         self.gradients = {}
 
-    def batch_starts(self, trainer: BaseTrainer) -> None:
+    def batch_starts(self, trainer: PruningTrainer) -> None:
         """After a resume the loop would step at once: hold it until the unbroken run would have stepped."""
         if self.nominal is not None:
             if trainer.accumulate != NEVER:
@@ -70,7 +70,7 @@ class Cadence:
         self.pending, self.nominal = -1, None
 
 
-def seed_epoch(trainer: BaseTrainer) -> None:
+def seed_epoch(trainer: PruningTrainer) -> None:
     """Make all that this epoch draws depend on the run's seed and the epoch alone."""
     attempt = getattr(trainer, "nan_recovery_attempts", 0)  # an epoch that ended in NaN is redone with other batches
     seed = (trainer.args.seed + 1) * 1_000_003 + trainer.epoch * 1009 + attempt * 101 + ranks.rank()
@@ -105,7 +105,7 @@ def refill_mosaic(dataset: Any, seed: int) -> None:
     dataset.buffer = random.Random(seed).choices(range(len(dataset.ims)), k=max(length - 1, 1))
 
 
-def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
+def save(trainer: PruningTrainer, rounds: int, cadence: Cadence) -> None:
     """Write what last.pt, which is about to be written for `trainer.epoch`, leaves out."""
     model, optimizer = unwrap_model(trainer.model), trainer.optimizer
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None} if cadence.pending else {}
@@ -118,7 +118,7 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         "stopper": {name: getattr(trainer.stopper, name) for name in PATIENCE},
         "stop": bool(trainer.stop),
         "pending": cadence.pending,
-        "restart": vars(trainer.restart),
+        "restart": vars(trainer.warm_up),
         "gradients": gradients,
     }
     buffer = io.BytesIO()
@@ -130,7 +130,7 @@ def save(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
         LOGGER.warning(f"yolo-prune: {path.name} could not be written ({e}); a resumed run will not be bit for bit it")
 
 
-def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
+def restore(trainer: PruningTrainer, rounds: int, cadence: Cadence) -> None:
     """After Ultralytics has resumed from last.pt: put back what it rounded, if that was kept."""
     path = _path(trainer, trainer.start_epoch - 1, rounds)
     try:
@@ -159,13 +159,13 @@ def restore(trainer: BaseTrainer, rounds: int, cadence: Cadence) -> None:
     closes = trainer.epochs - trainer.args.close_mosaic
     if trainer.args.close_mosaic and trainer.start_epoch > closes and (closes >= 0 or closes_mosaic_late()):
         trainer._close_dataloader_mosaic()  # Ultralytics does so only after a cut at the start of this epoch
-    vars(trainer.restart).update(state.get("restart", {}))
+    vars(trainer.warm_up).update(state.get("restart", {}))
     cadence.pending = state["pending"]
     cadence.gradients = {name: gradient.to(trainer.device) for name, gradient in state["gradients"].items()}
     cadence.nominal = trainer.accumulate
 
 
-def _modules(trainer: BaseTrainer) -> dict[str, Any]:
+def _modules(trainer: PruningTrainer) -> dict[str, Any]:
     return {"model": unwrap_model(trainer.model), "ema": trainer.ema.ema}
 
 
@@ -192,7 +192,7 @@ def _continue_criterion(model: Any, numbers: dict[str, float]) -> None:
     vars(model.criterion).update(numbers)
 
 
-def bring_along(trainer: BaseTrainer) -> None:
+def bring_along(trainer: PruningTrainer) -> None:
     """Ultralytics goes on in the folder that the run began in; if it was moved, fetch what lies beside last.pt."""
     found = Path(trainer.args.resume).resolve().parent.parent
     if not ranks.first() or found == trainer.save_dir.resolve():
@@ -203,7 +203,7 @@ def bring_along(trainer: BaseTrainer) -> None:
             write_bytes(target, path.read_bytes())
 
 
-def forget(trainer: BaseTrainer, keep: int | None = None) -> None:
+def forget(trainer: PruningTrainer, keep: int | None = None) -> None:
     """Delete the states that last.pt no longer speaks of, and what a kill left half written.
 
     Args:
@@ -229,5 +229,5 @@ def trim_results(path: Path, epochs: int) -> None:
         write_text(path, header + "".join(whole))
 
 
-def _path(trainer: BaseTrainer, epoch: int, rounds: int) -> Path:
+def _path(trainer: PruningTrainer, epoch: int, rounds: int) -> Path:
     return Path(trainer.wdir) / f"state-{epoch}-{rounds}.pt"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from yolo_prune.recipe import Recipe, Target
@@ -24,7 +24,7 @@ So it does where the size is searched for, with few epochs for each.
 """
 
 
-def unchosen(recipe: Recipe, settings: Mapping[str, Any], explicit: set[str]) -> dict[str, Any]:
+def unchosen(recipe: Recipe, settings: Mapping[str, Any], explicit: Set[str]) -> dict[str, Any]:
     """Settings, of those nobody chose, that keep what a cut left of a trained model.
 
     Ultralytics' learning rates, of biases in the warm-up (0.1) as later, are for training from scratch and undo it. So
@@ -62,7 +62,7 @@ def further(epochs: int) -> dict[str, Any]:
     return {**GENTLE, "warmup_epochs": min(WARM_UP, epochs / 2), "close_mosaic": epochs}
 
 
-def without(explicit: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+def without(explicit: Set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that nobody chose."""
     return {key: value for key, value in settings.items() if key not in explicit}
 

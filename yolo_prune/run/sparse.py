@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from yolo_prune.graph import Graph
 from yolo_prune.planning import planner
-from yolo_prune.run import journal, live, schedule
+from yolo_prune.run import live, schedule
+from yolo_prune.run.state import RunState
 
 
 def scales_of(model: nn.Module, graph: Graph) -> dict[nn.Parameter, Tensor]:
@@ -64,8 +65,8 @@ class SparseTraining:
     @contextmanager
     def beside(self, trainer: Any) -> Iterator[None]:
         """Inside, a step of the trainer's optimizer is followed by `shrink`, before the average sees the weights."""
-        run: journal.Run | None = getattr(trainer, "pruning", None)
-        if run is None or not self._asked(run) or run.done == len(run.rounds):
+        run: RunState | None = trainer.pruning
+        if run is None or not self._asked(run) or run.over:
             yield
             return
         owned = {p for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -77,7 +78,7 @@ class SparseTraining:
         finally:
             hook.remove()
 
-    def _asked(self, run: journal.Run) -> float:
+    def _asked(self, run: RunState) -> float:
         if self._sparsity is None:
             self._sparsity = schedule.sparsity(run.recipe)
         return self._sparsity
@@ -86,7 +87,7 @@ class SparseTraining:
         shrink(optimizer, self._scales or {}, self._sparsity or 0.0)
 
     @staticmethod
-    def _find(trainer: Any, run: journal.Run) -> dict[nn.Parameter, Tensor]:
+    def _find(trainer: Any, run: RunState) -> dict[nn.Parameter, Tensor]:
         with live.own_randomness(trainer.args.seed):
-            graph = planner.survey(live.average_of(trainer), run.recipe, journal.imgsz(trainer, run.report), run.frozen)
+            graph = planner.survey(live.average_of(trainer), run.recipe, run.imgsz(trainer), run.frozen)
         return scales_of(live.model_of(trainer), graph)

@@ -12,7 +12,7 @@ import torch
 from yolo_prune.run import live
 
 
-class Restart:
+class RestartWarmUp:
     """A warm-up of its own: before AdamW knows how gradients vary, it moves every weight by the whole learning rate.
 
     A few such steps undo a model that is trained or refitted. As a run begins, Ultralytics' own warm-up sees to them;

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""How a run begins: its rounds are fixed and its report is opened, or it goes on where its checkpoint is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ultralytics.utils import LOGGER
+
+from yolo_prune.cut.record import Record, read_record
+from yolo_prune.env import ranks
+from yolo_prune.env.files import write_text
+from yolo_prune.env.log import PREFIX
+from yolo_prune.errors import RunError
+from yolo_prune.latency import search
+from yolo_prune.latency.target import find
+from yolo_prune.planning import planner
+from yolo_prune.recipe import Recipe
+from yolo_prune.recover.rewind import FILE as EARLY
+from yolo_prune.report.front import FRONT
+from yolo_prune.run import guard, journal, live, resume, schedule
+from yolo_prune.run.state import PruningTrainer, RunState
+
+METRICS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
+
+
+def start(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
+    """Fix the rounds of a run and open its report; on resume, go on where the checkpoint is.
+
+    Raises:
+        PruneError: If the recipe does not fit this model or this run.
+    """
+    record = read_record(live.model_of(trainer))
+    run = _go_on(trainer, recipe, source, record) if trainer.resume and record else _begin(trainer, recipe, source)
+    if run.done < len(run.rounds):
+        live.hold_early_stopping(trainer)
+    if ranks.first():
+        write_text(trainer.save_dir / "prune.yaml", recipe.to_yaml())
+    journal.save(trainer, run.report)
+    epochs = ", ".join(str(r.epoch + 1) for r in run.rounds)
+    LOGGER.info(
+        f"{PREFIX}{_count(run)}, before epoch {epochs}, {_aim(recipe)}"
+        + (f"; {run.done} done already" if run.done else "")
+    )
+    return run
+
+
+def _count(run: RunState) -> str:
+    cuts = sum(not r.settles for r in run.rounds)
+    return f"{cuts} round{'s' * (cuts > 1)}{' and a last phase without a cut' * (cuts < len(run.rounds))}"
+
+
+def _aim(recipe: Recipe) -> str:
+    if recipe.target.keep is None:
+        return f"to find the smallest model within a drop of {recipe.limit:g}"
+    return f"down to {recipe.target.keep:g} of the dense model's {METRICS[recipe.target.metric]}"
+
+
+def _begin(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
+    teacher = getattr(trainer.args, "distill_model", None)
+    if teacher and Path(teacher).resolve().parent == Path(trainer.wdir).resolve():
+        raise RunError(f"The teacher {teacher} lies where this run writes its checkpoints. Give the run a new name=.")
+    model, frozen = live.model_of(trainer), live.frozen_modules(trainer)
+    record = read_record(model)
+    graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
+    plan, present, timing = ranks.agree(lambda: search.trial(model, graph, recipe, trainer.args.imgsz))
+    past = record.plan if record else None
+    widths = record.widths if record and past else planner.widths(model, graph)
+    live.keep_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
+    if ranks.first():
+        weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
+        for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
+            old.unlink(missing_ok=True)  # of an earlier run in the same folder
+    due = schedule.rounds(recipe, trainer.epochs, present)
+    report = journal.open_new(trainer, recipe, source, plan)
+    cost = plan.predicted.flops_before, plan.predicted.params_before
+    exact = bool(trainer.args.deterministic)
+    return RunState(recipe, due, report, trainer.stopper.patience, cost, frozen, timing=timing, exact=exact)
+
+
+def _go_on(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> RunState:
+    exact = bool(trainer.args.deterministic)
+    if exact:
+        resume.restore(trainer, guard.turns([r.held for r in record.rounds]), trainer.cadence)
+    if ranks.first():
+        resume.trim_results(trainer.csv, trainer.start_epoch)
+    due = schedule.rounds(recipe, trainer.epochs, record.start)
+    cut = record.rounds[-1].number if record.rounds else 0
+    done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # no record is kept of rounds without a cut
+    report = journal.reopen(trainer, recipe, source, record)
+    frozen = live.frozen_modules(trainer)
+    run = RunState(recipe, due, report, trainer.stopper.patience, (0.0, 0), frozen, None, done, exact)
+    run.cost = planner.present_cost(live.model_of(trainer), run.imgsz(trainer))
+    run.timing = ranks.agree(lambda: find(live.model_of(trainer), recipe.target, run.imgsz(trainer)))
+    cut_since = bool(record.rounds) and record.rounds[-1].epoch == trainer.start_epoch
+    if len(report.epochs_log) == trainer.start_epoch - 1 and not cut_since:  # killed between last.pt and the report
+        journal.log_epoch(trainer, run, trainer.start_epoch)
+    return run
