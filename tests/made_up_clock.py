@@ -13,7 +13,7 @@ from small_data import IMGSZ
 from torch import nn
 
 from yolo_prune.latency import probe, search, target
-from yolo_prune.latency.fit import Point
+from yolo_prune.latency.fit import LayerTime
 from yolo_prune.latency.layers import Layer, distinct, layers_of
 from yolo_prune.latency.profile import Place, Table
 from yolo_prune.latency.stopwatch import Measured
@@ -24,7 +24,7 @@ from yolo_prune.planning import planner
 PLACE = Place(format="torch", runtime="torch", hardware="somewhere", device="cpu", threads=1, batch=1, quantize=32)
 
 
-def made_up(layer: Layer, each: tuple[int, int], noise: float = 0.0) -> list[Point]:
+def made_up(layer: Layer, each: tuple[int, int], noise: float = 0.0) -> list[LayerTime]:
     """Times of a runtime that works in multiples: 1e-4 ms, and 1e-8 ms a multiplication, 1e-7 a value moved."""
     pixels = int(np.prod(layer.size)) * (int(np.prod(layer.kernel)) if layer.kernel else 1)
     rng, found = np.random.default_rng(len(layer.key)), []

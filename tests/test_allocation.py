@@ -30,6 +30,19 @@ def test_recipes_know_every_allocation_by_name() -> None:
         assert load_recipe({**T, "allocation": name}).allocation == AllocationSpec(name=name)
 
 
+def test_an_allocation_is_registered_once_and_asked_for_by_a_name_that_is_there() -> None:
+    with pytest.raises(ValueError, match="An allocation named 'global' is already registered"):
+        allocation.ALLOCATIONS.register("global")(allocation.Uniform)
+    with pytest.raises(RecipeError, match=r"allocation\.name: there is no allocation 'local'; choose one of global, "):
+        allocation.create("local", {})
+
+
+def test_sensitivity_asks_for_images_where_there_are_none() -> None:
+    what = allocation.Prunable(nn.Identity(), (), {}, None, iter)
+    with pytest.raises(RecipeError, match="allocation sensitivity looks at training images, and there are none"):
+        allocation.create("sensitivity", {})(what)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -109,7 +122,7 @@ def test_isomorphic_groups_have_layers_of_the_same_kinds_in_the_same_order() -> 
         group("two writers", ("b.weight", 0), ("a.weight", 0), ("last.weight", 1)),
         group("no reader", ("b.weight", 0), ("b.bias", 0), *statistics),
     ]
-    subject = allocation.Subject(Twice(), [(g, []) for g in groups], {}, None, iter)
+    subject = allocation.Prunable(Twice(), [(g, []) for g in groups], {}, None, iter)
     found = allocation.Isomorphic()(subject).classes
     same = defaultdict(list)
     for name, kind in found.items():
@@ -122,7 +135,7 @@ def test_isomorphic_classes_of_a_model_lose_equal_shares_of_their_channels() -> 
     model, graph = models.shared("yolov8n"), models.graph_of("yolov8n")
     plan = planner.make_plan(model, models.recipe(target_flops=0.5, allocation="isomorphic"), models.IMGSZ)
     free = [(g, select.levels(g, LIMITS, graph.widths)) for g in graph.groups if not g.protected]
-    classes = allocation.Isomorphic()(allocation.Subject(model, free, {}, None, iter)).classes
+    classes = allocation.Isomorphic()(allocation.Prunable(model, free, {}, None, iter)).classes
     after = {g.name: g.after / g.before for g in plan.groups}
     gone: dict[object, float] = defaultdict(float)
     size: dict[object, int] = defaultdict(int)

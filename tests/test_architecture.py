@@ -35,6 +35,7 @@ ORDER = (  # folders, and the faces at the root: each imports only what stands a
     "doctor",
     "api",
     "__init__",
+    "_grammar",
     "cli",
 )
 KNOW_NO_ULTRALYTICS = {"errors", "_version", "_keys", "recipe", "cut", "criteria", "planning", "recover", "report"}
@@ -42,7 +43,9 @@ IN_FREE_ROOMS = {  # beside them: parts of other folders that are plain function
     "data/calibration.py",
     "data/layer_samples.py",
     "env/files.py",
+    "env/json_files.py",
     "env/ranks.py",
+    "env/registry.py",
     "env/versions.py",
     "graph/trace.py",
     "graph/rules.py",

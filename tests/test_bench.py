@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -153,6 +154,36 @@ def test_an_export_neither_talks_nor_installs(
     with pytest.raises(BenchError, match=r"Something failed: ValueError: it broke\n  this is why"):
         fail()
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_other_threads_write_during_an_export_is_seen() -> None:
+    script = """
+import logging, os, sys, threading
+from ultralytics.utils import LOGGER
+from yolo_prune.measure.quiet import quietly
+
+def speak(who):
+    print(f"{who} prints", flush=True)
+    print(f"{who} complains", file=sys.stderr, flush=True)
+    LOGGER.info(f"{who} logs")
+
+with quietly("The export"):
+    speak("export")
+    os.system("echo a program writes")
+    other = threading.Thread(target=speak, args=("other",))
+    other.start()
+    other.join()
+    late = sys.stdout
+speak("afterwards")
+print("late", file=late)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    said = ["other prints", "other logs", "afterwards prints", "afterwards logs", "late"]
+    assert done.stdout.splitlines() == said
+    assert [line for line in done.stderr.splitlines() if "complains" in line] == [
+        "other complains",
+        "afterwards complains",
+    ]
 
 
 @pytest.mark.parametrize("before", [None, "1"])

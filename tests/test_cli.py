@@ -127,7 +127,42 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str], clean_cwd: Path) -> 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"yolo-prune {name}" in text for name in cli.COMMANDS)
+    assert all(f"\n  yolo-prune {command.shortest}  " in text for command in cli.COMMANDS.values())
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("words", ["{} --help", "{} model=best.pt -h", "help {}"])
+def test_help_of_one_command_is_about_that_one(name: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words.format(name).split()) == 0
+    text, _ = capsys.readouterr()
+    assert text.startswith(f"yolo-prune {name}: {cli.COMMANDS[name].summary}\n\nUsage: yolo-prune {name}")
+    assert all(f"\n  {argument.name} " in text for argument in cli.COMMANDS[name].arguments)
+    assert all(f"yolo-prune {other}" not in text for other in cli.COMMANDS if other != name)
+    assert all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_help_of_no_command_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'plam' is not a command. Did you mean 'plan'?" in fails(capsys, "help", "plam")
+
+
+@pytest.mark.parametrize("name", [name for name, command in cli.COMMANDS.items() if not command.passes_on])
+def test_what_a_usage_line_shows_is_accepted(name: str) -> None:
+    command = cli.COMMANDS[name]
+    shown = command.usage.removeprefix(f"Usage: yolo-prune {name}").replace("[", "").replace("]", "").split()
+    read = command.read(shown)
+    assert read.places == command.places.split()
+    assert set(read.values) == set(command.known)
+
+
+@pytest.mark.parametrize("name", [name for name, command in cli.COMMANDS.items() if not command.passes_on])
+def test_a_required_argument_that_is_missing_is_told_with_an_example(name: str) -> None:
+    command = cli.COMMANDS[name]
+    for argument in (a for a in command.arguments if a.required):
+        with pytest.raises(
+            yolo_prune.PruneError, match=rf"^{argument.name}= is missing: pass .* {argument.name}=\S+\.$"
+        ):
+            command.read(command.places.split())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ class Machine:
         self.seconds = seconds
         self.runs = [self._run(name) for name in seconds]
 
-    def _run(self, name: str) -> clock.Run:
+    def _run(self, name: str) -> clock.Pass:
         def run() -> None:
             self.now += self.seconds[name][self.order.count(name)]
             self.order.append(name)

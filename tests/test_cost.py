@@ -14,9 +14,10 @@ from torch import nn
 from ultralytics.utils.torch_utils import get_flops
 
 from yolo_prune.cut import surgery
-from yolo_prune.errors import PruneError
+from yolo_prune.cut.forecast import Forecast
+from yolo_prune.errors import PlanError, PruneError
 from yolo_prune.graph import trace
-from yolo_prune.planning.cost import measure
+from yolo_prune.planning.cost import Cost, measure
 from yolo_prune.planning.planner import dense_cost, present_cost
 
 
@@ -114,3 +115,14 @@ def test_measuring_reads_the_model() -> None:
 def test_an_image_size_that_the_model_cannot_take_is_refused(imgsz: int) -> None:
     with pytest.raises(PruneError, match=rf"imgsz: must be a multiple of 32, got {imgsz}"):
         trace(models.shared("yolov8n"), imgsz=imgsz)
+
+
+def test_a_latency_that_was_not_measured_is_told_as_such() -> None:
+    dense = Cost(macs={}, params=frozenset(), shapes={}, imgsz=64)
+    for ask in (lambda: dense.total("latency"), lambda: dense.terms("latency")):
+        with pytest.raises(PruneError, match="The latency of this model was not measured"):
+            ask()
+    forecast = Forecast(64, 2.0, 2.0, 1.0, 4, 4, 3)
+    for share in (forecast.present, forecast.kept):
+        with pytest.raises(PlanError, match="This plan was not made for a latency"):
+            share("latency")

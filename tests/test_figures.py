@@ -138,7 +138,7 @@ def test_a_report_measures_once_and_shows_it_ever_after(
     parity = found.row("best.pt", "torchscript").parity
     assert parity.quality is not None  # on the run's own dataset
     times = [f"{found.row(name, 'torchscript').median_ms:.3g}" for name in ("best.pt", "dense.pt")]
-    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("it was measured again"))
+    monkeypatch.setattr(benchmark, "measure_models", lambda *_: pytest.fail("it was measured again"))
     before = (run / "bench.json").read_bytes()
     for again in (["report", str(run)], ["report", str(run / "prune.json")]):
         page = page_of(run)

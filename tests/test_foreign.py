@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,14 @@ from ultralytics import YOLO
 
 import yolo_prune
 from yolo_prune import cli
-from yolo_prune.cut import plan, surgery
+from yolo_prune.cut import surgery
 from yolo_prune.cut.plan import Plan
+from yolo_prune.env import json_files
 from yolo_prune.errors import PlanError, PruneError, RecipeError, RunError
+from yolo_prune.latency.profile import Table
+from yolo_prune.report import Report
+from yolo_prune.report.front import Front
+from yolo_prune.report.measurement import Measurement
 
 CODE = [
     "!!python/object/apply:os.system ['touch {marker}']",
@@ -56,10 +63,40 @@ def test_a_plan_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="more indices than any model has channels"):
         Plan.load(tmp_path / "bomb.json")
     with (tmp_path / "huge.json").open("wb") as file:
-        file.truncate(plan.MAX_BYTES + 1)  # sparse
+        file.truncate(json_files.MAX_BYTES + 1)  # sparse
     with pytest.raises(PlanError, match="larger than 64 MiB; that is not a plan"):
         Plan.load(tmp_path / "huge.json")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 6 * 2**20  # KiB
+
+
+FILES: list[tuple[str, Callable[[Path], object], str]] = [
+    ("plan.json", Plan.load, "a plan"),
+    ("prune.json", Report.load, "a pruning report"),
+    ("bench.json", Measurement.load, "a measurement"),
+    ("front.json", lambda path: Front.load(path.parent), "what a run with a limit leaves"),
+    ("pi.json", Table.load, "a profile"),
+]
+
+
+@pytest.mark.parametrize(("name", "load", "what"), FILES, ids=[name for name, *_ in FILES])
+def test_every_json_file_is_bounded_and_its_damage_told_with_its_name(
+    name: str, load: Callable[[Path], object], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    for content in (b"", b'{"version": 1, ', b"\xff\xfe\x00", b"[" * 100_000, b"[]"):
+        path.write_bytes(content)
+        with pytest.raises(PruneError, match=re.escape(name)):
+            load(path)
+    path.write_bytes(b" " * 100)
+    monkeypatch.setattr(json_files, "MAX_BYTES", 99)
+    with pytest.raises(PruneError, match=rf"{name}' is larger than 0 MiB; that is not {what}\."):
+        load(path)
+
+
+@pytest.mark.parametrize("load", [Plan.load, Report.load, Measurement.load, Table.load])
+def test_a_name_that_no_file_can_have_is_told_as_such(load: Callable[[str], object]) -> None:
+    with pytest.raises(PruneError, match="null"):
+        load("a\0b.json")
 
 
 @pytest.mark.parametrize("key", ["__class__", "_forward_hooks", "a.b", "forward hooks"])

@@ -18,7 +18,8 @@ from ultralytics.nn.modules.conv import Conv, RepConv
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.proof import prove
 from yolo_prune.errors import RecipeError, UnsupportedModelError
-from yolo_prune.graph import Group, read_as_is, register_block, rules, trace
+from yolo_prune.graph import Group, probes, read_as_is, register_block, rules, trace
+from yolo_prune.graph.ops.base import effect
 from yolo_prune.graph.rules import RULES
 from yolo_prune.planning import select
 from yolo_prune.planning.cost import measure
@@ -317,7 +318,7 @@ def test_the_rule_in_the_documentation_prunes_the_block_it_is_for(monkeypatch: p
     page = (Path(__file__).parents[1] / "docs/reference/blocks.md").read_text(encoding="utf-8")
     code = page.split("```python\n")[1].split("```")[0]
     block, rule = code.split("@yolo_prune.register_block")
-    monkeypatch.setattr(rules, "RULES", dict(RULES))
+    monkeypatch.setattr(rules, "RULES", RULES.copy())
     names: dict[str, Any] = {"__name__": "mine"}
     exec(block, names)
     model: Any = models.build("yolov8-tiny")
@@ -381,6 +382,20 @@ def test_a_block_has_one_rule() -> None:
         read_as_is(Conv)
 
 
+def test_a_class_beside_one_that_has_a_rule_gets_none() -> None:
+    with pytest.raises(ValueError, match="C2f already has a rule"):
+        read_as_is(Shuffled, C2f)
+    assert Shuffled not in RULES
+
+
+def test_a_class_of_models_has_one_further_forward_pass_and_an_operation_one_effect() -> None:
+    taken = next(iter(probes.PROBES))
+    with pytest.raises(ValueError, match=f"{taken.__name__} already has a further forward pass"):
+        probes.register_probe(taken)(probes.plain)
+    with pytest.raises(ValueError, match="'mm' already has an effect"):
+        effect("mm")(lambda call: None)
+
+
 def test_whole_heads_can_go_instead_of_thinner_ones() -> None:
     name = "yolo11n"
     graph = trace(models.shared(name), imgsz=64, heads="heads")
@@ -415,7 +430,7 @@ def test_limits_on_widths_do_not_count_heads() -> None:
     ],
 )
 def test_a_rule_with_a_mistake_is_named(rule: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "RULES", dict(RULES))
+    monkeypatch.setattr(rules, "RULES", RULES.copy())
     register_block(Shuffled)(rule)
     with pytest.raises(UnsupportedModelError, match=message):
         trace(with_added(Shuffled), imgsz=64)

@@ -40,7 +40,7 @@ from yolo_prune.report import (
 )
 from yolo_prune.report.compare import Candidate, comparison_table, render_comparison, short_names
 from yolo_prune.report.data import LatencyRow
-from yolo_prune.report.front import Front, Point
+from yolo_prune.report.front import Front, FrontPoint
 from yolo_prune.report.history import History, fitness_lines
 from yolo_prune.report.measurement import Measurement, Parity, Tolerance
 from yolo_prune.report.page import command, render
@@ -64,9 +64,9 @@ def guarded() -> Report:
 
 def front() -> Front:
     points = [
-        Point(round=0, flops_kept=1.0, params_kept=1.0, fitness=0.612, held=True, weights="weights/round0.pt"),
-        Point(round=1, flops_kept=0.75, fitness=0.61, held=True, delivered=True, weights="weights/best.pt"),
-        Point(round=2, flops_kept=0.3, fitness=0.5, held=False, weights="weights/round3.pt"),
+        FrontPoint(round=0, flops_kept=1.0, params_kept=1.0, fitness=0.612, held=True, weights="weights/round0.pt"),
+        FrontPoint(round=1, flops_kept=0.75, fitness=0.61, held=True, delivered=True, weights="weights/best.pt"),
+        FrontPoint(round=2, flops_kept=0.3, fitness=0.5, held=False, weights="weights/round3.pt"),
     ]
     return Front(limit=0.01, reference=0.612, points=points)
 
@@ -315,7 +315,7 @@ def searched() -> tuple[Report, Front]:
     kept = [1.0, 0.83, 0.7, 0.6, 0.52, 0.47, 0.4, 0.44, 0.45, 0.42, 0.435]
     fit = [0.612, 0.611, 0.612, 0.609, 0.606, 0.6045, 0.58, 0.598, 0.603, 0.595, 0.599]
     points = [
-        Point(round=i, flops_kept=k, fitness=f, held=f > 0.602, delivered=i == 8, weights="")
+        FrontPoint(round=i, flops_kept=k, fitness=f, held=f > 0.602, delivered=i == 8, weights="")
         for i, (k, f) in enumerate(zip(kept, fit, strict=True))
     ]
     return report, Front(limit=0.01, reference=0.612, points=points)

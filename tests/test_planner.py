@@ -192,7 +192,7 @@ def test_the_same_input_gives_the_same_plan(name: str) -> None:
 def test_the_plan_does_not_depend_on_the_process() -> None:
     code = """
 import models
-from yolo_prune.planner import make_plan
+from yolo_prune.planning.planner import make_plan
 model = models.build("yolo26-tiny")
 for criterion in ("magnitude", "random"):
     print(make_plan(model, models.recipe(target_flops=0.6, criterion=criterion), models.IMGSZ).hash)

@@ -6,6 +6,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +183,19 @@ def test_a_failed_save_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.
         Report().save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["prune.json"]
+
+
+def test_files_have_the_mode_of_ordinary_ones_and_the_mask_of_the_process_is_left_alone(tmp_path: Path) -> None:
+    script = """
+import os
+os.umask(0o027)
+del os.umask
+from yolo_prune.env.files import write_text
+write_text("a.json", "{}")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert os.name == "nt" or stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o640
 
 
 def test_a_missing_report(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from yolo_prune.data import datasets
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
 from yolo_prune.latency import probe, stopwatch, target
-from yolo_prune.latency.fit import Point, formula, steps
+from yolo_prune.latency.fit import LayerTime, formula, steps
 from yolo_prune.latency.layers import Layer, distinct, layers_of
 from yolo_prune.latency.profile import Table, Whole, model_key
 from yolo_prune.latency.stopwatch import dense_twin
@@ -241,7 +241,7 @@ def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_layers_run_in_every_runtime(layer: Layer, form: str) -> None:
     for module in runtimes.FORMATS[form].modules:
         pytest.importorskip(module, reason=f"{module} is not installed here")
-    found = probe.measure([layer], form, SETTING, iter)
+    found = probe.time_layers([layer], form, SETTING, iter)
     assert [pair[:2] for pair in found[layer.key]] == layer.widths()
     assert all(ms > 0 for *_, ms in found[layer.key])
 
@@ -266,7 +266,7 @@ def test_layers_run_on_several_images(form: str, made_for: int, monkeypatch: pyt
     monkeypatch.setitem(probe.EXPORTERS, form, export)
     monkeypatch.setattr(probe, "_open", look)
     layer = Layer("conv", 16, 24, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
-    probe.measure([layer], form, Setting.of(IMGSZ, batch=2, threads=1), iter)
+    probe.time_layers([layer], form, Setting.of(IMGSZ, batch=2, threads=1), iter)
     assert outputs == [(2, outs, 8, 8) for _, outs in layer.widths()]
 
 
@@ -283,7 +283,7 @@ def test_layers_have_the_precision_that_models_are_exported_in(folder: Path, tmp
         weights = [t for t in onnx.load(path).graph.initializer if len(t.dims) == 4]
         assert {t.data_type for t in weights} == {onnx.TensorProto.FLOAT16}
     layer = Layer("linear", 16, 8, (20,))
-    assert probe.measure([layer], "onnx", setting, iter)[layer.key]
+    assert probe.time_layers([layer], "onnx", setting, iter)[layer.key]
 
 
 def test_precisions_that_a_runtime_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,13 +320,13 @@ def test_a_search_leaves_everything_as_it_was(folder: Path) -> None:
 
 @pytest.mark.usefixtures("brief", "nothing_left")
 def test_a_profile_leaves_everything_as_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(layers: list[Layer], *_: object) -> dict[str, list[Point]]:
+    def time_layers(layers: list[Layer], *_: object) -> dict[str, list[LayerTime]]:
         torch.rand(1)
         torch.set_num_threads(1)
         return {layer.key: made_up(layer, (1, 1)) for layer in layers}
 
     install(monkeypatch)
-    monkeypatch.setattr(probe, "measure", measure)
+    monkeypatch.setattr(probe, "time_layers", time_layers)
     target.profile(YOLO(folder / "dense.pt"), "torch", SETTING, tmp_path / "pi.json")
 
 

@@ -6,60 +6,38 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from yolo_prune import _grammar as grammar
+from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
 from yolo_prune.errors import PruneError
-
-HELP = f"""yolo-prune {__version__}: structured pruning as an ordinary part of an Ultralytics YOLO run
-
-  yolo-prune train model=best.pt data=data.yaml epochs=60 [recipe=half-flops]   prune while training
-  yolo-prune plan  model=best.pt [data=data.yaml] [recipe=half-flops] [imgsz=640] [save=plan.json]   look before you cut
-  yolo-prune apply model=best.pt data=data.yaml [recipe=half-flops | plan=plan.json] [imgsz=640] [save=pruned.pt]
-                                                                one shot: cut and refit, no training
-  yolo-prune show  model=pruned.pt | recipe=half-flops   what was done to a checkpoint; what a recipe says
-  yolo-prune bench model=dense.pt,pruned.pt [format=onnx,openvino] [imgsz=640] [batch=1] [device=cpu] [threads=N]
-                   [repeats=N] [half=True | quantize=16 | quantize=8] [data=data.yaml] [save=bench.json]
-                                                                is it really faster, and still the same model?
-  yolo-prune profile model=best.pt format=ncnn [imgsz=640] [batch=1] [device=cpu] [threads=N] [half=True]
-                   [save=profile.json]   on the target device: what recipe.target.profile reads elsewhere
-  yolo-prune report  runs/detect/train [data=data.yaml] [model=dense.pt] [save=report.html]
-                                                                what a run did, on one page
-  yolo-prune compare dense.pt pruned.pt ... data=data.yaml [imgsz=640] [save=compare.html]
-                                                                checkpoints side by side, validated anew
-                     both with [format=onnx,openvino], measured as 'bench' does, with its arguments
-  yolo-prune demo  [folder=yolo-prune-demo]   everything on a small made-up dataset, in a few minutes
-  yolo-prune doctor   is the start-up hook active, which versions are here
-  yolo-prune schema [save=recipe.schema.json]   JSON schema of recipes, for editors
-
-'train' takes every argument of 'yolo train'. Recipe fields are overridden by recipe.<field>=<value>, for example
-recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle, edge, smallest. After installation
-'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake is one message on standard error, and status 1."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0].lstrip("-") in ("help", "h"):
-        print(HELP)
+    name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
+    if grammar.asks_for_help(name) and not words:
+        print(overview())
         return 0
-    if given[0].lstrip("-") in ("version", "v"):
+    if name.lstrip("-") in ("version", "v"):
         print(__version__)
         return 0
-    name, *rest = given
+    if grammar.asks_for_help(name):  # `yolo-prune help plan` is `yolo-prune plan --help`
+        name, words = words[0], [name]
     try:
         if name not in COMMANDS:
-            near = get_close_matches(name, COMMANDS)
-            hint = f"Did you mean '{near[0]}'? " if near else ""
+            near = grammar.nearest(name, COMMANDS)
+            hint = f"Did you mean '{near}'? " if near else ""
             raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
-        if any(a.lstrip("-") in ("help", "h") for a in rest):
-            print(HELP)
+        command = COMMANDS[name]
+        if any(map(grammar.asks_for_help, words)):
+            print(command.help())
             return 0
-        status = COMMANDS[name](rest)
+        status = command.run(command.read(words))
         sys.stdout.flush()
         return status
     except (PruneError, SyntaxError, FileNotFoundError) as e:
@@ -70,7 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(arguments: list[str]) -> int:
+def overview() -> str:
+    """The help: a line for every command, with its shortest call."""
+    calls = {f"yolo-prune {command.shortest}": command.summary for command in COMMANDS.values()}
+    return "\n\n".join((
+        f"yolo-prune {__version__}: structured pruning as an ordinary part of an Ultralytics YOLO run",
+        grammar.table(calls),
+        "'yolo-prune COMMAND --help' lists what a command takes besides. Recipe fields are overridden by\n"
+        "recipe.<field>=<value>, for example recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle,\n"
+        "edge, smallest. After installation 'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.",
+    ))  # fmt: skip
+
+
+def _train(request: Request) -> int:
     from yolo_prune import _startup
 
     _startup.install(force=True)
@@ -79,6 +69,7 @@ def _train(arguments: list[str]) -> int:
 
     if errors := _startup.state().errors:
         raise PruneError("; ".join(f"{k} could not be patched: {v}" for k, v in errors.items()))
+    arguments = request.words
     resumes = [a.lower() for a in arguments if a.partition("=")[0] == "resume"]
     resumed = any(not a.endswith(FALSE) for a in resumes)
     if not resumed and not any(a.startswith("callbacks=") for a in arguments):
@@ -88,23 +79,25 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _plan(arguments: list[str]) -> int:
-    values, overrides = _parse("plan", arguments, ("model", "recipe", "imgsz", "data", "save"))
+def _plan(request: Request) -> int:
+    values = request.values
     from yolo_prune import api
 
-    plan = api.plan(_model(values), values.get("recipe"), imgsz=_imgsz(values), data=values.get("data"), **overrides)
+    plan = api.plan(
+        values["model"], values.get("recipe"), imgsz=values["imgsz"], data=values.get("data"), **request.overrides
+    )
     print(plan.describe())
     if save := values.get("save"):
-        print(f"saved {plan.save(_target(save, '.json'))}")
+        print(f"saved {plan.save(save)}")
     return 0
 
 
-def _apply(arguments: list[str]) -> int:
-    values, overrides = _parse("apply", arguments, ("model", "recipe", "plan", "imgsz", "data", "save"))
+def _apply(request: Request) -> int:
+    values, overrides = request.values, request.overrides
     if "plan" in values and ("recipe" in values or overrides):
         raise PruneError("plan= and recipe= exclude one another: a plan already says what goes.")
-    source = Path(_model(values))
-    target = _target(values.get("save") or f"{source.stem}-pruned.pt", ".pt")
+    source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
+    target = values.get("save") or Path(f"{source.stem}-pruned.pt")
     if target.resolve() == source.resolve():
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
     from yolo_prune import api
@@ -113,117 +106,102 @@ def _apply(arguments: list[str]) -> int:
 
     model = api.open_model(source)
     recipe = load_recipe(values.get("recipe"), overrides)
-    if "plan" in values:
-        plan = Plan.load(values["plan"])
-    else:
-        plan = api.plan(model, recipe, imgsz=_imgsz(values), data=values.get("data"))
+    plan = Plan.load(values["plan"]) if "plan" in values else api.plan(model, recipe, imgsz=imgsz, data=data)
     refit = recipe.recover.refit
-    proven = api.apply(model, plan, data=values.get("data"), imgsz=_imgsz(values), refit=refit)
+    proven = api.apply(model, plan, data=data, imgsz=imgsz, refit=refit)
     api.save(model, target)
     print(plan.describe())
     if proven:
         print(f"exact: the pruned model computes what silencing computes, to {proven.error:.0e} in float64")
-    why = "data= was not given" if "data" not in values else "" if refit else "the recipe says refit: 0"
+    why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
     fitted = why and f"; the weights were not refitted, as {why}"
     print(f"saved {target}{fitted}. Train it further with: yolo train model={target} data=... epochs=...")
     return 0
 
 
-def _bench(arguments: list[str]) -> int:
-    values, _ = _parse("bench", arguments, ("model", "imgsz", "data", "save", *MEASURING))
-    models = [name for name in _model(values).split(",") if name]
-    save = _target(values["save"], ".json") if "save" in values else None
-    formats, how = _measuring({"format": "onnx", **values})
+def _bench(request: Request) -> int:
+    values = request.values
+    models = [name for name in values["model"].split(",") if name]
+    formats, how = _measuring(values)
     from yolo_prune.measure import benchmark
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(_imgsz(values), data=values.get("data"), **how)
-    found = benchmark.measure(models, formats, asked)
+    asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
+    found = benchmark.measure_models(models, formats, asked)
     print(found)
-    if save:
+    if save := values.get("save"):
         print(f"\nsaved {found.save(save)}")
     found.check()
     return 0
 
 
-def _profile(arguments: list[str]) -> int:
-    known = ("model", "format", "imgsz", "batch", "device", "threads", "half", "quantize", "save")
-    values, _ = _parse("profile", arguments, known)
-    source, save = _model(values), _target(values.get("save", "profile.json"), ".json")
-    formats, how = _measuring({"format": "onnx", **values})
+def _profile(request: Request) -> int:
+    values = request.values
+    formats, how = _measuring(values)
     if len(formats) > 1:
         raise PruneError(f"format={values['format']}: a profile is of one runtime. Write one file for each.")
     from yolo_prune import api
     from yolo_prune.latency import target
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(_imgsz(values), **how)
-    print(f"saved {target.profile(api.open_model(source), formats[0], asked, save)}")
+    asked = Setting.of(values["imgsz"], **how)
+    print(f"saved {target.profile(api.open_model(values['model']), formats[0], asked, values['save'])}")
     return 0
 
 
-def _show(arguments: list[str]) -> int:
-    values, overrides = _parse("show", arguments, ("model", "recipe"))
+def _show(request: Request) -> int:
+    values = request.values
     if "model" not in values:
         from yolo_prune.recipe import load_recipe
 
-        print(load_recipe(values.get("recipe"), overrides).to_yaml(), end="")
+        print(load_recipe(values.get("recipe"), request.overrides).to_yaml(), end="")
         return 0
     from yolo_prune import api
 
-    print(api.describe(_model(values)))
+    print(api.describe(values["model"]))
     return 0
 
 
-def _report(arguments: list[str]) -> int:
-    runs, rest = _places(arguments)
-    values, _ = _parse("report", rest, ("data", "model", "save", "imgsz", *MEASURING))
+def _report(request: Request) -> int:
+    runs, values = request.places, request.values
     if len(runs) != 1:
         given = f"{len(runs)} runs were named" if runs else "no run was named"
         raise PruneError(f"{given}; pass the folder of one, as in 'yolo-prune report runs/detect/train'.")
-    save = _target(values["save"], ".html") if "save" in values else None
-    size = _imgsz(values) if "imgsz" in values else None
-    formats, how = _measuring(values, *(["imgsz"] if size else []))
+    formats, how = _measuring(values, "imgsz")
     from yolo_prune.pages import run_page
 
     known = {key: values.get(key) for key in ("data", "model")}
-    found = run_page.measure_run(runs[0], formats, imgsz=size, **known, **how) if formats else None
-    path = run_page.write_report(runs[0], save=save, **known)
+    found = run_page.measure_run(runs[0], formats, imgsz=values.get("imgsz"), **known, **how) if formats else None
+    path = run_page.write_report(runs[0], save=values.get("save"), **known)
     print(f"{found}\n\nsaved {path}" if found else f"saved {path}")
     if found:
         found.check()
     return 0
 
 
-def _compare(arguments: list[str]) -> int:
-    models, rest = _places(arguments)
-    values, _ = _parse("compare", rest, ("data", "imgsz", "save", *MEASURING))
+def _compare(request: Request) -> int:
+    models, values = request.places, request.values
     if len(models) < 2:
-        raise PruneError(f"pass two or more checkpoints to compare. {_usage('compare')}")
+        raise PruneError(f"pass two or more checkpoints to compare. {COMMANDS['compare'].usage}")
     if again := next((m for m in models if models.count(m) > 1), None):
         raise PruneError(f"'{again}' is named twice. Name every checkpoint once.")
-    if "data" not in values:
-        raise PruneError("data= is missing: pass the dataset to validate on, for example data=data.yaml.")
-    save, imgsz = _target(values.get("save", "compare.html"), ".html"), _imgsz(values)
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    text, found = compare_page.compare(models, values["data"], imgsz, save, formats, **how)
-    print(f"{text}\nsaved {save}")
+    text, found = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    print(f"{text}\nsaved {values['save']}")
     if found:
         found.check()
     return 0
 
 
-def _demo(arguments: list[str]) -> int:
-    values, _ = _parse("demo", arguments, ("folder",))
+def _demo(request: Request) -> int:
     from yolo_prune.demo import tour
 
-    return tour.run(Path(values.get("folder", "yolo-prune-demo")))
+    return tour.run(Path(request.values["folder"]))
 
 
-def _doctor(arguments: list[str]) -> int:
-    _parse("doctor", arguments, ())
+def _doctor(request: Request) -> int:
     from yolo_prune import doctor
 
     diagnosis = doctor.diagnose()
@@ -231,124 +209,166 @@ def _doctor(arguments: list[str]) -> int:
     return diagnosis.exit_code
 
 
-def _schema(arguments: list[str]) -> int:
-    values, _ = _parse("schema", arguments, ("save",))
+def _schema(request: Request) -> int:
     from yolo_prune.env.files import write_text
     from yolo_prune.recipe import json_schema
 
     text = json.dumps(json_schema(), indent=2) + "\n"
-    if "save" in values:
-        print(f"saved {write_text(_target(values['save'], '.json'), text)}")
+    if save := request.values.get("save"):
+        print(f"saved {write_text(save, text)}")
     else:
         print(text, end="")
     return 0
 
 
-MEASURING = ("format", "batch", "device", "threads", "repeats", "half", "quantize")
-FALSE = ("=false", "=0", "=none", "=")
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "plan": _plan,
-    "apply": _apply,
-    "bench": _bench,
-    "profile": _profile,
-    "show": _show,
-    "report": _report,
-    "compare": _compare,
-    "demo": _demo,
-    "doctor": _doctor,
-    "schema": _schema,
-}
-
-
-def _parse(command: str, arguments: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Split `key=value` into the command's own arguments and recipe overrides."""
-    values: dict[str, str] = {}
-    overrides: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not equals or not value:
-            raise PruneError(f"'{argument}' is not of the form key=value. {_usage(command)}")
-        if key.startswith("recipe.") and "recipe" in known:
-            overrides[key.removeprefix("recipe.")] = value
-        elif key in known:
-            values[key] = value
-        else:
-            near = get_close_matches(key, known) or (_fields(key) if "recipe" in known else [])
-            raise PruneError(
-                f"'{key}' is not an argument of '{command}'. "
-                + (f"Did you mean '{near[0]}'? " if near else "")
-                + (f"It takes {', '.join(known)}." if known else "It takes none.")
-            )
-    return values, overrides
-
-
-def _fields(key: str) -> list[str]:
-    """Recipe fields that a name without their section may mean."""
-    from yolo_prune.recipe.schema import Recipe
-
-    last = key.rpartition(".")[2]
-    sections = {name: getattr(field.annotation, "model_fields", {}) for name, field in Recipe.model_fields.items()}
-    return [f"recipe.{name}.{last}" for name, fields in sections.items() if last in fields] + (
-        [f"recipe.{last}"] if last in sections else []
-    )
-
-
-def _measuring(values: dict[str, str], *others: str) -> tuple[list[str], dict[str, Any]]:
+def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[str, Any]]:
     """The formats to measure in, none where format= is not given, and how, for `Setting.of`."""
     if "format" not in values:
-        if alone := next((key for key in (*others, *MEASURING) if key in values), None):
+        if alone := next((key for key in (*others, *(a.name for a in HOW)) if key in values), None):
             raise PruneError(f"{alone}= says how to measure, and format= is missing, for example format=onnx.")
         return [], {}
-    how: dict[str, Any] = {"device": values["device"]} if "device" in values else {}
-    how |= {k: _whole(k, values[k]) for k in ("batch", "threads", "repeats", "quantize") if k in values}
-    if _truth("half", values.get("half", "False")) and how.setdefault("quantize", 16) != 16:
+    how = {a.name: values[a.name] for a in HOW if a is not HALF and a.name in values}
+    if values.get("half") and how.setdefault("quantize", 16) != 16:
         raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
     from yolo_prune.measure import runtimes
 
     return runtimes.parse(values["format"]), how
 
 
-def _places(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The files and folders among the arguments, and the others."""
-    places = [a for a in arguments if "=" not in a or Path(a).exists()]
-    return places, [a for a in arguments if a not in places]
+FALSE = ("=false", "=0", "=none", "=")
 
-
-def _usage(command: str) -> str:
-    return next((f"Usage: {line.strip()}" for line in HELP.splitlines() if f"yolo-prune {command}" in line), "")
-
-
-def _model(values: dict[str, str]) -> str:
-    if "model" not in values:
-        raise PruneError("model= is missing: pass a .pt checkpoint, for example model=best.pt.")
-    return values["model"]
-
-
-def _imgsz(values: dict[str, str]) -> int:
-    text = values.get("imgsz", "640")
-    if not text.isdigit() or not 32 <= int(text) <= 8192 or int(text) % 32:
-        raise PruneError(f"imgsz={text}: must be a multiple of 32 between 32 and 8192.")
-    return int(text)
-
-
-def _whole(key: str, text: str) -> int:
-    if not text.isdigit() or not int(text):
-        raise PruneError(f"{key}={text}: must be a whole number of at least 1.")
-    return int(text)
-
-
-def _truth(key: str, text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise PruneError(f"{key}={text}: must be True or False.")
-    return text.lower() in ("true", "1")
-
-
-def _target(name: str, suffix: str) -> Path:
-    path = Path(name)
-    if path.suffix != suffix:
-        raise PruneError(f"save={name}: the name must end in {suffix}.")
-    return path
+MODEL = Argument("model", "best.pt", "a .pt checkpoint", required=True)
+DATA = Argument("data", "data.yaml", "a dataset")
+RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (left out: half-flops)")
+IMGSZ = Argument("imgsz", "640", "the height and width of images, in pixels", grammar.image_size, 640)
+FORMAT = Argument("format", "onnx,openvino", "the runtimes to measure in", default="onnx")
+HALF = Argument("half", "True", "the same as quantize=16", grammar.truth)
+REPEATS = Argument("repeats", "20", "the number of rounds (left out: what fits in 30 seconds)", grammar.whole)
+HOW = (  # beside the formats, all that says how to measure
+    Argument("batch", "1", "the number of images in a pass (left out: 1)", grammar.whole),
+    Argument("device", "cpu", "cpu, or the number of an NVIDIA GPU (left out: cpu)"),
+    Argument("threads", "4", "the threads that a runtime may use on a CPU (left out: one per core)", grammar.whole),
+    REPEATS,
+    HALF,
+    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (left out: 32)", grammar.whole),
+)
+ON_A_PAGE = (  # left out, a page is written without measuring
+    replace(FORMAT, help="the runtimes to measure in as 'bench' does (left out: nothing is measured)", default=None),
+    *HOW,
+)
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "train",
+            "prune while training",
+            _train,
+            (
+                replace(MODEL, help="the checkpoint to start from"),
+                replace(DATA, help="the dataset to train on", required=True),
+                Argument("epochs", "60", "the epochs of the run, those of the cuts and of the recovery together"),
+                RECIPE,
+            ),
+            passes_on="'yolo train'",
+        ),
+        Command(
+            "plan",
+            "look before you cut: what would go, and what it saves",
+            _plan,
+            (
+                MODEL,
+                replace(DATA, help="the dataset, for criteria that look at images"),
+                RECIPE,
+                IMGSZ,
+                Argument("save", "plan.json", "the file to write the plan to", grammar.file(".json")),
+            ),
+        ),
+        Command(
+            "apply",
+            "one shot: cut and refit, no training",
+            _apply,
+            (
+                MODEL,
+                replace(DATA, help="the dataset to refit on (left out: the weights are not refitted)"),
+                RECIPE,
+                Argument("plan", "plan.json", "a plan that 'plan' saved, in place of a recipe"),
+                IMGSZ,
+                Argument("save", "pruned.pt", "the file to write (left out: <model>-pruned.pt)", grammar.file(".pt")),
+            ),
+        ),
+        Command(
+            "show",
+            "what was done to a checkpoint; what a recipe says",
+            _show,
+            (Argument("model", "pruned.pt", "a checkpoint"), RECIPE),
+        ),
+        Command(
+            "bench",
+            "is it really faster, and still the same model?",
+            _bench,
+            (
+                replace(MODEL, example="dense.pt,pruned.pt", help="the checkpoints, the one to compare with first"),
+                FORMAT,
+                IMGSZ,
+                *HOW,
+                replace(DATA, help="the dataset, for images to compare exports on and for their mAP"),
+                Argument("save", "bench.json", "the file to write the figures to", grammar.file(".json")),
+            ),
+        ),
+        Command(
+            "profile",
+            "on the target device: times for recipe.target.profile",
+            _profile,
+            (
+                MODEL,
+                replace(FORMAT, example="ncnn", help="the runtime to measure in"),
+                IMGSZ,
+                *(argument for argument in HOW if argument is not REPEATS),
+                Argument("save", "profile.json", "the file to write", grammar.file(".json"), Path("profile.json")),
+            ),
+        ),
+        Command(
+            "report",
+            "what a run did, on one page",
+            _report,
+            (
+                replace(DATA, help="the dataset, for images and for what the run did not measure"),
+                Argument("model", "dense.pt", "the dense checkpoint, where it is not where the run knew it"),
+                Argument(
+                    "save", "report.html", "the file to write (left out: in the run's folder)", grammar.file(".html")
+                ),
+                replace(IMGSZ, help=f"{IMGSZ.help} (left out: that of the run)", default=None),
+                *ON_A_PAGE,
+            ),
+            places="runs/detect/train",
+        ),
+        Command(
+            "compare",
+            "checkpoints side by side, validated anew",
+            _compare,
+            (
+                replace(DATA, help="the dataset to validate on", required=True),
+                IMGSZ,
+                Argument("save", "compare.html", "the file to write", grammar.file(".html"), Path("compare.html")),
+                *ON_A_PAGE,
+            ),
+            places="dense.pt pruned.pt ...",
+        ),
+        Command(
+            "demo",
+            "everything on a small made-up dataset, in a few minutes",
+            _demo,
+            (Argument("folder", "yolo-prune-demo", "a new folder to work in", default="yolo-prune-demo"),),
+        ),
+        Command("doctor", "is the start-up hook active, which versions are here", _doctor),
+        Command(
+            "schema",
+            "the JSON schema of recipes, for editors",
+            _schema,
+            (Argument("save", "recipe.schema.json", "the file to write (left out: shown)", grammar.file(".json")),),
+        ),
+    )
+}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from yolo_prune.data.calibration import Calibration, Progress
-from yolo_prune.errors import PruneError, RecipeError
+from yolo_prune.env.registry import Registry
+from yolo_prune.errors import PruneError
 from yolo_prune.graph.structure import ChannelSet
 from yolo_prune.recipe.options import make
 
@@ -56,7 +57,7 @@ class Observer(Protocol):
         """
 
 
-CRITERIA: dict[str, Callable[..., Criterion]] = {}
+CRITERIA: Registry[str, Callable[..., Criterion]] = Registry("A criterion named '{}' is already registered.")
 
 
 def register_criterion(name: str) -> Callable[[C], C]:
@@ -76,14 +77,7 @@ def register_criterion(name: str) -> Callable[[C], C]:
         ...     return score
         >>> plan = yolo_prune.plan("best.pt", {"target": {"flops": 0.5}, "criterion": "peak"}, imgsz=640)
     """
-
-    def decorate(factory: C) -> C:
-        if name in CRITERIA:
-            raise ValueError(f"A criterion named '{name}' is already registered.")
-        CRITERIA[name] = factory
-        return factory
-
-    return decorate
+    return CRITERIA.register(name)
 
 
 def create(name: str, options: Mapping[str, Any]) -> Criterion:
@@ -92,9 +86,7 @@ def create(name: str, options: Mapping[str, Any]) -> Criterion:
     Raises:
         RecipeError: If there is no such criterion, or an option is unknown or out of range.
     """
-    if name not in CRITERIA:
-        raise RecipeError(f"criterion.name: there is no criterion '{name}'; choose one of {', '.join(CRITERIA)}.")
-    return make("criterion", name, CRITERIA[name], options)
+    return make("criterion", name, CRITERIA, options)
 
 
 def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tensor:

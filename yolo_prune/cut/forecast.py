@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from yolo_prune.errors import PlanError
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -30,20 +32,28 @@ class Forecast:
     measured: bool = False
 
     def present(self, metric: str) -> float:
-        """Fraction of the dense model that is left before the plan is applied, in "flops", "params" or "latency"."""
+        """Fraction of the dense model that is left before the plan is applied, in "flops", "params" or "latency".
+
+        Raises:
+            PlanError: If the latency is asked for, and the plan was not made for one.
+        """
         if metric == "latency":
             return self._share(self.ms_before)
         return self.flops_before / self.dense_flops if metric == "flops" else self.params_before / self.dense_params
 
     def kept(self, metric: str) -> float:
-        """Fraction of the dense model that is left after the plan is applied, in "flops", "params" or "latency"."""
+        """Fraction of the dense model that is left after the plan is applied, in "flops", "params" or "latency".
+
+        Raises:
+            PlanError: If the latency is asked for, and the plan was not made for one.
+        """
         if metric == "latency":
             return self._share(self.ms_after)
         return self.flops_kept if metric == "flops" else self.params_kept
 
     def _share(self, ms: float | None) -> float:
-        assert ms is not None, "the plan was not made for a latency"
-        assert self.dense_ms is not None
+        if ms is None or self.dense_ms is None:
+            raise PlanError("This plan was not made for a latency: plan with target.latency to have milliseconds.")
         return ms / self.dense_ms
 
     @property

@@ -14,11 +14,17 @@ from typing import Any
 
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.env.files import write_text
+from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PlanError
 
 VERSION = 1
-MAX_BYTES = 64 * 2**20  # far more than the plan of any model takes
-MAX_INDICES = 10_000_000
+MAX_INDICES = 10_000_000  # more than any model has; without a bound, a range of a few bytes would fill the memory
+FILE = JsonFile(
+    "a plan",
+    unreadable="Cannot read the plan '{path}': {why}.",
+    broken="'{path}' is not a yolo-prune plan: it is not valid JSON ({why}).",
+    error=PlanError,
+)
 
 Keep = dict[str, dict[int, tuple[int, ...]]]
 Attributes = dict[str, dict[str, int | list[int]]]
@@ -295,16 +301,7 @@ class Plan:
             >>> print(plan)
             group ...
         """
-        try:
-            with Path(path).open("rb") as file:
-                raw = file.read(MAX_BYTES + 1)
-            if len(raw) > MAX_BYTES:
-                raise PlanError(f"'{path}' is larger than {MAX_BYTES // 2**20} MiB; that is not a plan.")
-            data = json.loads(raw.decode("utf-8"))
-        except OSError as e:
-            raise PlanError(f"Cannot read the plan '{path}': {e.strerror or e}.") from e
-        except (ValueError, RecursionError) as e:
-            raise PlanError(f"'{path}' is not a yolo-prune plan: it is not valid JSON ({e}).") from e
+        data = FILE.read(path)
         if not isinstance(data, dict):
             raise PlanError(f"'{path}' is not a yolo-prune plan: expected a mapping, found {type(data).__name__}.")
         try:

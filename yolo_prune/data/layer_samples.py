@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Layer = nn.Conv2d | nn.Linear
+ReadableLayer = nn.Conv2d | nn.Linear
 
 
-def readable(layer: nn.Module) -> TypeGuard[Layer]:
+def readable(layer: nn.Module) -> TypeGuard[ReadableLayer]:
     """True for a layer that multiplies a weight with patches of its input."""
     if isinstance(layer, nn.Conv2d):
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -35,7 +35,7 @@ def padding(layer: nn.Conv2d) -> tuple[int, int]:
     return int(layer.padding[0]), int(layer.padding[1])
 
 
-def width(layer: Layer, value: Tensor) -> int:
+def width(layer: ReadableLayer, value: Tensor) -> int:
     """Columns that a layer's output has for an input; of no meaning for a linear layer."""
     if isinstance(layer, nn.Linear):
         return 1
@@ -68,7 +68,7 @@ def positions(name: str, output: Tensor, layer: nn.Module, count: int) -> Tensor
     return torch.stack([torch.randperm(spots, generator=generator)[:count] for _ in range(images)]).to(output.device)
 
 
-def read(layer: Layer, value: Tensor, where: Tensor, width: int) -> Tensor:
+def read(layer: ReadableLayer, value: Tensor, where: Tensor, width: int) -> Tensor:
     """What a row of the weight is multiplied with.
 
     Args:

@@ -4,29 +4,27 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
-
-_umask = os.umask(0)
-os.umask(_umask)
-MODE = 0o666 & ~_umask
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write `data` to a temporary name in the same folder, then rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    # opened as any file is, so that it gets the mode of an ordinary one; the files of `tempfile` are private
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    with temporary.open("xb") as file:  # and is nobody else's
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, MODE)  # mkstemp makes private files; these are ordinary ones
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            file.close()  # Windows renames no open files
+            os.replace(temporary, path)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
     return path
 
 

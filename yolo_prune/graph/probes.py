@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolo_prune.env.registry import Registry
+
 Probe = Callable[[Any, Tensor], Any]
 PROMPTS = 3  # more than one, so that a dimension of prompts is not taken for one without size
 
-EXTRA: dict[type[nn.Module], Probe] = {}  # forward passes beside the plain one that a class of models has
+PROBES: Registry[type[nn.Module], Probe] = Registry("{} already has a further forward pass.")
+"""Forward passes beside the plain one that a class of models has."""
 
 
 def register_probe(cls: type[nn.Module]) -> Callable[[Probe], Probe]:
-    """Register a further forward pass of a model class, for parts that a plain one leaves out."""
+    """Register a further forward pass of a model class, for parts that a plain one leaves out.
 
-    def decorate(probe: Probe) -> Probe:
-        EXTRA[cls] = probe
-        return probe
-
-    return decorate
+    Raises:
+        ValueError: If the class already has one.
+    """
+    return PROBES.register(cls)
 
 
 def plain(model: Any, image: Tensor) -> Any:
@@ -33,7 +35,7 @@ def plain(model: Any, image: Tensor) -> Any:
 def probes(model: nn.Module) -> Iterator[Probe]:
     """All forward passes to be made with a model in training mode."""
     yield plain
-    for cls, probe in EXTRA.items():
+    for cls, probe in PROBES.items():
         if isinstance(model, cls):
             yield probe
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from yolo_prune.env.registry import Registry
 from yolo_prune.errors import UnsupportedModelError
 from yolo_prune.graph.structure import Attribute, Fold, Rows, output_dimension
 
 Rule = Callable[[Any, "Facts"], None]
 
-RULES: dict[type[nn.Module], Rule] = {}
+RULES: Registry[type[nn.Module], Rule] = Registry("{} already has a rule.")
 OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase)  # torch modules that write out sizes that a cut would change
 
 
@@ -39,15 +40,7 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
         ...     facts.equal(first, second)
         ...     facts.attribute("c", first)
     """
-
-    def decorate(rule: Rule) -> Rule:
-        for cls in classes:
-            if cls in RULES:
-                raise ValueError(f"{cls.__name__} already has a rule.")
-            RULES[cls] = rule
-        return rule
-
-    return decorate
+    return RULES.register(*classes)
 
 
 def read_as_is(*classes: type[nn.Module]) -> None:

@@ -12,11 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEPS = (1, 2, 4, 8, 16, 32)
+"""Multiples that runtimes may work in: of numbers in a vector register, or in a tile of a GPU."""
 USUAL = 8
+"""Of eight 32-bit numbers a register of AVX2 consists, of eight channels a tile of tensor cores in half precision."""
 SURELY = 0.9
-"""Other steps than the usual ones must explain the times by this much better."""
+"""Steps count as good as the best ones if their error, times this, is no larger.
 
-Point = tuple[int, int, float]
+A choice: the noise of the times moves the errors of like steps by some per cent, and is not to choose between them.
+"""
+
+LayerTime = tuple[int, int, float]
 """Channels read, channels put out, milliseconds."""
 
 
@@ -29,7 +34,7 @@ class Formula(NamedTuple):
     both: float
 
 
-def formula(points: Sequence[Point], steps: tuple[int, int] = (1, 1), depthwise: bool = False) -> Formula:
+def formula(points: Sequence[LayerTime], steps: tuple[int, int] = (1, 1), depthwise: bool = False) -> Formula:
     """The formula that comes nearest to some times, by relative squares.
 
     Args:
@@ -40,7 +45,7 @@ def formula(points: Sequence[Point], steps: tuple[int, int] = (1, 1), depthwise:
     return _fit(points, steps, depthwise)[0]
 
 
-def steps(layers: Mapping[str, tuple[Sequence[Point], bool]]) -> tuple[int, int]:
+def steps(layers: Mapping[str, tuple[Sequence[LayerTime], bool]]) -> tuple[int, int]:
     """In multiples of what a runtime works: steps of the channels that layers read, and of those they put out.
 
     Args:
@@ -58,7 +63,7 @@ def steps(layers: Mapping[str, tuple[Sequence[Point], bool]]) -> tuple[int, int]
     return min(good, key=lambda pair: (abs(math.log2(max(pair) / USUAL)), pair))
 
 
-def _fit(points: Sequence[Point], steps: tuple[int, int], depthwise: bool) -> tuple[Formula, float]:
+def _fit(points: Sequence[LayerTime], steps: tuple[int, int], depthwise: bool) -> tuple[Formula, float]:
     """A formula, and the sum of its squared relative errors."""
     table = np.array(points, dtype=np.float64)
     ins, outs = (np.ceil(table[:, i] / step) * step for i, step in enumerate(steps))

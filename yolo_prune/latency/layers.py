@@ -14,7 +14,10 @@ from yolo_prune.cut.copies import lean_copy
 from yolo_prune.graph import probes
 
 COPIES = 4
-"""Layers side by side in a probe: what a runtime does around them then weighs a quarter."""
+"""Layers side by side in a probe: what a runtime does around them then weighs a quarter.
+
+A choice: with more of them it weighs less, and a probe takes longer and more memory.
+"""
 DEPTHWISE = 0
 KINDS: dict[str, Any] = {"conv": nn.Conv2d, "deconv": nn.ConvTranspose2d, "linear": nn.Linear}
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)

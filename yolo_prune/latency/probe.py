@@ -15,19 +15,26 @@ from torch import Tensor, nn
 
 from yolo_prune.data.calibration import Progress
 from yolo_prune.errors import BenchError
-from yolo_prune.latency.fit import Point
+from yolo_prune.latency.fit import LayerTime
 from yolo_prune.latency.layers import COPIES, Layer
 from yolo_prune.measure import clock, runtimes
-from yolo_prune.measure.exporter import quietly
+from yolo_prune.measure.quiet import quietly
 from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting
 
 SECONDS = 0.15
-"""That the rounds of one layer may take, all its widths together."""
+"""That the rounds of one layer may take, all its widths together; at least `clock.LEAST` rounds.
+
+A choice: `clock.LEAST` rounds of eight widths of 2 ms each. Of the times the least counts, so rounds are there to meet
+a moment without disturbance. With the exports, the layers of a YOLO11n take half a minute (README).
+"""
 OPSET = 17
+"""Of ONNX. Convolutions and products are the same in later ones; all releases of torch that we take can write it."""
 
 
-def measure(layers: Sequence[Layer], format: str, setting: Setting, progress: Progress) -> dict[str, list[Point]]:
+def time_layers(
+    layers: Sequence[Layer], format: str, setting: Setting, progress: Progress
+) -> dict[str, list[LayerTime]]:
     """Time layers, each at several widths.
 
     Args:
@@ -45,7 +52,7 @@ def measure(layers: Sequence[Layer], format: str, setting: Setting, progress: Pr
     return {layer.key: _time(layer, format, setting) for layer in progress(layers)}
 
 
-def _time(layer: Layer, format: str, setting: Setting) -> list[Point]:
+def _time(layer: Layer, format: str, setting: Setting) -> list[LayerTime]:
     widths = layer.widths()
     with tempfile.TemporaryDirectory(prefix="yolo-prune-layer-") as folder:
         with quietly(f"The export of a layer ({layer.key}) to {format}"):

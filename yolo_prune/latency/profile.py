@@ -11,18 +11,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
+from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import BenchError
-from yolo_prune.latency.fit import Formula, Point, formula, steps
+from yolo_prune.latency.fit import Formula, LayerTime, formula, steps
 from yolo_prune.latency.layers import Layer, distinct
 from yolo_prune.planning.cost import Term, Timing
 
 FORMAT = 1
+_OTHER = (
+    f"'{{path}}' is no profile that this yolo-prune {__version__} reads ({{why}}). Write it with 'yolo-prune profile' "
+    "of the same version."
+)
+FILE = JsonFile(
+    "a profile",
+    unreadable="The profile '{path}' cannot be read: {why}.",
+    broken=_OTHER,
+    wrong=_OTHER,
+    error=BenchError,
+)
 KEY = r"^[0-9a-f]{16} [0-9a-f]{16} at [1-9][0-9]{1,4}$"  # see model_key
-LEAST_SCALE = 0.05  # a model that gets no faster at all would leave nothing to solve for
+LEAST_SCALE = 0.05
+"""Of what its layers save, a model saves at least this. A choice: if it saved nothing, no cut could be solved for."""
 
 
 class Place(BaseModel):
@@ -64,7 +77,7 @@ class Table(BaseModel):
     version: Literal[1] = 1  # FORMAT
     yolo_prune: str = __version__
     place: Place
-    layers: dict[str, Annotated[list[Point], Field(min_length=1)]] = Field(default_factory=dict)
+    layers: dict[str, Annotated[list[LayerTime], Field(min_length=1)]] = Field(default_factory=dict)
     wholes: dict[Annotated[str, Field(pattern=KEY)], list[Whole]] = Field(default_factory=dict)
 
     def missing(self, layers: Mapping[str, list[Layer]]) -> list[Layer]:
@@ -102,8 +115,8 @@ class Table(BaseModel):
         """
         return self.model_copy(update={"layers": self.layers | {m.key: self._nearest(m) for m in self.missing(layers)}})
 
-    def _nearest(self, layer: Layer) -> list[Point]:
-        def distance(points: list[Point]) -> float:
+    def _nearest(self, layer: Layer) -> list[LayerTime]:
+        def distance(points: list[LayerTime]) -> float:
             ins, outs, _ = max(points)
             return abs(math.log(ins / layer.ins)) + abs(math.log(outs / layer.outs))
 
@@ -151,17 +164,7 @@ class Table(BaseModel):
         Raises:
             BenchError: If the file cannot be read, or is no such table.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except OSError as e:
-            raise BenchError(f"The profile '{path}' cannot be read: {e.strerror or e}.") from e
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "file"
-            raise BenchError(
-                f"'{path}' is no profile that this yolo-prune {__version__} reads ({where}: {first['msg']}). Write it "
-                "with 'yolo-prune profile' of the same version."
-            ) from e
+        return FILE.load(path, cls)
 
 
 def model_key(layers: Mapping[str, list[Layer]], imgsz: int) -> str:

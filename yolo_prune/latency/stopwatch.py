@@ -27,9 +27,16 @@ from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting
 
 BUDGET = 5.0
-"""Seconds that rounds go on for, unless they are `clock.MOST`; several times as long where a ratio is uncertain."""
+"""Seconds that rounds go on for, unless they are `clock.MOST`; several times as long where a ratio is uncertain.
+
+A choice: the eight attempts that a search may take are then 40 seconds of timing where the machine is quiet.
+"""
 CERTAIN, UNCERTAIN = 0.01, 0.03
-"""Half the width of a ratio's 95 % interval, as a fraction of it: worth three budgets, and worth ten."""
+"""Half the width of a ratio's 95 % interval, as a fraction of it: worth three budgets, and worth ten.
+
+`UNCERTAIN` is `search.TOLERANCE`: of a wider interval nobody can say whether the target is met. `CERTAIN` is a third of
+it, so that the decision seldom hangs on chance.
+"""
 
 
 class Measured(NamedTuple):

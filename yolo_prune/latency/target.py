@@ -30,7 +30,11 @@ from yolo_prune.recipe import Recipe
 from yolo_prune.recipe.schema import CriterionSpec, Target
 
 DEPTHS = (0.5, 0.9)
-"""How far models are cut that are timed to set the layers' times right, of what may be cut."""
+"""How far models are cut that are timed to set the layers' times right, of what may be cut.
+
+A choice: with the dense model they lie over the range that targets ask for. Fewer would leave the line between sums of
+layers and whole models to one point; each costs an export and a budget of the stopwatch.
+"""
 METHOD = 1
 """Times that were taken in another way are not those of this one: to be raised with every such change."""
 
@@ -136,7 +140,7 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
                 "Delete that file, and start again on an idle machine, if the cut comes out worse than one by FLOPs."
             )
         if missing:
-            table.layers |= probe.measure(missing, format, setting, bar(f"timing {len(missing)} layers"))
+            table.layers |= probe.time_layers(missing, format, setting, bar(f"timing {len(missing)} layers"))
             _keep(table, path)  # minutes of work, that are not lost where a whole model cannot be timed
         if not key:
             table.wholes[model_key(layers, setting.imgsz)] = _wholes(dense, table, layers, format, setting)

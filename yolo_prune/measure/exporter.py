@@ -4,21 +4,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from ultralytics import utils
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.engine.model import Model
-from ultralytics.utils import checks
 
-from yolo_prune.errors import BenchError, PruneError
+from yolo_prune.errors import BenchError
+from yolo_prune.measure.quiet import quietly
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -60,50 +56,3 @@ def _same_gpus() -> Iterator[None]:
             os.environ.pop(VISIBLE, None)
         else:
             os.environ[VISIBLE] = before
-
-
-@contextlib.contextmanager
-def quietly(what: str) -> Iterator[None]:
-    """Keep what is written meanwhile, by this process and by programs that it starts, and show it if this fails.
-
-    Ultralytics is kept from installing packages as well.
-
-    Raises:
-        BenchError: For anything that is raised inside and is no PruneError; with the last lines that were written.
-    """
-    automatic = {module: module.AUTOINSTALL for module in (utils, checks) if hasattr(module, "AUTOINSTALL")}
-    with tempfile.TemporaryFile() as log, open(os.devnull, "w", encoding="utf-8") as nowhere:
-        failed: Exception | None = None
-        handlers = list(logging.root.handlers)
-        _flush()
-        before = [os.dup(1), os.dup(2)]
-        try:
-            for module in automatic:
-                module.AUTOINSTALL = False
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-                yield
-        except Exception as e:
-            failed = e
-        finally:
-            _flush()
-            for number, old in enumerate(before, start=1):
-                os.dup2(old, number)
-                os.close(old)
-            for module, value in automatic.items():
-                module.AUTOINSTALL = value
-            logging.root.handlers[:] = handlers  # a first logging.warning makes one for a stream that is closed now
-        if isinstance(failed, PruneError):
-            raise failed
-        if failed is not None:
-            log.seek(0)
-            lines = log.read().decode("utf-8", "replace").strip().splitlines()[-5:]
-            said = "".join(f"\n  {line}" for line in lines)
-            raise BenchError(f"{what} failed: {type(failed).__name__}: {failed}{said}") from failed
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a notebook's streams may have none
-            stream.flush()

@@ -14,13 +14,17 @@ from yolo_prune.data.datasets import calibration, pixels
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.measure import runtimes, subjects
 from yolo_prune.measure.differences import CONFIDENCE, Array, Comparison, Layout, batches
-from yolo_prune.measure.exporter import quietly
+from yolo_prune.measure.quiet import quietly
 from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting, Source, Subject
 from yolo_prune.report.measurement import PRECISIONS, TOLERANCES, Parity, Tolerance
 
 IMAGES = 16
-"""Images of a dataset that outputs are compared on."""
+"""Images of a dataset that outputs are compared on.
+
+A choice: what is exported wrongly is likely to show on any image; more of them take longer. mAP, which is compared as
+well, takes all images of the dataset.
+"""
 HEADS = {"segment": "nm", "pose": "nk", "obb": "ne"}
 """Where the heads of tasks that detect more than boxes say how many numbers they add to each."""
 

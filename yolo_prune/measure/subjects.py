@@ -20,7 +20,8 @@ from ultralytics.utils.torch_utils import get_cpu_info
 from yolo_prune.env import checkpoints
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.measure import runtimes
-from yolo_prune.measure.exporter import export, quietly
+from yolo_prune.measure.exporter import export
+from yolo_prune.measure.quiet import quietly
 from yolo_prune.measure.runtimes import Session
 from yolo_prune.planning import planner
 from yolo_prune.report.measurement import PRECISIONS

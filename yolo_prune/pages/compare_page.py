@@ -59,7 +59,7 @@ def compare(
     candidates: list[Candidate] = []
     for name, model in zip(names, opened, strict=True):
         LOGGER.info(f"Validating {name} ({len(candidates) + 1} of {len(names)})")
-        candidates.append(evaluate.measure(model, name, data, imgsz))
+        candidates.append(evaluate.validate_once(model, name, data, imgsz))
     photos = evaluate.photographs(opened, files[0], imgsz, None)
     asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
     words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]

@@ -29,7 +29,7 @@ CONFIDENCE = 0.25
 SHOWN = ("detect", "segment", "pose", "obb")  # tasks whose results have outlines
 
 
-def measure(model: Model, name: str, data: str | Path, imgsz: int) -> Candidate:
+def validate_once(model: Model, name: str, data: str | Path, imgsz: int) -> Candidate:
     """Validate a model once, and count what it costs.
 
     Args:
@@ -63,7 +63,7 @@ def time_all(models: Sequence[Model], formats: Sequence[str], setting: Setting) 
     Raises:
         PruneError: If none of them could be measured.
     """
-    found = benchmark.measure(models, formats, setting)
+    found = benchmark.measure_models(models, formats, setting)
     if not found.rows:
         found.check()
     return found

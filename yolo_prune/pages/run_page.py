@@ -147,7 +147,7 @@ def _look(report: Report, models: list[Model], data: str, measure: bool) -> tupl
     report = report.model_copy(deep=True)
     for figures, model in zip((report.dense, report.pruned), models, strict=True):
         if measure and not figures.classes:
-            figures.classes = evaluate.measure(model, "the model", data, imgsz).figures.classes
+            figures.classes = evaluate.validate_once(model, "the model", data, imgsz).figures.classes
     return report, evaluate.photographs(models, files, imgsz, None)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from yolo_prune.data.calibration import Calibration, Progress
+from yolo_prune.env.registry import Registry
 from yolo_prune.errors import RecipeError
 from yolo_prune.graph.structure import ChannelSet, Group
 from yolo_prune.planning import sensitivity
@@ -17,10 +18,11 @@ from yolo_prune.planning.select import Allocation
 from yolo_prune.recipe.options import fraction, make, whole_number
 
 MOST_SHARES = 20
+"""A bound, not an optimum: every share is a pass over the images for every layer, which takes minutes (see README)."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class Prunable:
     """What is to be cut: all that an allocator may look at.
 
     Attributes:
@@ -47,30 +49,36 @@ class Allocator(Protocol):
 
     images: int
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """Allocate."""
 
 
+ALLOCATIONS: Registry[str, Callable[..., Allocator]] = Registry("An allocation named '{}' is already registered.")
+
+
+@ALLOCATIONS.register("global")
 class Global:
     """All channels of the model compete with one another: what matters least for its cost goes, wherever it is."""
 
     images = 0
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """See `Allocator`."""
         return Allocation()
 
 
+@ALLOCATIONS.register("uniform")
 class Uniform:
     """All groups lose the same share of their channels, as nearly as the allowed widths let them."""
 
     images = 0
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """See `Allocator`."""
-        return Allocation({group.name: group.name for group, _ in subject.levels})
+        return Allocation({group.name: group.name for group, _ in prunable.levels})
 
 
+@ALLOCATIONS.register("isomorphic")
 class Isomorphic:
     """Channels compete within groups of the same structure, and all kinds of structure lose the same share of channels.
 
@@ -80,12 +88,13 @@ class Isomorphic:
 
     images = 0
 
-    def __call__(self, subject: Subject) -> Allocation:
+    def __call__(self, prunable: Prunable) -> Allocation:
         """See `Allocator`."""
-        layers = dict(subject.model.named_modules())
-        return Allocation({g.name: tuple(_structure(s, layers) for s in g.sets) for g, _ in subject.levels})
+        layers = dict(prunable.model.named_modules())
+        return Allocation({g.name: tuple(_structure(s, layers) for s in g.sets) for g, _ in prunable.levels})
 
 
+@ALLOCATIONS.register("sensitivity")
 class Sensitivity:
     """Groups compete by what the loss was seen to rise by as each of them was cut by itself; see `sensitivity.curves`.
 
@@ -96,21 +105,27 @@ class Sensitivity:
         """Remember the options.
 
         Args:
-            images: training images to measure the loss on.
-            shares: where it is measured, as fractions of what the limits on widths let go.
+            images: training images to measure the loss on. 32 are a choice: more are less noisy, and take longer.
+            shares: where it is measured, as fractions of what the limits on widths let go. Three are a choice, too:
+                between them the curve is straight, and each is a pass over the images for every layer.
         """
         self.images = whole_number("images", images, kind="allocation")
         if not isinstance(shares, list | tuple) or not 0 < len(shares) <= MOST_SHARES:
             raise RecipeError(f"allocation.shares: must be a list of 1 to {MOST_SHARES} numbers, got {shares!r}.")
         self.shares = [fraction("shares", share, kind="allocation") for share in shares]
 
-    def __call__(self, subject: Subject) -> Allocation:
-        """See `Allocator`."""
-        assert subject.calibration is not None
-        images = subject.calibration.first(self.images)
-        free = [(g, levels) for g, levels in subject.levels if len(levels) > 1]
+    def __call__(self, prunable: Prunable) -> Allocation:
+        """See `Allocator`.
+
+        Raises:
+            RecipeError: If there are no training images.
+        """
+        if prunable.calibration is None:
+            raise RecipeError("allocation sensitivity looks at training images, and there are none: pass data=.")
+        images = prunable.calibration.first(self.images)
+        free = [(g, levels) for g, levels in prunable.levels if len(levels) > 1]
         return Allocation(
-            curves=sensitivity.curves(subject.model, free, subject.scores, self.shares, images, subject.progress)
+            curves=sensitivity.curves(prunable.model, free, prunable.scores, self.shares, images, prunable.progress)
         )
 
 
@@ -120,18 +135,10 @@ def _structure(channels: ChannelSet, layers: Mapping[str, nn.Module]) -> Hashabl
     return tuple((type(layers[n]).__name__, getattr(layers[n], "groups", 1) > 1, dim) for n, dim in places)
 
 
-ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
-    "global": Global,
-    "uniform": Uniform,
-    "isomorphic": Isomorphic,
-    "sensitivity": Sensitivity,
-}
-
-
 def create(name: str, options: Mapping[str, Any]) -> Allocator:
     """Make the allocator that a recipe asks for.
 
     Raises:
-        RecipeError: If an option is unknown or out of range.
+        RecipeError: If there is no such allocation, or an option is unknown or out of range.
     """
-    return make("allocation", name, ALLOCATIONS[name], options)
+    return make("allocation", name, ALLOCATIONS, options)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from yolo_prune.errors import PruneError
 from yolo_prune.graph.structure import Graph
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -80,13 +81,21 @@ class Cost:
         return sum(self._numel(name, shapes) for name in self.params)
 
     def total(self, metric: str, shapes: Shapes | None = None) -> float:
-        """FLOPs, parameters or milliseconds, by the name of a recipe's metric: "flops", "params" or "latency"."""
+        """FLOPs, parameters or milliseconds, by the name of a recipe's metric: "flops", "params" or "latency".
+
+        Raises:
+            PruneError: If the latency is asked for, and was not measured.
+        """
         if metric == "latency":
             return self._timing.total({**self.shapes, **(shapes or {})})
         return self.flops(shapes) if metric == "flops" else self.parameters(shapes)
 
     def terms(self, metric: str) -> tuple[float, dict[str, Term]]:
-        """What a metric is the sum of: what no width changes, and a term for every tensor."""
+        """What a metric is the sum of: what no width changes, and a term for every tensor.
+
+        Raises:
+            PruneError: If the metric is the latency, and was not measured.
+        """
         if metric == "latency":
             return self._timing.fixed, dict(self._timing.terms)
         rest = {name: math.prod(shape[2:]) for name, shape in self.shapes.items()}
@@ -96,7 +105,8 @@ class Cost:
 
     @property
     def _timing(self) -> Timing:
-        assert self.timing is not None, "the latency of this model was not measured"
+        if self.timing is None:
+            raise PruneError("The latency of this model was not measured: its cost knows FLOPs and parameters only.")
         return self.timing
 
     def _numel(self, name: str, shapes: Shapes | None) -> int:

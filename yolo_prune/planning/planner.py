@@ -30,6 +30,7 @@ STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
 }
 """What takes the place of a criterion or an allocation that looks at training images where there are none."""
 ROUND_TO = 8
+"""What tensor cores want widths in FP16 to be multiples of (8) or to be padded to; the README has what 16 changes."""
 
 
 def make_plan(
@@ -206,7 +207,7 @@ def weigh(
     comparable = bool(getattr(criterion, "comparable", False))
     allowed = [(g, levels(g, constraints, widths)) for g in free]
     allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
-    share_out = allocate(allocation.Subject(model, allowed, scores, calibration, progress))
+    share_out = allocate(allocation.Prunable(model, allowed, scores, calibration, progress))
     cost = measure(model, graph, timing)
     return Weighed(graph, cost, dense, widths, constraints, scores, comparable, share_out)
 

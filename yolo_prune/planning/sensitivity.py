@@ -25,6 +25,7 @@ from yolo_prune.graph.structure import Group
 from yolo_prune.planning.select import Curve, ascending, removed
 
 VERSION = 1
+"""Of the files that keep losses; files of another version are not read, and the losses are measured anew."""
 Gone = dict[str, dict[int, list[int]]]  # {tensor name: {dimension: indices that are to go}}
 
 

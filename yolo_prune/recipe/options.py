@@ -12,18 +12,21 @@ from yolo_prune.errors import RecipeError
 T = TypeVar("T")
 
 
-def make(kind: str, name: str, factory: Callable[..., T], options: Mapping[str, Any]) -> T:
-    """Call a factory with the options that a recipe gives beside a name.
+def make(kind: str, name: str, factories: Mapping[str, Callable[..., T]], options: Mapping[str, Any]) -> T:
+    """Make what a recipe asks for: call the factory of that name with the options beside it.
 
     Args:
         kind: the recipe's field, for messages.
         name: what is made.
-        factory: makes it; its parameters are the options that there are.
+        factories: `{name: what makes it}`; the parameters of each are the options that there are.
         options: `{option: value}`.
 
     Raises:
-        RecipeError: If an option is unknown or out of range.
+        RecipeError: If there is no such name, or an option is unknown or out of range.
     """
+    if name not in factories:
+        raise RecipeError(f"{kind}.name: there is no {kind} '{name}'; choose one of {', '.join(factories)}.")
+    factory = factories[name]
     known = list(signature(factory).parameters)
     for option in options:
         if option not in known:

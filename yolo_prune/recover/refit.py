@@ -15,13 +15,31 @@ from torch.utils.hooks import RemovableHandle
 
 from yolo_prune.cut.plan import Plan
 from yolo_prune.data import layer_samples
-from yolo_prune.data.layer_samples import Layer
+from yolo_prune.data.layer_samples import ReadableLayer
 from yolo_prune.recover.scope import inside, modes_kept
 
-POSITIONS = 8000  # of all images together that a layer is fitted to
-PER_COLUMN = 3  # but at least so many for each unknown weight of an output
+POSITIONS = 8000
+"""Of all images together that a layer is fitted to. A choice: more take memory and time in proportion."""
+PER_COLUMN = 3
+"""But at least so many positions for each unknown weight of an output.
+
+A choice: with one for each, the fit would follow every one of them and the ridge alone would hold it; from a few on, it
+is an average.
+"""
 RIDGE = 0.01
-LEAST = 0.05  # of a batch norm's variance that always stays
+"""Penalty on the distance to the old weights, as a fraction of the mean variance of what the layer reads.
+
+A choice; the README's results were reached with it, and it was not compared with others. Less lets the weights follow
+the few images; more leaves them as they were before the cut, and undoes the refit.
+"""
+TINY = 1e-12
+"""Added to it, so that a layer that reads nothing but zeros can be solved for; far below any real variance."""
+LEAST = 0.05
+"""Of a batch norm's variance that always stays, as a fraction.
+
+A choice, for few or tiny images: a channel that is constant on them would have none, and be blown up on others. The
+bound lets a deviation grow to `LEAST ** -0.5`, 4.5 times what it was, and no further.
+"""
 NORMS = (nn.BatchNorm2d,)
 
 
@@ -127,7 +145,7 @@ class _Targets:
             if calls > 1:  # shared by several inputs: no single one to fit to
                 self.wanted.pop(name)
 
-    def _note(self, name: str, layer: Layer, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def _note(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
         self._calls[name] += 1
         columns = layer.weight[0].numel()
         count = max(POSITIONS, PER_COLUMN * columns)
@@ -157,7 +175,7 @@ def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wan
     old = layer.weight.permute(1, 2, 3, 0).reshape(-1, inputs).to(device, torch.float64)
     missing = (wanted.to(device, torch.float64) - old @ read).reshape(outputs, -1, read.shape[1])
     moment = read @ read.T / read.shape[1]
-    moment.diagonal().add_(RIDGE * moment.diagonal().mean() + 1e-12)
+    moment.diagonal().add_(RIDGE * moment.diagonal().mean() + TINY)
     factor = torch.linalg.cholesky(moment)
     if layer.bias is not None:  # what of a constant the pixels cannot put out by themselves
         alone = 1 - torch.cholesky_solve(read.mean(1, keepdim=True), factor).T @ read
@@ -206,7 +224,7 @@ def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tu
     missing = missing - old.float().reshape(groups, -1, columns) @ read
     moment = (read @ read.transpose(1, 2)).to(device, torch.float64) / samples
     cross = (missing @ read.transpose(1, 2)).to(device, torch.float64) / samples
-    penalty = ridge * moment.diagonal(dim1=1, dim2=2).mean(1) + 1e-12
+    penalty = ridge * moment.diagonal(dim1=1, dim2=2).mean(1) + TINY
     moment.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
     weight = weight + torch.cholesky_solve(cross.transpose(1, 2), torch.linalg.cholesky(moment)).transpose(1, 2)
     offset = middle.to(device) - weight @ centre.to(device)

@@ -17,10 +17,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
+from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PruneError
 
 FORMAT = 1
 FILE_NAME = "prune.json"
+_WHERE = f"Give the {FILE_NAME} of a run that was trained with callbacks=prune, or its folder."
+FILE = JsonFile(
+    "a pruning report",
+    missing=f"No pruning report at {{path}}. {_WHERE}",
+    unreadable=f"Cannot read the pruning report {{path}}: {{why}}. {_WHERE}",
+    broken="{path} is not complete JSON ({why}): it was cut short or edited. Restore it from a copy, or resume the "
+    "run, which writes it again.",
+)
 
 
 def _plain(value: object) -> object:
@@ -196,7 +205,7 @@ class Report(_Row):
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
-        return cls._from_data(_read_json(path), path)
+        return cls._from_data(FILE.read(path), path)
 
     @classmethod
     def _from_data(cls, data: object, path: Path) -> Report:
@@ -216,23 +225,3 @@ class Report(_Row):
                 for item in error.errors()[:5]
             )
             raise PruneError(f"{path} is a damaged report: {wrong}. {_WHERE}") from error
-
-
-_WHERE = f"Give the {FILE_NAME} of a run that was trained with callbacks=prune, or its folder."
-
-
-def _read_json(path: Path) -> object:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PruneError(f"No pruning report at {path}. {_WHERE}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PruneError(f"Cannot read the pruning report {path}: {error}. {_WHERE}") from error
-    try:
-        data: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PruneError(
-            f"{path} is not complete JSON ({error}): it was cut short or edited. Restore it from a copy, or "
-            "resume the run, which writes it again."
-        ) from error
-    return data

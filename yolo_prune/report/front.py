@@ -7,13 +7,20 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from yolo_prune.env.files import write_text
-from yolo_prune.errors import PruneError
+from yolo_prune.env.json_files import JsonFile
 from yolo_prune.report.data import Report
 
 FRONT = "front.json"
+_WITHOUT = "Delete it, and the report goes without it."
+FILE = JsonFile(
+    "what a run with a limit leaves",
+    unreadable=f"{{path}} is damaged: {{why}}. {_WITHOUT}",
+    broken=f"{{path}} is damaged: Invalid JSON: {{why}}. {_WITHOUT}",
+    wrong=f"{{path}} is damaged: {{why}}. {_WITHOUT}",
+)
 
 
 def round_file(number: int) -> str:
@@ -21,7 +28,7 @@ def round_file(number: int) -> str:
     return f"round{number}.pt"
 
 
-class Point(BaseModel):
+class FrontPoint(BaseModel):
     """One model: what it costs, as fractions of the dense one, and how good its best epoch was.
 
     Attributes:
@@ -46,7 +53,7 @@ class Front(BaseModel):
     version: Literal[1] = 1
     limit: float
     reference: float
-    points: list[Point]
+    points: list[FrontPoint]
 
     def save(self, folder: str | Path) -> Path:
         """Write `front.json` into a run's folder."""
@@ -60,13 +67,7 @@ class Front(BaseModel):
             PruneError: If the file is damaged.
         """
         path = Path(folder) / FRONT
-        if not path.exists():
-            return None
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as e:
-            reason = e.errors()[0]["msg"] if isinstance(e, ValidationError) else e
-            raise PruneError(f"{path} is damaged: {reason}. Delete it, and the report goes without it.") from e
+        return FILE.load(path, cls) if path.exists() else None
 
 
 def front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:
@@ -80,11 +81,11 @@ def front(report: Report, limit: float, reference: float, start: dict[str, float
     """
     good = max((row.number for row in report.rounds if row.held), default=0)
     finished = report.status == "finished"
-    points = [Point(round=0, fitness=reference, held=True, weights="", flops_kept=start.get("flops"),
+    points = [FrontPoint(round=0, fitness=reference, held=True, weights="", flops_kept=start.get("flops"),
                     params_kept=start.get("params"))]  # fmt: skip
     for row in report.rounds:
         points.append(
-            Point(
+            FrontPoint(
                 round=row.number,
                 flops_kept=_share(row.flops, report.dense.flops),
                 params_kept=_share(row.params, report.dense.params),

@@ -7,20 +7,28 @@ Times are milliseconds, boxes are pixels of the image that the model sees, FLOPs
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
-from yolo_prune.errors import BenchError, ParityError, PruneError
+from yolo_prune.env.json_files import JsonFile
+from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.report.data import _Count, _Float, _Int, _plain, _Row
 from yolo_prune.report.table import MISSING, align, number
 
 FORMAT = 1
 BENCH = "bench.json"
+FILE = JsonFile(
+    "a measurement",
+    missing="There is no measurement at {path}.",
+    unreadable="The measurement {path} cannot be read: {why}.",
+    broken="{path} is not complete JSON: {why}. Measure again.",
+    wrong="{path} is not a measurement: {why}. Measure again.",
+)
 _Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PRECISIONS = {None: "fp32", 32: "fp32", 16: "fp16", 8: "int8"}
 """What Ultralytics calls `quantize`, in words."""
@@ -298,16 +306,7 @@ class Measurement(_Row):
             >>> print(found)
             imgsz ...
         """
-        try:
-            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls.model_validate(data)
-        except FileNotFoundError:
-            raise PruneError(f"There is no measurement at {path}.") from None
-        except ValidationError as e:
-            first = e.errors()[0]
-            raise PruneError(f"{path} is not a measurement: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from e
-        except (OSError, ValueError, RecursionError) as e:
-            raise PruneError(f"{path} is not complete JSON: {e}. Measure again.") from e
+        return FILE.load(path, cls)
 
 
 def render(found: Measurement) -> str:
@@ -381,5 +380,5 @@ def _parity_table(rows: Sequence[TimingRow]) -> str:
     return align(table, left=1)
 
 
-def _range(pair: tuple[float, float], text: Any) -> str:
+def _range(pair: tuple[float, float], text: Callable[[float], str]) -> str:
     return f"{text(pair[0])} - {text(pair[1])}"

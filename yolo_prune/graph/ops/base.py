@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from yolo_prune.env.registry import Registry
 from yolo_prune.graph.labels import Labels, Tag, tag_of
 
 
@@ -61,20 +62,16 @@ class Call:
 
 
 Effect = Callable[[Call], None]
-EFFECTS: dict[str, Effect] = {}
+EFFECTS: Registry[str, Effect] = Registry("'{}' already has an effect.")
 
 
 def effect(*names: str) -> Callable[[Effect], Effect]:
-    """Register what the operations with these names do."""
+    """Register what the operations with these names do.
 
-    def decorate(function: Effect) -> Effect:
-        for name in names:
-            if name in EFFECTS:
-                raise ValueError(f"'{name}' already has an effect.")
-            EFFECTS[name] = function
-        return function
-
-    return decorate
+    Raises:
+        ValueError: If one of them already has an effect.
+    """
+    return EFFECTS.register(*names)
 
 
 def first(out: Any) -> Tensor:

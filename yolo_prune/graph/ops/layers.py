@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,52 +106,90 @@ def layer_norm(call: Call) -> None:
     put(first(call.out), Tag(tag.planes, False))
 
 
+class _Factor(NamedTuple):
+    """One of the two factors of a matrix product.
+
+    Attributes:
+        tensor: `(..., rows, columns)`.
+        tag: what it carries.
+        summed: the dimension that the product sums over, counted from the end.
+        free: the other one of the matrix.
+    """
+
+    tensor: Tensor
+    tag: Tag
+    summed: int
+    free: int
+
+    @property
+    def gone(self) -> list[Tensor]:
+        """Planes that vary along what is summed over."""
+        return [p for p in self.tag.planes if p.ndim + self.summed in varying(p)]
+
+    def left(self, shape: torch.Size) -> list[Tensor]:
+        """The other planes, as they are found in a product of this shape."""
+        planes = [p for p in self.tag.planes if p.ndim + self.summed not in varying(p)]
+        return [p.narrow(self.summed, 0, 1).expand(shape) for p in planes]
+
+    def mixes(self, plane: Tensor) -> bool:
+        """A plane varies along both dimensions of the matrix."""
+        return plane.ndim + self.free in varying(plane)
+
+
 @effect("mm", "bmm", "matmul", "mv", "dot", "addmm", "baddbmm", "linear", "addmv")
 def contract(call: Call) -> None:
     """A matrix product: what it sums over is one, what stays keeps its labels."""
-    bias, a, b = _operands(call)
-    s, t = tag_of(a) or Tag(), tag_of(b) or Tag()
-    if b.ndim == 1 or a.ndim == 1:
+    bias, first_factor, second_factor = _operands(call)
+    if first_factor.ndim == 1 or second_factor.ndim == 1:
         call.pin_all("is multiplied as a vector")
         return
-    summed_a = [p for p in s.planes if p.ndim - 1 in varying(p)]
-    summed_b = [p for p in t.planes if p.ndim - 2 in varying(p)]
-    for p, q in zip(summed_a, summed_b, strict=False):
-        mixed = p.ndim - 2 in varying(p) or q.ndim - 1 in varying(q)
-        if mixed:
-            call.pin_all("is rearranged between channels and positions")
-        else:
-            call.labels.unify(p[..., :1, :].transpose(-1, -2), q[..., :, :1])
-    for p in (*summed_a[len(summed_b) :], *summed_b[len(summed_a) :]):
-        call.labels.pin(p, "is multiplied by a matrix of fixed width")
-    if (summed_a and not s.silent) or (summed_b and not t.silent):
-        for p in (*summed_a, *summed_b):
-            call.labels.pin(p, "feeds a product through an activation that is not 0 at 0")
-    kept_a = [p[..., :1].expand(call.out.shape) for p in s.planes if p.ndim - 1 not in varying(p)]
-    kept_b = [p[..., :1, :].expand(call.out.shape) for p in t.planes if p.ndim - 2 not in varying(p)]
+    a = _Factor(first_factor, tag_of(first_factor) or Tag(), summed=-1, free=-2)
+    b = _Factor(second_factor, tag_of(second_factor) or Tag(), summed=-2, free=-1)
+    _sum_over(call, a, b)
     if not call.trusted:
-        _batch_dimensions(call, (a, s), (b, t))
-    if bias is not None and (own := tag_of(bias)):
-        for p in own.planes:
-            for q in kept_b:
-                call.labels.unify(p.expand(call.out.shape), q)
-    silent = (s.silent or not kept_a) and (t.silent or not kept_b)  # a silent row of weights makes a silent output
+        _batch_dimensions(call, a, b)
+    shape = call.out.shape
+    kept_a, kept_b = a.left(shape), b.left(shape)
+    _add_bias(call, bias, kept_b)
+    silent = (a.tag.silent or not kept_a) and (b.tag.silent or not kept_b)  # a silent row of weights: a silent output
     put(call.out, Tag((*kept_a, *kept_b), silent))
-    macs = float(call.out.numel() * a.shape[-1])
-    source = t.source or s.source
-    labelled = next(iter((*summed_a, *summed_b, *kept_b, *kept_a)), None)
-    call.count(None if source else labelled, source, macs)
+    source = b.tag.source or a.tag.source
+    labelled = next(iter((*a.gone, *b.gone, *kept_b, *kept_a)), None)
+    call.count(None if source else labelled, source, float(call.out.numel() * a.tensor.shape[-1]))
 
 
 def _operands(call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
+    """What is added, and the two factors."""
     if call.name in ("addmm", "baddbmm", "addmv"):
         return call.args[0], call.args[1], call.args[2]
     return None, call.args[0], call.args[1]
 
 
-def _batch_dimensions(call: Call, *operands: tuple[Tensor, Tag]) -> None:
+def _sum_over(call: Call, a: _Factor, b: _Factor) -> None:
+    """What is summed over lives together in both factors; what has no partner, or is not silent at 0, stays."""
+    for p, q in zip(a.gone, b.gone, strict=False):
+        if a.mixes(p) or b.mixes(q):
+            call.pin_all("is rearranged between channels and positions")
+        else:
+            call.labels.unify(p[..., :1, :].transpose(-1, -2), q[..., :, :1])
+    for p in (*a.gone[len(b.gone) :], *b.gone[len(a.gone) :]):
+        call.labels.pin(p, "is multiplied by a matrix of fixed width")
+    if (a.gone and not a.tag.silent) or (b.gone and not b.tag.silent):
+        for p in (*a.gone, *b.gone):
+            call.labels.pin(p, "feeds a product through an activation that is not 0 at 0")
+
+
+def _add_bias(call: Call, bias: Tensor | None, kept: Sequence[Tensor]) -> None:
+    """What is added to a product lives with what the second factor puts out."""
+    own = None if bias is None else tag_of(bias)
+    for p in own.planes if own else ():
+        for q in kept:
+            call.labels.unify(p.expand(call.out.shape), q)
+
+
+def _batch_dimensions(call: Call, *factors: _Factor) -> None:
     """Outside of a rule, heads must not vary: that all of them keep equal counts is not known."""
-    for tensor, tag in operands:
-        for plane in tag.planes:
-            if any(d < tensor.ndim - 2 for d in varying(plane)):
+    for factor in factors:
+        for plane in factor.tag.planes:
+            if any(d < factor.tensor.ndim - 2 for d in varying(plane)):
                 call.labels.pin(plane, "is multiplied head by head")
