@@ -240,7 +240,7 @@ def test_cuts_for_a_latency_are_taken_back_too(folder: Path, tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_a_round_that_costs_too_much_is_taken_back_and_half_of_it_tried_with_short_steps_at_first(
+def test_a_round_that_costs_too_much_is_taken_back_and_half_of_it_tried_in_short_steps(
     folder: Path, tmp_path: Path
 ) -> None:
     taken: list[tuple[int, float]] = []

@@ -24,7 +24,6 @@ import pytest
 import torch
 import ultralytics.cfg
 import yaml
-from models import scaled
 from small_data import IMGSZ, tiny
 from small_runs import QUICK
 from ultralytics.cfg import DEFAULT_CFG_DICT
@@ -99,6 +98,11 @@ ITEMS = [item for page in PAGES for item in items(page)]
 COMMANDS = [item for item in ITEMS if item.kind == "bash"]
 
 
+def wider(limit: Tolerance) -> Tolerance:
+    """Limits are for models that have learnt something: rounding does more to the outputs of the stand-in."""
+    return limit.model_copy(update={"outputs": 4 * limit.outputs})
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
     """What holds for all runs here, and may be changed by them."""
@@ -123,8 +127,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPat
     export = subjects.exported
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subjects, "exported", exported)
-        for precision in ("fp16", "bf16", "int8"):  # the limits are for models that have learnt something
-            patch.setitem(TOLERANCES, precision, Tolerance())
+        for precision in ("fp16", "bf16", "int8"):
+            patch.setitem(TOLERANCES, precision, wider(TOLERANCES[precision]))
         patch.setattr(BaseValidator, "__call__", validate)
         patch.setattr(ultralytics.cfg, "ARGV", [])
         patch.setattr(datasets, "MEMORY", tmp_path_factory.mktemp("memory"))
@@ -136,7 +140,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPat
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, place: pytest.MonkeyPatch) -> Path:
     """A folder as a user has it: checkpoints, a dataset, a recipe and a run that has pruned."""
-    folder = tiny(tmp_path_factory.mktemp("original"), train=4, **scaled("yolo11", "n", 0.33, 0.125))
+    folder = tiny(tmp_path_factory.mktemp("original"), train=4)
     scenes = yaml.safe_load((folder / "scenes/scenes.yaml").read_text(encoding="utf-8"))
     for name in ("images", "labels"):
         (folder / "scenes" / name).rename(folder / name)
@@ -172,7 +176,8 @@ def names() -> dict[Path, dict[str, Any]]:
 
 
 def shortened(words: list[str]) -> list[str]:
-    """A command with arguments at its end that make it quick."""
+    """A command with arguments at its end that make it quick, and the head of a YOLO11 called as in the stand-in."""
+    words = [word.replace("model.23", "model.10") for word in words]
     size, device, runs = f"imgsz={IMGSZ}", "device=cpu", f"project={Path.cwd() / 'runs/detect'}"
     if words[1] == "train":
         limit = "smallest" in str(words) or "max_drop" in str(words)

@@ -9,6 +9,8 @@ outlives a process, so that all moments between two changes of files are alike.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -135,7 +137,16 @@ def run(order: dict[str, Any]) -> None:
     YOLO(order["model"]).train(**order["train"])
 
 
+PREPARED = (  # what a training imports on its way: done once, it is done for all children
+    *("jinja2", "matplotlib.pyplot", "polars", "requests", "sympy", "thop", "torch._dynamo", "torchvision"),
+    *("yolo_prune.pages.run_page", "yolo_prune.report.picture", "yolo_prune.run.launch", "yolo_prune.run.trainer"),
+)
+
+
 def main() -> None:
+    for name in PREPARED:
+        with contextlib.suppress(ImportError):  # not every release of Ultralytics needs all of them
+            importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
