@@ -93,9 +93,8 @@ def test_a_pruned_model_stays_pruned_and_takes_other_classes(pruned: Path, folde
     before = {n: m.out_channels for n, m in model.model.named_modules() if isinstance(m, nn.Conv2d)}
     model.train(data=str(few), project=str(folder), name="again", epochs=1, **RUN)
     after = {n: m.out_channels for n, m in model.model.named_modules() if isinstance(m, nn.Conv2d)}
-    assert {n: (before[n], after[n]) for n in after if after[n] != before[n]} == {
-        f"model.10.cv3.{level}.2": (5, 6) for level in range(3)
-    }
+    changed = {n: (before[n], after[n]) for n in after if after[n] != before[n]}
+    assert changed == {"model.10.cv3.0.2": (5, 6)}
     assert is_pruned(model.model)
 
 
