@@ -19,6 +19,16 @@ TWICE: dict[str, Any] = {"schedule": {"rounds": 2, "interval": 1}}
 IN_PLACE: dict[str, Any] = {"name": "run", "exist_ok": True, "callbacks": "prune"}
 
 RUNS: dict[str, dict[str, Any]] = {
+    "cuda": {
+        "epochs": 4,
+        "imgsz": 128,
+        "batch": 8,
+        "nbs": 16,
+        "workers": 2,
+        "plots": False,
+        "optimizer": "AdamW",
+        "callbacks": "prune",
+    },
     "distill": {**SMALL, "epochs": 3, "batch": 8, "nbs": 8},
     "gentle_settings": {**QUICK, "epochs": 2, "imgsz": 32, "batch": 4},
     "guard": {**SMALL, **IN_PLACE, "epochs": 7},
@@ -65,6 +75,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
+    "cuda": {**TWICE, "target": {"flops": 0.5}, "criterion": "magnitude", "recover": {"refit": 0, "batchnorm": 2}},
     "distill": {**PLAIN, **TWICE, "target": {"flops": 0.5}, "channels": {"round_to": 1, "min": 1}},
     "guard": {**PLAIN, "channels": {"round_to": 1, "min": 2}, "measure": False},
     "kill": {**PLAIN, "target": {"flops": 0.6}, "schedule": {"rounds": 3, "start": 1, "interval": 2}},
@@ -88,5 +99,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "recover": {"batchnorm": 0, "average": 0},
         "measure": False,
     },
-    "tasks": {"target": {"flops": 0.7}, "schedule": {"rounds": 1}, "recover": {"batchnorm": 1}},
+    "tasks": {
+        "criterion": {"name": "obs", "images": 4},
+        "target": {"flops": 0.7},
+        "schedule": {"rounds": 1},
+        "recover": {"refit": 4},
+    },
 }

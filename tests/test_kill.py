@@ -43,6 +43,7 @@ KILLS: list[tuple[str, int]] = [
     ("after a row of results.csv", 1),
     ("removed state-", 1),
     ("writing round2.pt", 1),  # the third cut
+    ("written round2.pt", 1),
     ("written last.pt", 1),
     ("in a batch", 4),
     ("after validation", 1),

@@ -180,7 +180,7 @@ def test_pruning_as_far_as_it_is_already_is_refused_before_a_folder_exists(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "MuSGD"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "MuSGD", pytest.param("SGD", marks=pytest.mark.long)])
 def test_after_a_cut_the_average_moves_and_the_optimizer_owns_the_new_parameters(
     optimizer: str, data: str, tmp_path: Path
 ) -> None:
