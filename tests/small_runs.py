@@ -100,7 +100,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "measure": False,
     },
     "tasks": {
-        "criterion": {"name": "obs", "images": 4},
+        "criterion": {"name": "fisher", "images": 4},  # gradients of the task's loss
         "target": {"flops": 0.7},
         "schedule": {"rounds": 1},
         "recover": {"refit": 4},

@@ -61,7 +61,7 @@ def source(name: str, width: float | None, folder: Path) -> str:
 def prune(model: Model, name: str, run: dict[str, Any], width: float | None) -> Path:
     """Prune a model while it trains; what is delivered is pruned, with a report that agrees."""
     before = sum(p.numel() for p in model.model.parameters())
-    recipe = RECIPES["tasks"] if width is STOCK else {**RECIPES["tasks"], **FINE}
+    recipe = {**RECIPES["tasks"], **({"criterion": "obs"} if width is STOCK else FINE)}
     model.train(epochs=2, callbacks="prune", recipe=recipe, name=name, **run)
     folder = Path(run["project"]) / name
     report = Report.load(folder)
