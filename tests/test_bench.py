@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tampering
 import torch
-from datasets import IMGSZ, tiny
+from small_data import IMGSZ, tiny
 from ultralytics import RTDETR, YOLO, utils
 from ultralytics.utils import checks
 
@@ -385,7 +385,11 @@ def test_ncnn_runs_a_batch_one_image_after_another(folder: Path, monkeypatch: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["yolo26n", "yolov10n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "rtdetr-l"]
+    "name",
+    [
+        *("yolo26n", "yolov10n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "yolov8-rtdetr"),
+        pytest.param("rtdetr-l", marks=pytest.mark.long),
+    ],
 )
 @needs("onnx", "onnxruntime", "onnxslim")
 def test_other_heads_are_compared(name: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from models import scaled
-from quick import QUICK
+from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import load_checkpoint
@@ -22,25 +22,8 @@ from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
 
-RUN: dict[str, Any] = {
-    "epochs": 3,
-    "imgsz": 64,
-    "batch": 8,
-    "nbs": 8,
-    **QUICK,
-    "optimizer": "AdamW",
-}
-PRUNE: dict[str, Any] = {
-    "callbacks": "prune",
-    "recipe": {
-        "target": {"flops": 0.5},
-        "schedule": {"rounds": 2, "interval": 1},
-        "criterion": "magnitude",
-        "recover": {"refit": 0, "batchnorm": 1},
-    },
-    "recipe.channels.round_to": 1,
-    "recipe.channels.min": 1,
-}
+RUN = RUNS["distill"]
+PRUNE: dict[str, Any] = {"callbacks": "prune", "recipe": RECIPES["distill"]}
 
 
 @pytest.fixture(scope="module")

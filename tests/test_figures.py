@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import tampering
 import torch
-from datasets import IMGSZ, tiny
-from test_latency import measured
+from small_data import IMGSZ, tiny
+from test_clock import measured
 from test_page import PAGES, Page, full, timed
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER

@@ -9,19 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import clock
-import datasets
+import made_up_clock
 import models
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
 from yolo_prune.cut import surgery
 from yolo_prune.cut.record import Record, RoundFacts, read_record, student_of, write_record
-from yolo_prune.data import datasets as readers
+from yolo_prune.data import datasets
 from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import RecipeError, RunError
 from yolo_prune.planning import planner
@@ -156,23 +156,7 @@ def test_limits_that_exclude_one_another_are_refused() -> None:
         yolo_prune.plan(models.shared("yolo11-tiny"), {"target": {"max_drop": 0.01}, "criterion": "magnitude"})
 
 
-RUN: dict[str, Any] = {
-    "epochs": 7,
-    "imgsz": 64,
-    "batch": 4,
-    "nbs": 4,
-    **QUICK,
-    "optimizer": "AdamW",
-    "exist_ok": True,
-    "name": "run",
-    "callbacks": "prune",
-}
-RECIPE: dict[str, Any] = {
-    "criterion": "magnitude",
-    "recover": {"refit": 0, "batchnorm": 1},
-    "channels": {"round_to": 1, "min": 2},
-    "measure": False,
-}
+RUN, RECIPE = RUNS["guard"], RECIPES["guard"]
 
 
 class Judge:
@@ -202,7 +186,7 @@ def judged(trainer: Any) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("guard"), train=8)
+    return small_data.tiny(tmp_path_factory.mktemp("guard"), train=8)
 
 
 def train(folder: Path, tmp_path: Path, recipe: dict[str, Any], begins: Any = judged, **settings: Any) -> Path:
@@ -244,8 +228,8 @@ def test_the_smallest_model_within_the_drop_is_found_and_delivered(folder: Path,
 
 @pytest.mark.slow
 def test_cuts_for_a_latency_are_taken_back_too(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock.install(monkeypatch, lambda flops: 0.3 + 0.7 * flops)
-    monkeypatch.setattr(readers, "MEMORY", tmp_path / "memory")
+    made_up_clock.install(monkeypatch, lambda flops: 0.3 + 0.7 * flops)
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "memory")
     target = {"latency": 0.65, "format": "torch", "threads": 1}
     run = train(folder, tmp_path, {"target": target, "schedule": {"rounds": 3}, "guard": {"max_drop": 0.45}})
     rows = Report.load(run).rounds
@@ -256,20 +240,9 @@ def test_cuts_for_a_latency_are_taken_back_too(folder: Path, tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_a_round_that_costs_too_much_is_taken_back_and_half_of_it_tried(folder: Path, tmp_path: Path) -> None:
-    recipe = {
-        "target": {"flops": 0.4},
-        "schedule": {"rounds": 3, "curve": "linear", "interval": 1},
-        "guard": {"max_drop": 0.32},
-    }
-    report = Report.load(train(folder, tmp_path, recipe, epochs=4))
-    assert [round(row.target["flops"], 1) for row in report.rounds] == [0.8, 0.6, 0.7]
-    assert [row.held for row in report.rounds] == [True, False, True]
-    assert 0.69 < kept(tmp_path / "run", "best.pt") <= 0.7
-
-
-@pytest.mark.slow
-def test_an_optimizer_that_starts_anew_takes_short_steps_at_first(folder: Path, tmp_path: Path) -> None:
+def test_a_round_that_costs_too_much_is_taken_back_and_half_of_it_tried_in_short_steps(
+    folder: Path, tmp_path: Path
+) -> None:
     taken: list[tuple[int, float]] = []
 
     def watch(trainer: Any) -> None:
@@ -287,14 +260,16 @@ def test_an_optimizer_that_starts_anew_takes_short_steps_at_first(folder: Path, 
         "guard": {"max_drop": 0.32},
     }
     report = Report.load(train(folder, tmp_path, recipe, begins=watch, warmup_epochs=1.0))
+    assert [round(row.target["flops"], 1) for row in report.rounds] == [0.8, 0.6, 0.7]
     assert [row.held for row in report.rounds] == [True, False, True]
+    assert 0.69 < kept(tmp_path / "run", "best.pt") <= 0.7
     shares = {0: [0, 0.5], 4: [0, 0.5]}  # the run's own warm-up, and that after the second round is taken back
     expected = [(epoch, share) for epoch in range(7) for share in shares.get(epoch, [1, 1])]
     assert taken == [(epoch, pytest.approx(share)) for epoch, share in expected]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "epochs"), [(0, 4), (1, 5)])
+@pytest.mark.parametrize(("start", "epochs"), [(0, 4), pytest.param(1, 5, marks=pytest.mark.long)])
 def test_what_is_delivered_holds_also_when_the_last_round_did_not(
     folder: Path, tmp_path: Path, start: int, epochs: int, caplog: pytest.LogCaptureFixture
 ) -> None:

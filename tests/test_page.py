@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from datasets import IMGSZ, tiny
-from test_latency import measured
+from small_data import IMGSZ, tiny
+from test_clock import measured
 from test_report import make_report
 from ultralytics import YOLO
 from ultralytics.engine.results import Results

@@ -13,8 +13,8 @@ import models
 import numpy as np
 import pytest
 import torch
-from clock import PLACE, install, layers, made_up, table
-from datasets import IMGSZ, tiny
+from made_up_clock import PLACE, install, layers, made_up, table
+from small_data import IMGSZ, tiny
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
