@@ -411,3 +411,9 @@ def test_a_drop_counts_from_the_model_that_the_run_starts_from(folder: Path, tmp
     assert front["reference"] - 0.2 <= delivered["flops_kept"] < 0.75
     assert kept(tmp_path / "second/run", "best.pt") == pytest.approx(delivered["flops_kept"], abs=1e-6)
     assert kept(tmp_path / "second/run", "round0.pt") == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_record_without_what_a_verdict_needs_is_refused() -> None:
+    judged = RoundFacts(1, "a", keep=None, reference=0.6, end=0.6, held=True)
+    with pytest.raises(RunError, match=r"record of this run is damaged: a round has no 'keep'.*start the run again"):
+        guard.stages(1.0, [judged])
