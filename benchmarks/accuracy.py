@@ -189,7 +189,7 @@ def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
     for seed in map(int, ask["seeds"].split(",")):
         model = YOLO(ask["model"])
         model.add_callback("on_train_epoch_start", average)
-        model.train(**settings(ask, epochs, seed), **run_settings.further(epochs))
+        model.train(**settings(ask, epochs, seed), **run_settings.fine_tuning(epochs))
         found.append(measure(YOLO(model.trainer.best), ask["data"], int(ask["imgsz"])))
     yield [f"dense, {epochs} epochs more", 1.0, *together(found), time.perf_counter() - began]
 

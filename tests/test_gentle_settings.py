@@ -77,8 +77,8 @@ def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: f
     ],
 )
 def test_optimizer_and_learning_rate_fit_one_another(mine: dict[str, Any], missing: set[str]) -> None:
-    whole = settings.unchosen(load_recipe(), dict(DEFAULT_CFG_DICT), set())
-    found = settings.unchosen(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
+    whole = settings.recommended(load_recipe(), dict(DEFAULT_CFG_DICT), set())
+    found = settings.recommended(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
     assert whole.keys() - found.keys() == missing
     assert found.items() <= whole.items()
 

@@ -153,7 +153,7 @@ def test_a_run_killed_everywhere_ends_like_an_unbroken_one(zygote: Zygote, unbro
     assert has_ended(zygote.folder / "killed")
     assert_same_run(zygote.folder / "killed", unbroken)
     assert zygote.train("killed", None) != 0
-    assert "is of a run that has ended; there is nothing to resume" in zygote.log("killed")
+    assert "belongs to a run that has ended, so there is nothing to resume" in zygote.log("killed")
 
 
 @pytest.mark.long
@@ -210,7 +210,7 @@ def test_a_round_with_nothing_to_remove_is_resumed_like_any_other(zygote: Zygote
         status = zygote.train("skipped", kill, **settings)
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('skipped')}"
     assert zygote.train("skipped", None, **settings) == 0, zygote.log("skipped")
-    assert "going on from last.pt alone" not in zygote.log("skipped")
+    assert "continues from last.pt alone" not in zygote.log("skipped")
     assert_same_run(zygote.folder / "skipped", zygote.folder / "skipping", rounds=performed)
 
 
@@ -278,7 +278,7 @@ def test_a_run_with_a_limit_goes_the_same_way_however_often_it_is_killed(zygote:
         status = zygote.train(f"{kind}-killed", kill, **settings)
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log(f'{kind}-killed')}"
     assert zygote.train(f"{kind}-killed", None, **settings) == 0, zygote.log(f"{kind}-killed")
-    assert "going on from last.pt alone" not in zygote.log(f"{kind}-killed")
+    assert "continues from last.pt alone" not in zygote.log(f"{kind}-killed")
     killed = zygote.folder / f"{kind}-killed"
     assert_same_run(killed, zygote.folder / f"{kind}-whole", rounds=len(whole.rounds))
     assert (killed / "front.json").read_text() == (zygote.folder / f"{kind}-whole/front.json").read_text()

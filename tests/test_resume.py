@@ -86,7 +86,7 @@ def test_a_run_whose_folder_was_moved_goes_on_with_all_of_it(
     begin(folder, tmp_path, 2)
     shutil.move(tmp_path / "run", tmp_path / "moved")
     YOLO(tmp_path / "moved/weights/last.pt").train(resume=True)
-    assert "going on from last.pt alone" not in caplog.text
+    assert "continues from last.pt alone" not in caplog.text
     assert epochs_of(tmp_path / "run") == [1, 2, 3]
     assert [row.epoch for row in Report.load(tmp_path / "run").epochs_log] == [1, 2, 3]
 
@@ -102,7 +102,7 @@ def test_a_disk_that_takes_no_state_costs_exactness_only(
     assert "No space left on device" in caplog.text
     monkeypatch.undo()
     YOLO(tmp_path / "run/weights/last.pt").train(resume=True)
-    assert "going on from last.pt alone" in caplog.text
+    assert "continues from last.pt alone" in caplog.text
     assert Report.load(tmp_path / "run").status == "finished"
 
 
@@ -111,7 +111,7 @@ def test_without_the_word_resume_one_is_told_that_a_run_is_unfinished(
 ) -> None:
     begin(folder, tmp_path, 1)
     begin(folder, tmp_path, 1, YOLO(tmp_path / "run/weights/last.pt"), name="other")
-    assert "is of an unfinished pruning run; this begins a new one from it" in caplog.text
+    assert "belongs to an unfinished pruning run, and this command starts a new run from it" in caplog.text
 
 
 def test_a_failed_run_can_be_started_again_from_the_same_object(folder: Path, tmp_path: Path) -> None:
@@ -119,7 +119,9 @@ def test_a_failed_run_can_be_started_again_from_the_same_object(folder: Path, tm
     assert not is_pruned(model.model)
     assert Report.load(tmp_path / "run").status == "failed"
     assert Report.load(tmp_path / "run").error == "Interrupted: "
-    with pytest.raises(RunError, match=r"is not the run that was interrupted. Resume that with YOLO\('.*last\.pt'\)"):
+    with pytest.raises(
+        RunError, match=r"is not the checkpoint of the interrupted run. Resume that run with YOLO\('.*last\.pt'\)"
+    ):
         model.train(resume=True)
     model.train(**{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)})
     assert [r.number for r in Report.load(tmp_path / "run").rounds] == [1, 2]
@@ -137,7 +139,7 @@ def test_a_run_into_the_folder_of_its_own_model_keeps_it_until_there_is_a_better
     begin(folder, tmp_path, 1, model)
     assert there
     assert all(there)
-    with pytest.raises(RunError, match=r"The teacher .*best\.pt lies where this run writes its checkpoints"):
+    with pytest.raises(RunError, match=r"This run would overwrite its teacher .*best\.pt"):
         YOLO(weights / "best.pt").train(
             **{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)},
             distill_model=str(weights / "best.pt"),
@@ -182,7 +184,7 @@ def test_several_devices_are_refused_where_ultralytics_would_not_prune_on_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "shares_callbacks", lambda: False)
-    with pytest.raises(RunError, match="does not hand callbacks to the processes of a run on several devices"):
+    with pytest.raises(RunError, match="does not pass callbacks to the processes of a run on several devices"):
         YOLO(folder / "dense.pt").train(
             **{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path), "device": "0,1"}
         )

@@ -64,7 +64,7 @@ def test_the_delivered_checkpoint_has_the_target_structure(pruned: Path) -> None
     assert 0.49 <= report.pruned.flops / report.dense.flops <= 0.5
     assert report.pruned.params == parameters(best)
     assert report.dense.params == parameters(dense)
-    assert [r["plan"] for r in record.rounds] == [r.plan for r in report.rounds]
+    assert [r.plan for r in record.rounds] == [r.plan for r in report.rounds]
     modules = pickled_modules(pruned / "weights/best.pt")
     assert "ultralytics.nn.tasks" in modules
     assert {name.split(".")[0] for name in modules} <= {"ultralytics", "torch", "collections", "__builtin__"}
@@ -276,7 +276,7 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
         (
             {"recipe.recover.refit": 0, "epochs": 2},
             RecipeError,
-            "3 rounds from epoch 0 need at least 3 epochs, the run has 2",
+            "3 rounds from epoch 0 need at least 3 epochs, and the run has 2",
         ),
         (
             {"recipe.criterion": "taylr"},
@@ -421,9 +421,9 @@ def test_classes_in_another_order_take_their_rows_along(pruned: Path, data: str,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained": "PRUNED"}, "is a pruned model; copied into the dense one, its structure would be lost"),
+        ({"pretrained": "PRUNED"}, "is a pruned model. Copying its weights into the dense model would lose the"),
         ({"freeze": 10, "callbacks": "prune"}, "cannot be reached"),
-        ({"resume": True, "callbacks": "prune"}, "not of a run that was pruning"),
+        ({"resume": True, "callbacks": "prune"}, "belongs to a run without pruning"),
     ],
 )
 def test_what_would_lose_the_structure_or_prune_nothing_is_refused(
@@ -437,7 +437,7 @@ def test_what_would_lose_the_structure_or_prune_nothing_is_refused(
 
 
 def test_resuming_a_finished_run_says_so(pruned: Path) -> None:
-    with pytest.raises(RunError, match="is of a run that has ended; there is nothing to resume"):
+    with pytest.raises(RunError, match="belongs to a run that has ended, so there is nothing to resume"):
         YOLO(pruned / "weights/last.pt").train(resume=True)
 
 
@@ -456,7 +456,7 @@ def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
     for state in last.parent.glob("state-*.pt"):
         state.write_bytes(state.read_bytes()[:1000])
     YOLO(last).train(resume=True)
-    assert "going on from last.pt alone" in caplog.text
+    assert "continues from last.pt alone" in caplog.text
     report = Report.load(tmp_path / "train")
     assert [r.number for r in report.rounds] == [1, 2, 3]
     assert report.pruned.flops <= 0.5 * report.dense.flops

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a command of the console script takes: read, checked, and written out as help, from one description."""
+"""The arguments of the console script's commands. One description of each is used for reading, checks and help."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Argument:
     """One `name=value` of a command.
 
     Attributes:
-        name: left of the equals sign.
-        example: a value, for usage lines.
-        help: what it is, as a noun with its article, so that "pass ..." may stand before it.
-        read: `(name, text) -> value`; raises `PruneError` where the text is none.
-        default: the value where the argument is left out; None: there is none.
-        required: it must be given.
+        name: the text left of the equals sign.
+        example: an example of a value, for usage lines.
+        help: a noun with its article that describes the value, so that a message can say "pass ...".
+        read: `(name, text) -> value`; raises `PruneError` if the text is not a valid value.
+        default: the value if the argument is left out; None if there is no default.
+        required: whether the argument must be given.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Argument:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user typed after the name of a command.
+    """The words that a user typed after the name of a command.
 
     Attributes:
-        words: as typed.
-        places: the files and folders among them.
-        values: `{argument: value as it was read}`, with the defaults.
+        words: all words, as typed.
+        places: the files and folders among the words.
+        values: `{argument: value}`, with the defaults.
         overrides: `{recipe field: text}`.
     """
 
@@ -60,15 +60,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what it is for, what it takes, and the function that does it.
+    """A command: its purpose, its arguments, and the function that runs it.
 
     Attributes:
-        name: as typed after `yolo-prune`.
-        summary: one line.
+        name: the name, as typed after `yolo-prune`.
+        summary: the purpose, in one line.
         run: `(request) -> exit status`.
-        arguments: in the order of the help; one named "recipe" lets `recipe.<field>=` through, too.
-        places: an example of the files that it takes without a key; empty: it takes none.
-        passes_on: to whom every word is passed on unread; empty: the command reads them itself.
+        arguments: the arguments, in the order of the help. With an argument "recipe", the command also accepts
+            `recipe.<field>=`.
+        places: an example of the files that the command takes without a key; empty if it takes no such files.
+        passes_on: the command that gets all words unread; empty if this command reads the words itself.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Command:
 
     @property
     def known(self) -> dict[str, Argument]:
-        """The arguments by their names."""
+        """`{name: argument}`."""
         return {argument.name: argument for argument in self.arguments}
 
     @property
@@ -90,14 +91,14 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """One line with all that may be typed."""
+        """One line with all arguments."""
         return " ".join(["Usage: yolo-prune", self.name, *self._words(self.arguments)])
 
     def _words(self, arguments: Iterable[Argument]) -> list[str]:
         return [*([self.places] if self.places else []), *map(str, arguments)]
 
     def help(self) -> str:
-        """What the command is for, its usage, and a line for every argument."""
+        """The help of the command: its purpose, its usage, and a line for every argument."""
         indent = " " * len(f"Usage: yolo-prune {self.name} ")
         usage = wrap(self.usage, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
         rows = {name: _explained(argument) for name, argument in self.known.items()}
@@ -107,14 +108,14 @@ class Command:
         if rows:
             parts.append(table(rows))
         if self.passes_on:
-            parts.append(f"It takes every argument of {self.passes_on} as well.")
+            parts.append(f"It also takes every argument of {self.passes_on}.")
         return "\n\n".join(parts)
 
     def read(self, words: Sequence[str]) -> Request:
-        """Read what a user typed.
+        """Read the words that a user typed.
 
         Raises:
-            PruneError: If an argument is unknown, missing or impossible; with the nearest that is known.
+            PruneError: If an argument is unknown, missing or invalid. The message suggests the nearest known argument.
         """
         request = Request(list(words))
         if self.passes_on:
@@ -147,7 +148,7 @@ class Command:
 
 
 def nearest(word: str, known: Mapping[str, Any]) -> str:
-    """The known word that was probably meant; empty where none is near."""
+    """The known word that was probably meant; empty if no known word is similar."""
     return next(iter(get_close_matches(word, known, n=1)), "")
 
 
@@ -165,11 +166,11 @@ def table(rows: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def whole(name: str, text: str) -> int:
+def positive_integer(name: str, text: str) -> int:
     """A whole number of at least 1.
 
     Raises:
-        PruneError: If the text is none.
+        PruneError: If the text is not such a number.
     """
     if not text.isdigit() or not int(text):
         raise PruneError(f"{name}={text}: must be a whole number of at least 1.")
@@ -180,18 +181,18 @@ def image_size(name: str, text: str) -> int:
     """Height and width of square images, in pixels.
 
     Raises:
-        PruneError: If a model cannot take such images.
+        PruneError: If a model cannot take images of this size.
     """
     if not text.isdigit() or not 32 <= int(text) <= 8192 or int(text) % 32:
         raise PruneError(f"{name}={text}: must be a multiple of 32 between 32 and 8192.")
     return int(text)
 
 
-def truth(name: str, text: str) -> bool:
+def boolean(name: str, text: str) -> bool:
     """True or False.
 
     Raises:
-        PruneError: If the text is neither.
+        PruneError: If the text is neither true nor false.
     """
     if text.lower() not in ("true", "false", "1", "0"):
         raise PruneError(f"{name}={text}: must be True or False.")
@@ -199,7 +200,7 @@ def truth(name: str, text: str) -> bool:
 
 
 def file(suffix: str) -> Callable[[str, str], Path]:
-    """The reader of file names that must end in `suffix`."""
+    """A function that reads file names, which must end in `suffix`."""
 
     def read(name: str, text: str) -> Path:
         path = Path(text)
@@ -212,11 +213,11 @@ def file(suffix: str) -> Callable[[str, str], Path]:
 
 def _explained(argument: Argument) -> str:
     told = argument.default is not None and str(argument.default) not in argument.help
-    return f"{argument.help} (left out: {argument.default})" if told else argument.help
+    return f"{argument.help} (default: {argument.default})" if told else argument.help
 
 
 def _recipe_fields(key: str) -> list[str]:
-    """Recipe fields that a name without their section may mean."""
+    """Recipe fields that may be meant by a name without its section."""
     from yolo_prune.recipe.schema import Recipe
 
     last = key.rpartition(".")[2]

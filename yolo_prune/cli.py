@@ -18,7 +18,7 @@ from yolo_prune.errors import PruneError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. A user's mistake is one message on standard error, and status 1."""
+    """Run a command; returns the exit status. A user's mistake gives one message on standard error, and status 1."""
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
     if grammar.asks_for_help(name) and not words:
         print(overview())
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PruneError, SyntaxError, FileNotFoundError) as e:
         print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `yolo-prune show ... | head`: nobody reads on, and Python is not to try once more at exit
+    except (
+        BrokenPipeError
+    ):  # in `yolo-prune show ... | head`, the reader has ended; Python must not write again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -54,9 +56,9 @@ def overview() -> str:
     return "\n\n".join((
         f"yolo-prune {__version__}: structured pruning as an ordinary part of an Ultralytics YOLO run",
         grammar.table(calls),
-        "'yolo-prune COMMAND --help' lists what a command takes besides. Recipe fields are overridden by\n"
-        "recipe.<field>=<value>, for example recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle,\n"
-        "edge, smallest. After installation 'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.",
+        "'yolo-prune COMMAND --help' lists all arguments of a command. recipe.<field>=<value> overrides a field of\n"
+        "the recipe, for example recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle, edge,\n"
+        "smallest. After installation, 'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.",
     ))  # fmt: skip
 
 
@@ -68,7 +70,8 @@ def _train(request: Request) -> int:
     import ultralytics.engine.model  # imported to be patched
 
     if errors := _startup.state().errors:
-        raise PruneError("; ".join(f"{k} could not be patched: {v}" for k, v in errors.items()))
+        reasons = "; ".join(f"{k} could not be patched: {v}" for k, v in errors.items())
+        raise PruneError(f"{reasons}. 'yolo-prune doctor' says what to do.")
     arguments = request.words
     resumes = [a.lower() for a in arguments if a.partition("=")[0] == "resume"]
     resumed = any(not a.endswith(FALSE) for a in resumes)
@@ -95,7 +98,7 @@ def _plan(request: Request) -> int:
 def _apply(request: Request) -> int:
     values, overrides = request.values, request.overrides
     if "plan" in values and ("recipe" in values or overrides):
-        raise PruneError("plan= and recipe= exclude one another: a plan already says what goes.")
+        raise PruneError("plan= and recipe= exclude one another, because a plan replaces the recipe. Leave one out.")
     source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
     if target.resolve() == source.resolve():
@@ -112,10 +115,10 @@ def _apply(request: Request) -> int:
     api.save(model, target)
     print(plan.describe())
     if proven:
-        print(f"exact: the pruned model computes what silencing computes, to {proven.error:.0e} in float64")
+        print(f"exact: pruned model and masked reference agree to {proven.error:.0e} in float64")
     why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
-    fitted = why and f"; the weights were not refitted, as {why}"
-    print(f"saved {target}{fitted}. Train it further with: yolo train model={target} data=... epochs=...")
+    fitted = why and f"; the weights were not refitted, because {why}"
+    print(f"saved {target}{fitted}. Fine-tune it with: yolo train model={target} data=... epochs=...")
     return 0
 
 
@@ -127,11 +130,11 @@ def _bench(request: Request) -> int:
     from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
-    found = benchmark.measure_models(models, formats, asked)
-    print(found)
+    measurement = benchmark.measure_models(models, formats, asked)
+    print(measurement)
     if save := values.get("save"):
-        print(f"\nsaved {found.save(save)}")
-    found.check()
+        print(f"\nsaved {measurement.save(save)}")
+    measurement.check()
     return 0
 
 
@@ -139,7 +142,7 @@ def _profile(request: Request) -> int:
     values = request.values
     formats, how = _measuring(values)
     if len(formats) > 1:
-        raise PruneError(f"format={values['format']}: a profile is of one runtime. Write one file for each.")
+        raise PruneError(f"format={values['format']}: a profile is for one runtime. Write one file for each runtime.")
     from yolo_prune import api
     from yolo_prune.latency import target
     from yolo_prune.measure.subjects import Setting
@@ -166,16 +169,17 @@ def _report(request: Request) -> int:
     runs, values = request.places, request.values
     if len(runs) != 1:
         given = f"{len(runs)} runs were named" if runs else "no run was named"
-        raise PruneError(f"{given}; pass the folder of one, as in 'yolo-prune report runs/detect/train'.")
+        raise PruneError(f"{given}; pass the folder of one run, as in 'yolo-prune report runs/detect/train'.")
     formats, how = _measuring(values, "imgsz")
     from yolo_prune.pages import run_page
 
     known = {key: values.get(key) for key in ("data", "model")}
-    found = run_page.measure_run(runs[0], formats, imgsz=values.get("imgsz"), **known, **how) if formats else None
+    imgsz = values.get("imgsz")
+    measurement = run_page.measure_run(runs[0], formats, imgsz=imgsz, **known, **how) if formats else None
     path = run_page.write_report(runs[0], save=values.get("save"), **known)
-    print(f"{found}\n\nsaved {path}" if found else f"saved {path}")
-    if found:
-        found.check()
+    print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
+    if measurement:
+        measurement.check()
     return 0
 
 
@@ -188,10 +192,10 @@ def _compare(request: Request) -> int:
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    text, found = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    text, measurement = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
     print(f"{text}\nsaved {values['save']}")
-    if found:
-        found.check()
+    if measurement:
+        measurement.check()
     return 0
 
 
@@ -222,12 +226,14 @@ def _schema(request: Request) -> int:
 
 
 def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[str, Any]]:
-    """The formats to measure in, none where format= is not given, and how, for `Setting.of`."""
+    """The formats to measure, empty without format=, and the arguments for `Setting.of`."""
     if "format" not in values:
-        if alone := next((key for key in (*others, *(a.name for a in HOW)) if key in values), None):
-            raise PruneError(f"{alone}= says how to measure, and format= is missing, for example format=onnx.")
+        if alone := next((key for key in (*others, *(a.name for a in MEASURING)) if key in values), None):
+            raise PruneError(
+                f"{alone}= is for measuring, and format= is missing. Add a format, for example format=onnx."
+            )
         return [], {}
-    how = {a.name: values[a.name] for a in HOW if a is not HALF and a.name in values}
+    how = {a.name: values[a.name] for a in MEASURING if a is not HALF and a.name in values}
     if values.get("half") and how.setdefault("quantize", 16) != 16:
         raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
     from yolo_prune.measure import runtimes
@@ -239,22 +245,26 @@ FALSE = ("=false", "=0", "=none", "=")
 
 MODEL = Argument("model", "best.pt", "a .pt checkpoint", required=True)
 DATA = Argument("data", "data.yaml", "a dataset")
-RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (left out: half-flops)")
+RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: half-flops)")
 IMGSZ = Argument("imgsz", "640", "the height and width of images, in pixels", grammar.image_size, 640)
-FORMAT = Argument("format", "onnx,openvino", "the runtimes to measure in", default="onnx")
-HALF = Argument("half", "True", "the same as quantize=16", grammar.truth)
-REPEATS = Argument("repeats", "20", "the number of rounds (left out: what fits in 30 seconds)", grammar.whole)
-HOW = (  # beside the formats, all that says how to measure
-    Argument("batch", "1", "the number of images in a pass (left out: 1)", grammar.whole),
-    Argument("device", "cpu", "cpu, or the number of an NVIDIA GPU (left out: cpu)"),
-    Argument("threads", "4", "the threads that a runtime may use on a CPU (left out: one per core)", grammar.whole),
+FORMAT = Argument("format", "onnx,openvino", "the formats to measure", default="onnx")
+HALF = Argument("half", "True", "the same as quantize=16", grammar.boolean)
+REPEATS = Argument(
+    "repeats", "20", "the number of rounds (default: as many as fit in 30 seconds)", grammar.positive_integer
+)
+MEASURING = (  # all arguments for measuring, except the formats
+    Argument("batch", "1", "the number of images in a pass (default: 1)", grammar.positive_integer),
+    Argument("device", "cpu", "cpu, or the number of an NVIDIA GPU (default: cpu)"),
+    Argument(
+        "threads", "4", "the number of CPU threads of a runtime (default: one for each core)", grammar.positive_integer
+    ),
     REPEATS,
     HALF,
-    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (left out: 32)", grammar.whole),
+    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (default: 32)", grammar.positive_integer),
 )
-ON_A_PAGE = (  # left out, a page is written without measuring
-    replace(FORMAT, help="the runtimes to measure in as 'bench' does (left out: nothing is measured)", default=None),
-    *HOW,
+ON_A_PAGE = (  # without format=, a page is written without measuring
+    replace(FORMAT, help="the formats to measure, as 'bench' does (default: nothing is measured)", default=None),
+    *MEASURING,
 )
 COMMANDS = {
     command.name: command
@@ -266,85 +276,90 @@ COMMANDS = {
             (
                 replace(MODEL, help="the checkpoint to start from"),
                 replace(DATA, help="the dataset to train on", required=True),
-                Argument("epochs", "60", "the epochs of the run, those of the cuts and of the recovery together"),
+                Argument("epochs", "60", "the epochs of the whole run: cuts and recovery"),
                 RECIPE,
             ),
             passes_on="'yolo train'",
         ),
         Command(
             "plan",
-            "look before you cut: what would go, and what it saves",
+            "show what a recipe would remove from a model",
             _plan,
             (
                 MODEL,
                 replace(DATA, help="the dataset, for criteria that look at images"),
                 RECIPE,
                 IMGSZ,
-                Argument("save", "plan.json", "the file to write the plan to", grammar.file(".json")),
+                Argument("save", "plan.json", "the file for the plan", grammar.file(".json")),
             ),
         ),
         Command(
             "apply",
-            "one shot: cut and refit, no training",
+            "cut and refit in one step, without training",
             _apply,
             (
                 MODEL,
-                replace(DATA, help="the dataset to refit on (left out: the weights are not refitted)"),
+                replace(DATA, help="the dataset for the refit (default: the weights are not refitted)"),
                 RECIPE,
-                Argument("plan", "plan.json", "a plan that 'plan' saved, in place of a recipe"),
+                Argument("plan", "plan.json", "a plan that 'plan' saved, instead of a recipe"),
                 IMGSZ,
-                Argument("save", "pruned.pt", "the file to write (left out: <model>-pruned.pt)", grammar.file(".pt")),
+                Argument("save", "pruned.pt", "the file to write (default: <model>-pruned.pt)", grammar.file(".pt")),
             ),
         ),
         Command(
             "show",
-            "what was done to a checkpoint; what a recipe says",
+            "show what was removed from a model, or a recipe",
             _show,
             (Argument("model", "pruned.pt", "a checkpoint"), RECIPE),
         ),
         Command(
             "bench",
-            "is it really faster, and still the same model?",
+            "compare the latency of models, and check their exports",
             _bench,
             (
-                replace(MODEL, example="dense.pt,pruned.pt", help="the checkpoints, the one to compare with first"),
+                replace(
+                    MODEL, example="dense.pt,pruned.pt", help="the checkpoints; the others are compared with the first"
+                ),
                 FORMAT,
                 IMGSZ,
-                *HOW,
-                replace(DATA, help="the dataset, for images to compare exports on and for their mAP"),
-                Argument("save", "bench.json", "the file to write the figures to", grammar.file(".json")),
+                *MEASURING,
+                replace(DATA, help="the dataset on which exports are compared with their checkpoints"),
+                Argument("save", "bench.json", "the file for the figures", grammar.file(".json")),
             ),
         ),
         Command(
             "profile",
-            "on the target device: times for recipe.target.profile",
+            "measure latencies on a device for recipe.target.profile",
             _profile,
             (
                 MODEL,
-                replace(FORMAT, example="ncnn", help="the runtime to measure in"),
+                replace(FORMAT, example="ncnn", help="the format to measure"),
                 IMGSZ,
-                *(argument for argument in HOW if argument is not REPEATS),
+                *(argument for argument in MEASURING if argument is not REPEATS),
                 Argument("save", "profile.json", "the file to write", grammar.file(".json"), Path("profile.json")),
             ),
         ),
         Command(
             "report",
-            "what a run did, on one page",
+            "write the report of a run, on one page",
             _report,
             (
-                replace(DATA, help="the dataset, for images and for what the run did not measure"),
-                Argument("model", "dense.pt", "the dense checkpoint, where it is not where the run knew it"),
+                replace(DATA, help="the dataset, for images and for class accuracies that the run did not measure"),
+                Argument("model", "dense.pt", "the dense checkpoint, if it was moved since the run"),
                 Argument(
-                    "save", "report.html", "the file to write (left out: in the run's folder)", grammar.file(".html")
+                    "save",
+                    "report.html",
+                    "the file to write (default: in the folder of the run)",
+                    grammar.file(".html"),
                 ),
-                replace(IMGSZ, help=f"{IMGSZ.help} (left out: that of the run)", default=None),
+                replace(IMGSZ, help=f"{IMGSZ.help} (default: that of the run)", default=None),
                 *ON_A_PAGE,
             ),
             places="runs/detect/train",
         ),
         Command(
             "compare",
-            "checkpoints side by side, validated anew",
+            "validate checkpoints and compare them on one page",
             _compare,
             (
                 replace(DATA, help="the dataset to validate on", required=True),
@@ -356,16 +371,20 @@ COMMANDS = {
         ),
         Command(
             "demo",
-            "everything on a small made-up dataset, in a few minutes",
+            "run the complete workflow on a small dataset",
             _demo,
             (Argument("folder", "yolo-prune-demo", "a new folder to work in", default="yolo-prune-demo"),),
         ),
-        Command("doctor", "is the start-up hook active, which versions are here", _doctor),
+        Command("doctor", "check the start-up hook and the installed versions", _doctor),
         Command(
             "schema",
-            "the JSON schema of recipes, for editors",
+            "write the JSON schema of recipes, for editors",
             _schema,
-            (Argument("save", "recipe.schema.json", "the file to write (left out: shown)", grammar.file(".json")),),
+            (
+                Argument(
+                    "save", "recipe.schema.json", "the file to write (default: standard output)", grammar.file(".json")
+                ),
+            ),
         ),
     )
 }
