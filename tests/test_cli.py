@@ -239,8 +239,7 @@ def test_the_demo_runs_through(
 ) -> None:
     pytest.importorskip("onnxruntime", reason="needs the export extra")
     monkeypatch.setitem(tour.DENSE, "epochs", 1)
-    monkeypatch.setitem(tour.PRUNE, "epochs", 1)
-    monkeypatch.setitem(tour.PRUNE, "recipe.schedule.rounds", 1)
+    monkeypatch.setitem(tour.PRUNE, "epochs", 3)
     monkeypatch.setattr(tour, "IMAGES", {"train": 16, "val": 8})
     assert cli.main(["demo", "folder=here"]) == 0
     out = capsys.readouterr().out
