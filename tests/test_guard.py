@@ -394,7 +394,7 @@ def test_the_layers_that_lead_to_a_teacher_go_back_as_well(folder: Path, tmp_pat
     assert 0.69 < kept(tmp_path / "run", "best.pt") <= 0.7
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_drop_counts_from_the_model_that_the_run_starts_from(folder: Path, tmp_path: Path) -> None:
     schedule = {"rounds": 1, "start": 0}
     first = train(folder, tmp_path / "first", {"target": {"flops": 0.8}, "schedule": schedule}, epochs=1)

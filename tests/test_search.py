@@ -386,7 +386,7 @@ def test_a_run_of_several_rounds_and_one_from_what_it_left(folder: Path, tmp_pat
         train(folder, tmp_path / "again", tmp_path / "run/weights/best.pt", target={**target, "latency": 0.8})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_that_have_nothing_left_to_remove_are_left_out(folder: Path, tmp_path: Path, clock: Any) -> None:
     limits = {"round_to": 2, "min": 2, "max_removed": 0.5}
     model = YOLO(folder / "dense.pt").model

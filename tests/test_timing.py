@@ -103,7 +103,7 @@ def test_a_layer_at_other_widths_is_the_same_layer_thinner() -> None:
             assert len(weights) == 4
 
 
-@pytest.mark.parametrize("name", ["yolo11n", "yolov8n"])
+@pytest.mark.parametrize("name", ["yolov8n", pytest.param("yolo11n", marks=pytest.mark.long)])
 def test_times_add_up_for_the_dense_model_and_for_a_cut_one(name: str) -> None:
     found = table((1, 1), name)
     timing = found.sums(layers(name))
