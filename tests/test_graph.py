@@ -22,7 +22,7 @@ from yolo_prune.graph import Group, probes, read_as_is, register_block, rules, t
 from yolo_prune.graph.ops.base import effect
 from yolo_prune.graph.rules import RULES
 from yolo_prune.planning import select
-from yolo_prune.planning.cost import measure
+from yolo_prune.planning.cost import cost_of
 from yolo_prune.planning.planner import build_plan, make_plan
 
 EVERY = (*models.FAMILIES, *models.DEEP)
@@ -292,7 +292,7 @@ def halved(model: Any, layer: str, heads: str = "dims") -> Plan:
     graph = trace(model, imgsz=64, heads=heads)
     group = next(g for g in graph.groups if layer in g.layers)
     assert group.protected is None
-    plan = build_plan(graph, measure(model, graph), {s.name: tuple(range(s.size))[1::2] for s in group.sets}, {})
+    plan = build_plan(graph, cost_of(model, graph), {s.name: tuple(range(s.size))[1::2] for s in group.sets}, {})
     assert prove(model, plan).error < 1e-10
     return plan
 

@@ -24,7 +24,7 @@ from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.proof import prove
 from yolo_prune.errors import PlanError, ProofError
 from yolo_prune.graph import Graph, trace
-from yolo_prune.planning.cost import Cost, measure
+from yolo_prune.planning.cost import Cost, cost_of
 from yolo_prune.planning.planner import build_plan, make_plan
 
 FAMILIES = (  # one of each kind of block and head, thin
@@ -58,7 +58,7 @@ def original(name: str) -> Any:
 @functools.cache
 def traced(name: str, heads: str = "dims") -> tuple[Graph, Cost]:
     graph = trace(original(name), imgsz=2 * zoo.image_size(name), heads=heads)
-    return graph, measure(original(name), graph)
+    return graph, cost_of(original(name), graph)
 
 
 def cut(model: nn.Module, plan: Plan) -> nn.Module:

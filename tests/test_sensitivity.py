@@ -292,7 +292,7 @@ def test_a_measured_rise_is_that_of_the_pruned_model(folder: Path, memory: Path)
     assert [share for share, _ in found] == [0.5]
     kept = {s.name: tuple(range(s.size // 2, s.size)) for s in group.sets}
     pruned = calibration.twin(module)
-    surgery.apply(pruned, planner.build_plan(graph, cost.measure(module, graph), kept, {}))
+    surgery.apply(pruned, planner.build_plan(graph, cost.cost_of(module, graph), kept, {}))
 
     def loss(twin: Any) -> float:
         with torch.no_grad():
