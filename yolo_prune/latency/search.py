@@ -27,7 +27,7 @@ METRIC = "latency"
 TOLERANCE = 0.03
 """Allowed difference between the measured latency and the target, as a fraction of the target.
 
-From one hour to the next, a measured ratio changes by one or two per cent (see docs/), so a smaller difference is chance.
+From one hour to the next, a measured ratio changes by 1 or 2 % (see docs/), so a smaller difference is chance.
 """
 ATTEMPTS = 8
 """Maximum number of cuts that are exported and timed for one target.
