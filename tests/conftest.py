@@ -33,7 +33,20 @@ def clean_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+LONGEST = (  # files, the longest first
+    *("guides", "oracle", "kill", "tasks", "ranks", "support", "run", "search", "profiles", "resume", "guard"),
+    *("rewind", "heads", "cli", "main_path", "bench", "settings", "timing"),
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m leaves tests out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests are begun first: a process that got the longest of them last would be waited for."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """What takes longest is begun first: a process that got the longest file last would be waited for."""
+    order = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    slow = set()
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+        if item.get_closest_marker("slow"):
+            slow.add(item.path)
+    items.sort(key=lambda item: (order.get(item.path.name, len(order)), item.path not in slow))

@@ -11,6 +11,7 @@ from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import small_data
 import torch
 import zoo
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from yolo_prune.recipe import Recipe, load_recipe
 FAMILIES = ("yolov8n", "yolo11n", "yolo26n")
 TINY = ("yolov8-tiny", "yolo11-tiny", "yolo26-tiny")  # an eighth of full width: quick, for tests that try many cuts
 DEEP = ("yolov8-deep", "yolo11-deep", "yolo26-deep")  # the blocks and depths of scale x, thin: C3k everywhere
+SHORT = {"short": small_data.SHORT, "short-c2f": small_data.SHORT_C2F}  # a third of the layers
 NC = 3
 IMGSZ = 64
 
@@ -120,6 +122,8 @@ def _built(name: str, seed: int) -> DetectionModel:
     configuration: Any = f"{name}.yaml"
     if name.endswith("-tiny"):
         configuration = scaled(name.removesuffix("-tiny"), "n", 0.33, 0.125)
+    elif name in SHORT:
+        configuration = {**deepcopy(SHORT[name]), "nc": NC}
     elif name.endswith("-deep"):
         configuration = scaled(name.removesuffix("-deep"), "x", 1.0, 0.125)
     model = DetectionModel(configuration, nc=NC, verbose=False)

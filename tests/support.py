@@ -291,46 +291,59 @@ def _text(column: str, value: Any) -> str:
 
 HEADER = """# Supported models
 
-yolo-prune prunes every model YAML that Ultralytics ships: YOLOv3 to YOLO26, RT-DETR, YOLO-World and YOLOE, in every
-scale, for detection, segmentation (instance and semantic), depth, pose, oriented boxes and classification.
-Checkpoints of earlier releases (8.0 to 8.3) work as well.
+yolo-prune prunes every model YAML that Ultralytics ships, in every scale: YOLOv3 to YOLO26, RT-DETR, YOLO-World and
+YOLOE. The tasks are detection, segmentation (instance and semantic), depth, pose, oriented boxes and classification.
+Checkpoint files of earlier releases (8.0 to 8.3) work as well.
 
 **What is pruned.** Backbones, necks, attention, the feed-forward layers of transformers, and the hidden channels of
-all heads. Both branches of an end-to-end head are pruned and get the same widths. What stays is protected for a
-reason, which `yolo-prune plan` prints: task outputs, the stream of a transformer (LayerNorm), the width of a text
-embedding. Your own blocks are read off their forward pass; where that writes out sizes, add [a rule of a few
-lines](blocks.md).
+all heads. In an end-to-end head, both branches are pruned to the same widths (numbers of channels).
 
-**What is refused.** Fused and quantized checkpoints, exported files, SAM, YOLO-NAS, and the `FastSAM` class (open its
-file with `YOLO(...)`). The message says what to pass instead.
+**What is protected.** A protected layer keeps all its output channels. `yolo-prune plan` prints the reason for each
+layer. Examples are the outputs of the task, the channels of a transformer that pass through LayerNorm, and the width
+of a text embedding.
 
-**Where it runs.** On a CPU, on one GPU or on several, with `distill_model=` and every other setting of Ultralytics'
-trainer. The exceptions are `compile=True`, `quantize=8`, `time=`, `save=False` and a list of datasets. These are
-refused together with `callbacks=prune`, each with a way round. All of them work on the pruned checkpoint afterwards.
-[What works with what](../how-to/training.md#what-works-with-what) has the list.
+**Your own blocks.** yolo-prune analyses the forward pass of a block. If the forward method uses sizes from attributes
+or constants, add [a rule for the block](blocks.md#a-rule).
 
-## What works on which architecture
+**What is refused.** Fused and quantized checkpoints, exported files, SAM, YOLO-NAS, and the class `FastSAM` (open the
+file with `YOLO(...)`). The error message says which file to pass instead.
 
-Every model YAML that Ultralytics ships, at its smallest scale, with three classes and random weights. `python
-tests/support.py` makes this page. A test measures the same cells again, and fails if one gets worse.
+**Where training runs.** On a CPU, on one GPU or on several GPUs, with `distill_model=` and the other settings of
+Ultralytics' trainer. Five settings are an error together with `callbacks=prune`: `compile=True`, `quantize=8`,
+`time=`, `save=False` and a list of datasets. All five work when you train the pruned checkpoint afterwards. See
+[What works with what](../how-to/training.md#what-works-with-what).
 
-- **plan**: share of the FLOPs that the first cut keeps (60 % of what may go is left).
-- **exact**: largest difference between the pruned model and the masked reference, in float64, relative to how much an
-  output varies. Kept channels are looked up by value in the pruned weights, not taken from the plan.
-- **least FLOPs**: the smallest share that can be kept with the default limits (`round_to: 8`, `min: 8`,
+## Test results for each architecture
+
+The tests use every model YAML that Ultralytics ships, at its smallest scale, with three classes and random weights.
+`python tests/support.py` measures the table and writes this page. A test of this project measures the values again, and
+fails if a value becomes worse. The columns are:
+
+- **plan**: fraction of the FLOPs that the first cut keeps. The cut removes 40 % of the FLOPs that may be removed.
+- **exact**: largest difference between the outputs of the pruned model and of a reference model, in float64, divided
+  by the variation of the output. In the reference model, the removed channels are set to zero. This test does not
+  use the plan: the kept channels are found by a comparison of the pruned weights with the original weights.
+- **least FLOPs**: smallest fraction of the FLOPs that the default limits allow (`round_to: 8`, `min: 8`,
   `max_removed: 0.75`).
-- **train step**: a step of AdamW on the task's own loss after the cut.
-- **stock reload**: the saved checkpoint loads under `ULTRALYTICS_SAFE_LOAD=1` in a Python that cannot import
-  yolo-prune, and has the same outputs.
-- **fuse**, **ONNX**: largest difference after `fuse()`, and between torch and ONNX Runtime after the standard export,
-  in float32, relative to the largest output. Architectures that take text use made-up embeddings.
-- **again**: share of the FLOPs that is kept after a second cut, proved as the first.
+- **train step**: whether one AdamW step on the task's own loss works after the cut.
+- **stock reload**: whether Python without yolo-prune loads the saved checkpoint under `ULTRALYTICS_SAFE_LOAD=1`, with
+  the same outputs.
+- **fuse**: largest difference between the outputs before and after `fuse()`, in float32, divided by the largest
+  output.
+- **ONNX**: largest difference between the outputs of torch and of ONNX Runtime after the standard export, in float32,
+  divided by the largest output.
+- **again**: fraction of the FLOPs that a second cut keeps. The second cut passes the same test as the first.
+
+Architectures with text inputs are tested with random embeddings. "As dense" means that the unpruned model has the same
+limitation.
 """
 FAMILIES = """
 ## What is protected, and why
 
-Shares are of the parameters of the layers whose outputs may not be cut (their inputs may). The models are small and
-have three classes here, so heads weigh more than usual.
+The percentages are fractions of the parameters. A percentage counts the layers whose output channels may not be
+removed. (The
+input channels of these layers may be removed.) The tested models are small and have three classes, so heads have a
+larger fraction of the parameters than in other models.
 """
 
 

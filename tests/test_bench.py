@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tampering
 import torch
-from datasets import IMGSZ, tiny
+from small_data import IMGSZ, tiny
 from ultralytics import RTDETR, YOLO, utils
 from ultralytics.utils import checks
 
@@ -74,7 +74,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["model=dense.pt", "repeats=many"], "repeats=many: must be a whole number"),
         (["model=dense.pt", "device=gpu"], "device=gpu: must be cpu, or the number of one NVIDIA GPU"),
         (["model=dense.pt", "quantize=4"], "quantize=4: must be 32, 16 (half precision) or 8"),
-        (["model=dense.pt", "half=True", "quantize=8"], "half=True means quantize=16"),
+        (["model=dense.pt", "half=True", "quantize=8"], "half=True is quantize=16"),
         (["model=dense.pt", "half=yes"], "half=yes: must be True or False"),
         (["model=dense.pt", "save=bench.txt"], "the name must end in .json"),
         (
@@ -385,7 +385,14 @@ def test_ncnn_runs_a_batch_one_image_after_another(folder: Path, monkeypatch: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["yolo26n", "yolov10n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "rtdetr-l"]
+    "name",
+    [
+        *("yolo26n", "yolo11n-pose"),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("yolov10n", "yolo11n-seg", "yolo11n-obb", "yolo11n-cls", "rtdetr-l")
+        ),
+    ],
 )
 @needs("onnx", "onnxruntime", "onnxslim")
 def test_other_heads_are_compared(name: str) -> None:

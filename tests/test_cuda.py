@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.engine import trainer as engine
 
@@ -24,24 +25,7 @@ from yolo_prune.report.measurement import Measurement
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
-RUN: dict[str, Any] = {
-    "epochs": 4,
-    "imgsz": 128,
-    "batch": 8,
-    "nbs": 16,
-    "workers": 2,
-    "plots": False,
-    "optimizer": "AdamW",
-    "callbacks": "prune",
-    "recipe": {
-        "target": {"flops": 0.5},
-        "schedule": {"rounds": 2, "interval": 1},
-        "criterion": "magnitude",
-        "recover": {"refit": 0, "batchnorm": 2},
-    },
-}
-
-
+RUN: dict[str, Any] = {**RUNS["cuda"], "recipe": RECIPES["cuda"]}
 DEFAULT: dict[str, Any] = {"target": {"flops": 0.5}, "recover": {"refit": 8}}
 
 

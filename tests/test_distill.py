@@ -8,49 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_data
 import torch
-import yaml
-from models import scaled
-from quick import QUICK
+from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
 from yolo_prune.cut.record import is_pruned
-from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
 
-RUN: dict[str, Any] = {
-    "epochs": 3,
-    "imgsz": 64,
-    "batch": 8,
-    "nbs": 8,
-    **QUICK,
-    "optimizer": "AdamW",
-}
-PRUNE: dict[str, Any] = {
-    "callbacks": "prune",
-    "recipe": {
-        "target": {"flops": 0.5},
-        "schedule": {"rounds": 2, "interval": 1},
-        "criterion": "magnitude",
-        "recover": {"refit": 0, "batchnorm": 1},
-    },
-    "recipe.channels.round_to": 1,
-    "recipe.channels.min": 1,
-}
+RUN = RUNS["distill"]
+PRUNE: dict[str, Any] = {"callbacks": "prune", "recipe": RECIPES["distill"]}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distill")
-    make_dataset(folder / "scenes", train=16, val=4, imgsz=64)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo26", "n", 0.33, 0.125), "nc": 5}))
-    torch.manual_seed(0)
-    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
-    return folder
+    return small_data.tiny(tmp_path_factory.mktemp("distill"), train=16, end2end=True, reg_max=1)
 
 
 def places(folder: Path, name: str) -> dict[str, str]:
@@ -120,7 +96,7 @@ def test_a_pruned_model_distils_in_a_second_stage(taught: tuple[Path, dict[str, 
 @pytest.mark.parametrize(
     ("start", "arguments", "message"),
     [
-        ("yolo26n.yaml", {"recipe.recover.distill": True}, "this model comes from no file"),
+        ("yolo26n.yaml", {"recipe.recover.distill": True}, "this model was not loaded from a file"),
         ("yolo26n-cls.yaml", {"distill_model": "dense.pt"}, "distill_model needs a model with a detection head"),
         ("dense.pt", {"recipe.recover.distill": True, "distill_model": "x.pt"}, "both name a teacher"),
         ("dense.pt", {"distill_model": "dense.onnx"}, "is not a checkpoint"),

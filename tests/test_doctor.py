@@ -83,7 +83,7 @@ def test_a_healthy_environment(diagnose: Diagnose, tmp_path: Path) -> None:
         (
             {"import_error": "OSError: libtorch.so"},
             "not active: Ultralytics cannot be imported (OSError: libtorch.so)",
-            "mend that first; `python -c 'import ultralytics.engine.model'` shows all of it",
+            "repair Ultralytics first; `python -c 'import ultralytics.engine.model'` shows the whole error",
         ),
         (
             {
@@ -97,12 +97,13 @@ def test_a_healthy_environment(diagnose: Diagnose, tmp_path: Path) -> None:
         (
             {"errors": {TARGETS[0]: "AttributeError: x"}, "patched": ()},
             "not active: ultralytics.cfg: AttributeError: x",
-            "install yolo-prune anew; if that does not help, report it with this text",
+            "install yolo-prune again; if that does not help, report the problem with this text",
         ),
         (
             {"started": False},
-            "not active: there is a start-up file, but this Python was started before it or did not read it",
-            "start Python (or the notebook's kernel) anew, or use `yolo-prune train`",
+            "not active: there is a start-up file, but this Python started before the file was installed, or did not "
+            "read the file",
+            "restart Python (or the notebook's kernel), or use `yolo-prune train`",
         ),
         (
             {"started": False, "files": ()},
@@ -111,7 +112,7 @@ def test_a_healthy_environment(diagnose: Diagnose, tmp_path: Path) -> None:
         ),
         (
             {"patched": TARGETS[:1]},
-            "not active: another import hook loaded ultralytics.engine.model past this one",
+            "not active: another import hook loaded ultralytics.engine.model without calling this one",
             "use `yolo-prune train` instead of `yolo train`",
         ),
     ],

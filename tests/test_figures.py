@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import tampering
 import torch
-from datasets import IMGSZ, tiny
-from test_latency import measured
+from small_data import IMGSZ, tiny
+from test_clock import measured
 from test_page import PAGES, Page, full, timed
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
@@ -47,13 +47,15 @@ def test_the_page_says_what_was_measured() -> None:
     ):
         assert said in text, said
     assert "there was no dataset" not in text
-    assert "there was no dataset" in Page(render(full(), found=measured().renamed(("a", "b")))).text
+    assert "there was no dataset" in Page(render(full(), measurement=measured().renamed(("a", "b")))).text
 
 
 def test_latency_is_what_the_ratio_of_the_rounds_says() -> None:
     found = timed()
     found.rows[1].ratio = 0.7
-    assert "Latency, onnxruntime, 1 thread 7.50 ms dense 12.0 70.0 % kept" in Page(render(full(), found=found)).text
+    assert (
+        "Latency, onnxruntime, 1 thread 7.50 ms dense 12.0 70.0 % kept" in Page(render(full(), measurement=found)).text
+    )
 
 
 def test_a_comparison_has_latency_as_cost() -> None:
@@ -170,7 +172,7 @@ def test_a_measurement_of_other_models_is_not_shown(run: Path, bench: Measuremen
         assert len(warnings) == 1
         assert what in warnings.pop()
 
-    other = "is not about what this run started from and what it delivered, in this order"
+    other = "does not measure the model that this run started from and the model that it delivered, in this order"
     for rows in (bench.rows[:1], bench.rows[::-1], []):
         told(bench.model_copy(update={"rows": rows}), other)
     stranger = bench.model_copy(deep=True)
@@ -192,7 +194,7 @@ def test_without_its_weights_a_run_goes_by_the_size_of_its_models(
     assert "latency" in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
     edit(run, "prune.json", pruned={"params": bench.rows[1].params + 1})
     assert "latency" not in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
-    assert "is not about what this run started from" in warnings[0]
+    assert "does not measure the model that this run started from" in warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +287,7 @@ def test_the_dataset_of_a_run_that_has_other_classes_is_left_out(folder: Path, r
         (["format=ncnn", "quantize=8"], "does not export format=ncnn with quantize=8"),
         (["format=torch", "imgsz=50"], "imgsz=50: must be a multiple of 32"),
         (["format=torch", "batch=0"], "batch=0: must be a whole number"),
-        (["format=torch", "half=True", "quantize=8"], "half=True means quantize=16"),
+        (["format=torch", "half=True", "quantize=8"], "half=True is quantize=16"),
         (["imgsz=64"], "imgsz= says how to measure, and format= is missing"),
         (["threads=1"], "threads= says how to measure, and format= is missing"),
         (["format=torch", "model=gone.pt"], "The model 'gone.pt' does not exist"),
@@ -326,7 +328,7 @@ def test_a_missing_runtime_is_named_before_any_work(
 
 def test_only_a_finished_run_whose_start_is_here_is_measured(run: Path, bench: Measurement) -> None:
     edit(run, "prune.json", model="gone.pt")
-    with pytest.raises(yolo_prune.PruneError, match=r"The dense model 'gone.pt' of this run is not here"):
+    with pytest.raises(yolo_prune.PruneError, match=r"The dense model 'gone.pt' of this run was not found"):
         run_page.measure_run(run, ["torch"])
     edit(run, "prune.json", status="failed")
     with pytest.raises(yolo_prune.PruneError, match=r"nothing to measure yet: the run in .* is failed, not finished"):

@@ -73,7 +73,7 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     ("plan.json", Plan.load, "a plan"),
     ("prune.json", Report.load, "a pruning report"),
     ("bench.json", Measurement.load, "a measurement"),
-    ("front.json", lambda path: Front.load(path.parent), "what a run with a limit leaves"),
+    ("front.json", lambda path: Front.load(path.parent), "the front.json of a run with a limit"),
     ("pi.json", Table.load, "a profile"),
 ]
 

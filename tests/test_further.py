@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
-from test_outputs import RUN, thin
+from test_heads import RUN, thin
 from ultralytics import YOLO
 from ultralytics.engine import trainer as engine
 from ultralytics.nn.tasks import load_checkpoint
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(folder: Path) -> str:
-    return str(datasets.make("detect", folder))
+    return str(small_data.make("detect", folder))
 
 
 @pytest.fixture(scope="module")

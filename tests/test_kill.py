@@ -14,66 +14,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
-from quick import QUICK
-from ultralytics.utils import ROOT
+from small_runs import NEW, RECIPES, RUNS
 
 from yolo_prune.cut.record import read_record
 from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.report import Report
 
-NEW = (ROOT / "cfg/models/26").exists()  # `nox -s releases` runs this file on releases before YOLO26, too
-RUN: dict[str, Any] = {
-    "epochs": 7,
-    "imgsz": 64,
-    "batch": 4,
-    "nbs": 12,  # three batches a step, five batches an epoch: gradients wait from one epoch to the next
-    **QUICK,
-    "optimizer": "MuSGD" if NEW else "SGD",
-    "lr0": 0.01,
-    "warmup_epochs": 0.0,
-    "close_mosaic": 2,
-    "callbacks": "prune",
-    "recipe": {
-        "target": {"flops": 0.6},
-        "schedule": {"rounds": 3, "start": 1, "interval": 2},
-        "criterion": "magnitude",
-        "recover": {"refit": 0, "batchnorm": 1},
-    },
-}
+RUN: dict[str, Any] = {**RUNS["kill"], "recipe": RECIPES["kill"]}
 # Where, and at which time after the start or resume. In this order every place is met in some epoch of the run.
 KILLS: list[tuple[str, int]] = [
     ("in a batch", 3),  # nothing to resume yet: the run is started anew
     ("writing last.pt", 1),
     ("in a batch", 8),
-    ("before a cut", 1),  # the second cut
-    ("after a cut", 1),
-    ("recalibrating", 1),
-    ("best.pt put aside", 1),
-    ("round taken down", 1),
-    ("after a round", 1),
-    ("at an optimizer step", 1),
+    ("writing round1.pt", 1),  # the second cut: its best.pt is about to be put aside
+    ("written round1.pt", 1),
+    ("writing best.pt", 1),
+    ("writing prune.json", 1),
+    ("writing state-", 1),
+    ("writing last.pt", 1),
+    ("written last.pt", 1),
     ("after an optimizer step", 1),
-    ("writing the state", 1),
+    ("writing state-", 1),
+    ("writing last.pt", 1),
     ("writing best.pt", 1),
     ("after a row of results.csv", 1),
-    ("writing last.pt", 1),
-    ("in a batch", 7),
-    ("before a cut", 1),  # the third
-    ("writing the state", 1),
-    ("writing last.pt", 1),
-    ("after a round", 1),
-    ("writing the report", 2),
+    ("removed state-", 1),
+    ("writing round2.pt", 1),  # the third cut
+    ("written round2.pt", 1),
+    ("written last.pt", 1),
     ("in a batch", 4),
     ("after validation", 1),
     ("writing last.pt", 1),
-    ("after last.pt", 1),  # all epochs are trained
-    ("before the last validation", 1),
-    ("stripping", 1),
-    ("stripping", 2),
-    ("report complete", 1),
+    ("in a batch", 9),  # in the last epoch
+    ("written last.pt", 1),
+    ("stripping best.pt", 1),
+    ("written best.pt", 1),
+    ("stripping round1.pt", 1),
+    ("writing report.html", 1),
+    ("stripping last.pt", 1),
 ]
 
 
@@ -115,7 +96,7 @@ class Zygote:
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     folder = tmp_path_factory.mktemp("kill")
-    datasets.tiny(folder, train=18, **({"end2end": True, "reg_max": 1} if NEW else {}))
+    small_data.tiny(folder, train=18, **({"end2end": True, "reg_max": 1} if NEW else {}))
     zygote = Zygote(folder, str(folder / "scenes/scenes.yaml"))
     yield zygote
     zygote.process.kill()
@@ -168,14 +149,14 @@ def test_a_run_killed_everywhere_ends_like_an_unbroken_one(zygote: Zygote, unbro
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('killed')}"
         assert not has_ended(zygote.folder / "killed"), kill
         assert os.WTERMSIG(status) == signal.SIGKILL
-    assert os.WIFSIGNALED(zygote.train("killed", ("ended", 1))), zygote.log("killed")
+    assert zygote.train("killed", None) == 0, zygote.log("killed")
     assert has_ended(zygote.folder / "killed")
     assert_same_run(zygote.folder / "killed", unbroken)
     assert zygote.train("killed", None) != 0
-    assert "is of a run that has ended; there is nothing to resume" in zygote.log("killed")
+    assert "belongs to a run that has ended, so there is nothing to resume" in zygote.log("killed")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote, unbroken: Path) -> None:
     moments = random.Random(4)
     for _ in range(8):
@@ -190,7 +171,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(zygote: Zygote
     assert_same_run(zygote.folder / "random", unbroken)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_warm_up_steps_as_often_as_if_it_had_not_been_killed(zygote: Zygote) -> None:
     settings: dict[str, Any] = {"epochs": 5, "warmup_epochs": 4.0, "optimizer": "AdamW", "lr0": 0.001}
     settings["recipe"] = {**RUN["recipe"], "schedule": {"rounds": 1}}
@@ -202,7 +183,7 @@ def test_a_warm_up_steps_as_often_as_if_it_had_not_been_killed(zygote: Zygote) -
     assert_same_run(zygote.folder / "warming", zygote.folder / "warm", rounds=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_early_stopping_waits_across_kills_and_is_not_forgotten(zygote: Zygote) -> None:
     recipe = {**RUN["recipe"], "schedule": {"rounds": 1, "start": 1}}
     settings: dict[str, Any] = {"epochs": 30, "patience": 3, "close_mosaic": 0, "recipe": recipe}
@@ -210,14 +191,14 @@ def test_early_stopping_waits_across_kills_and_is_not_forgotten(zygote: Zygote) 
     trained = len(rows(zygote.folder / "stopped"))
     assert trained < 30, "the run did not stop early"
     batches = 5 * (trained - 2)  # two epochs before its end, while it waits
-    for kill in (("in a batch", batches + 2), ("in a batch", 7), ("before the last validation", 1), ("stripping", 1)):
+    for kill in (("in a batch", batches + 2), ("in a batch", 7), ("stripping best.pt", 1), ("written best.pt", 1)):
         status = zygote.train("waiting", kill, **settings)
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('waiting')}"
     assert zygote.train("waiting", None, **settings) == 0, zygote.log("waiting")
     assert_same_run(zygote.folder / "waiting", zygote.folder / "stopped", rounds=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_round_with_nothing_to_remove_is_resumed_like_any_other(zygote: Zygote) -> None:
     schedule = {"rounds": 7, "interval": 1, "curve": "linear"}
     recipe = {**RUN["recipe"], "target": {"flops": 0.9}, "schedule": schedule, "channels": {"round_to": 48}}
@@ -229,11 +210,11 @@ def test_a_round_with_nothing_to_remove_is_resumed_like_any_other(zygote: Zygote
         status = zygote.train("skipped", kill, **settings)
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('skipped')}"
     assert zygote.train("skipped", None, **settings) == 0, zygote.log("skipped")
-    assert "going on from last.pt alone" not in zygote.log("skipped")
+    assert "continues from last.pt alone" not in zygote.log("skipped")
     assert_same_run(zygote.folder / "skipped", zygote.folder / "skipping", rounds=performed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_that_look_at_data_and_refit_are_resumed_to_the_bit(zygote: Zygote) -> None:
     recipe = {
         **RUN["recipe"],
@@ -243,7 +224,7 @@ def test_rounds_that_look_at_data_and_refit_are_resumed_to_the_bit(zygote: Zygot
     }
     settings: dict[str, Any] = {"epochs": 5, "recipe": recipe}
     assert zygote.train("fitted", None, **settings) == 0, zygote.log("fitted")
-    for kill in (("in a batch", 8), ("after a cut", 1), ("after a round", 1), ("in a batch", 3)):
+    for kill in (("in a batch", 8), ("writing round1.pt", 1), ("written last.pt", 1), ("in a batch", 3)):
         status = zygote.train("refitted", kill, **settings)
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('refitted')}"
     assert zygote.train("refitted", None, **settings) == 0, zygote.log("refitted")
@@ -255,15 +236,14 @@ LIMITS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "search": (
         {"target": {"max_drop": 0.3}, "schedule": {"rounds": 3, "interval": 2}},
         [
-            ("kept aside", 1),
+            ("written round0.pt", 1),
             ("in a batch", 12),
-            ("gone back", 1),
-            ("the old best taken", 1),
-            ("judged", 1),
-            ("writing the state", 1),
+            ("writing front.json", 1),
+            ("written front.json", 1),
+            ("written best.pt", 1),
+            ("writing state-", 1),
             ("writing last.pt", 1),
-            ("after last.pt", 1),
-            ("after a round", 1),
+            ("written last.pt", 1),
             ("in a batch", 9),
         ],
     ),
@@ -274,19 +254,19 @@ LIMITS: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
             "guard": {"max_drop": 0.15},
         },
         [
-            ("gone back", 1),
-            ("after a round", 1),
+            ("written front.json", 1),
+            ("written last.pt", 1),
             ("in a batch", 8),
-            ("after last.pt", 2),
-            ("the old best taken", 1),
-            ("judged", 1),
-            ("stripping", 2),
+            ("written last.pt", 2),
+            ("written best.pt", 1),
+            ("writing front.json", 1),
+            ("stripping last.pt", 1),
         ],
     ),
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", LIMITS)
 def test_a_run_with_a_limit_goes_the_same_way_however_often_it_is_killed(zygote: Zygote, kind: str) -> None:
     fields, kills = LIMITS[kind]
@@ -298,13 +278,13 @@ def test_a_run_with_a_limit_goes_the_same_way_however_often_it_is_killed(zygote:
         status = zygote.train(f"{kind}-killed", kill, **settings)
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log(f'{kind}-killed')}"
     assert zygote.train(f"{kind}-killed", None, **settings) == 0, zygote.log(f"{kind}-killed")
-    assert "going on from last.pt alone" not in zygote.log(f"{kind}-killed")
+    assert "continues from last.pt alone" not in zygote.log(f"{kind}-killed")
     killed = zygote.folder / f"{kind}-killed"
     assert_same_run(killed, zygote.folder / f"{kind}-whole", rounds=len(whole.rounds))
     assert (killed / "front.json").read_text() == (zygote.folder / f"{kind}-whole/front.json").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
     recipe = {
         **RUN["recipe"],
@@ -315,10 +295,10 @@ def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
     settings: dict[str, Any] = {"epochs": 4, "warmup_epochs": 1.0, "recipe": recipe}
     assert zygote.train("rewound", None, **settings) == 0, zygote.log("rewound")
     for kill in (
-        ("writing the early weights", 1),
+        ("writing rewind.pt", 1),
         ("in a batch", 3),
-        ("rewound", 1),
-        ("after a round", 1),
+        ("writing round0.pt", 1),
+        ("written last.pt", 1),
         ("in a batch", 8),
         ("writing last.pt", 1),
     ):

@@ -14,32 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_data
 import torch
 import ultralytics
-from quick import QUICK
+from small_runs import FINE, RECIPES, RUNS
 from torch import nn
 from ultralytics import YOLO
 
 import yolo_prune
 from yolo_prune.cut.record import is_pruned
-from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import PruneError
 from yolo_prune.report import Report
 
-RUN: dict[str, Any] = {
-    "imgsz": 64,
-    "batch": 4,
-    "nbs": 4,
-    **QUICK,
-    "optimizer": "AdamW",
-}
-RECIPE = {
-    "target": {"flops": 0.5},
-    "schedule": {"rounds": 2, "interval": 1},
-    "criterion": "magnitude",
-    "recover": {"refit": 0, "batchnorm": 1},
-}
+RUN, RECIPE = RUNS["main_path"], {**RECIPES["main_path"], **FINE}
 
 
 def parameters(model: nn.Module | Path) -> int:
@@ -49,15 +37,7 @@ def parameters(model: nn.Module | Path) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("main")
-    make_dataset(folder / "scenes", train=12, val=4, imgsz=64)
-    torch.manual_seed(0)
-    model = YOLO("yolo11n.yaml").model
-    model = type(model)(model.yaml, nc=5, verbose=False)
-    model.names, model.args, model.task = dict(enumerate("abcde")), {}, "detect"
-    content = {"model": model, "train_args": {}, "date": "", "version": ultralytics.__version__}
-    torch.save(content, folder / "dense.pt")
-    return folder
+    return small_data.tiny(tmp_path_factory.mktemp("main"), train=12)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +57,13 @@ def pruned(folder: Path) -> Path:
     return folder / "pruned"
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolov8n-seg", "yolo11n-pose", "yolo11n-obb", "yolov10n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("yolov8n-seg", "yolo11n-pose", "yolov10n"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("yolov8n", "yolo11n", "yolo11n-obb")),
+    ],
+)
 def test_plan_proof_and_cut(name: str) -> None:
     model = YOLO(f"{name}.yaml")
     proof = yolo_prune.apply(model, yolo_prune.plan(model, imgsz=64))
@@ -107,9 +93,8 @@ def test_a_pruned_model_stays_pruned_and_takes_other_classes(pruned: Path, folde
     before = {n: m.out_channels for n, m in model.model.named_modules() if isinstance(m, nn.Conv2d)}
     model.train(data=str(few), project=str(folder), name="again", epochs=1, **RUN)
     after = {n: m.out_channels for n, m in model.model.named_modules() if isinstance(m, nn.Conv2d)}
-    assert {n: (before[n], after[n]) for n in after if after[n] != before[n]} == {
-        f"model.23.cv3.{level}.2": (5, 6) for level in range(3)
-    }
+    changed = {n: (before[n], after[n]) for n in after if after[n] != before[n]}
+    assert changed == {"model.10.cv3.0.2": (5, 6)}
     assert is_pruned(model.model)
 
 
@@ -118,6 +103,7 @@ def test_the_command_line(pruned: Path, folder: Path) -> None:
     settings = [f"{key}={value}" for key, value in RUN.items()]
     arguments = [f"model={pruned}/weights/best.pt", f"data={folder}/scenes/scenes.yaml", "epochs=1", *settings]
     pruning = ["callbacks=prune", "recipe.target.flops=0.4", "recipe.schedule.rounds=1", "recipe.recover.batchnorm=1"]
+    pruning += [f"recipe.channels.{key}={value}" for key, value in FINE["channels"].items()]
     places = [f"project={folder}", "name=cli"]
     done = subprocess.run(
         [sys.executable, "-c", command, "train", *arguments, *pruning, *places],

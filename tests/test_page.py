@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Browser
-from datasets import IMGSZ, tiny
-from test_latency import measured
+from small_data import IMGSZ, tiny
+from test_clock import measured
 from test_report import make_report
 from ultralytics import YOLO
 from ultralytics.engine.results import Results
@@ -44,7 +44,7 @@ from yolo_prune.report.front import Front, FrontPoint
 from yolo_prune.report.history import History, fitness_lines
 from yolo_prune.report.measurement import Measurement, Parity, Tolerance
 from yolo_prune.report.page import command, render
-from yolo_prune.report.photos import Mark, Photo
+from yolo_prune.report.photos import Detection, Photo
 from yolo_prune.report.scatter import Dot, front_dots, frontier, scatter
 
 EVIL = "<script>alert('x')</script>&\"'"
@@ -88,7 +88,7 @@ def failed() -> Report:
 
 
 def photo(name: str = "one.jpg", kind: str = "cell") -> Photo:
-    mark = Mark(kind, 1, 0.9, ((0.1, 0.1), (0.5, 0.1), (0.5, 0.5), (0.1, 0.5)), ((0.3, 0.3),))
+    mark = Detection(kind, 1, 0.9, ((0.1, 0.1), (0.5, 0.1), (0.5, 0.5), (0.1, 0.5)), ((0.3, 0.3),))
     return Photo(name, PIXEL, 200, 100, ((mark, mark), (mark,)))
 
 
@@ -101,12 +101,12 @@ def timed(*names: str) -> Measurement:
     return found.renamed(names or ("dense", "pruned"))
 
 
-def comparison(name: str = "a", photos: tuple[Photo, ...] = (), found: Measurement | None = None) -> str:
+def comparison(name: str = "a", photos: tuple[Photo, ...] = (), measurement: Measurement | None = None) -> str:
     candidates = [
         Candidate(name, Figures(flops=2e9, params=2e6, size_mb=5.0, fitness=0.6, classes={"cell": 0.6}), 0.6, 0.8),
         Candidate("b", Figures(flops=1e9, params=1e6, size_mb=2.0, fitness=0.5, classes={"cell": 0.5}), 0.5, 0.7),
     ]
-    return render_comparison(candidates, "data/cells.yaml", 320, photos, "yolo-prune compare a.pt b.pt", found)
+    return render_comparison(candidates, "data/cells.yaml", 320, photos, "yolo-prune compare a.pt b.pt", measurement)
 
 
 class Page(HTMLParser):
@@ -149,8 +149,8 @@ PAGES = {
     "no validation": lambda: render(make_report(fit=False)),
     "crowded": lambda: render(make_report(starts=tuple(range(20)), epochs=100, layers=250)),
     "comparison": lambda: comparison(photos=(photo(),)),
-    "measured": lambda: render(full(), front(), found=timed()),
-    "measured comparison": lambda: comparison(found=timed("a", "b")),
+    "measured": lambda: render(full(), front(), measurement=timed()),
+    "measured comparison": lambda: comparison(measurement=timed("a", "b")),
     "searched": lambda: render(*searched()),
     "late rounds": lambda: render(make_report(starts=(0, 1, 28, 29))),
     "many models": lambda: crowd(),
@@ -191,7 +191,7 @@ def test_the_page_says_what_the_report_says() -> None:
     for said in (
         "dense/best pruned to 50.0 % of its FLOPs",
         *("0.600 dense 0.612 -0.012", "3.30 G dense 6.60 50.0 % kept", "7.50 ms dense 12.0 62.5 % kept"),
-        *("round 2, taken back", "limit 0.602", "0.020", "taken back 1e-15"),
+        *("round 2, rolled back", "limit 0.602", "0.020", "rolled back 1e-15"),
         *("task output 1 layer: model.21.m.87.conv", "cell 0.700 → 0.600 -0.100", "disc 0.500 → 0.550 +0.050"),
         *("one.jpg", "dense 2 found", "pruned 1 found", "torch 2.9.9", "criterion obs", "name: obs"),
         "callbacks=prune recipe=runs/train/prune.yaml",
@@ -394,6 +394,12 @@ def test_names_that_xml_cannot_hold_are_shown_as_far_as_they_can_be() -> None:
     assert "a$b^$c: 2.00 GFLOPs, 0.600" in Page(comparison("a$b^$c")).text
 
 
+def test_no_tooltip_of_a_page_has_a_character_that_stands_for_another() -> None:
+    for name in PAGES:
+        assert "\N{REPLACEMENT CHARACTER}" not in PAGES[name]()
+    assert svg.printable("a\N{NO-BREAK SPACE}b\N{IDEOGRAPHIC SPACE}c") == "a\N{NO-BREAK SPACE}b\N{IDEOGRAPHIC SPACE}c"
+
+
 def test_a_crowd_of_models_leaves_out_names_rather_than_heap_them() -> None:
     sizes: dict[str, Any] = {"width": 350, "height": 320, "title": "many", "across": "FLOPs kept, %", "up": "fitness"}
     drawing = scatter([Dot(50 + i % 7, 0.5 + 0.001 * i, "held", f"round {i}") for i in range(150)], **sizes)
@@ -562,7 +568,7 @@ def test_a_few_images_from_all_over_a_dataset() -> None:
         (["report", "nowhere", "dat=x.yaml"], "Did you mean 'data'?"),
         (["compare", "a.pt", "data=x.yaml"], "pass two or more checkpoints to compare. Usage: yolo-prune compare"),
         (["compare", "a.pt", "b.pt"], "data= is missing: pass the dataset to validate on"),
-        (["compare", "a.pt", "a.pt", "data=x.yaml"], "'a.pt' was given twice"),
+        (["compare", "a.pt", "a.pt", "data=x.yaml"], "'a.pt' is named twice"),
         (["compare", "a.pt", "b.pt", "data=x.yaml"], "The model 'a.pt' does not exist"),
         (["compare", "a.pt", "b.onnx", "data=x.yaml", "imgsz=7"], "imgsz=7: must be a multiple of 32"),
     ],
@@ -587,10 +593,10 @@ def test_a_dataset_or_model_that_does_not_fit_is_one_message(folder: Path, tmp_p
     with pytest.raises(PruneError, match="has 5 classes, the model 80"):
         compare_page.compare([folder / "dense.pt", other], data, IMGSZ, tmp_path / "c.html")
     (tmp_path / "prune.json").write_text(json.dumps({**make_report().to_dict(), "model": "gone.pt"}))
-    with pytest.raises(PruneError, match=r"The dense model 'gone.pt' of this run is not here.*model="):
+    with pytest.raises(PruneError, match=r"The dense model 'gone.pt' of this run was not found.*model="):
         run_page.write_report(tmp_path, data=data)
     (tmp_path / "front.json").write_text("{")
-    with pytest.raises(PruneError, match=r"front\.json is damaged: Invalid JSON.*Delete it"):
+    with pytest.raises(PruneError, match=r"front\.json is damaged: Invalid JSON.*Delete the file"):
         run_page.write_report(tmp_path)
 
 
@@ -598,21 +604,21 @@ def test_outlines_of_every_task_become_fractions_of_the_image() -> None:
     image, names = np.zeros((8, 16, 3), np.uint8), {0: "a"}
     box = torch.tensor([[4.0, 2, 12, 6, 0.5, 0]])
     corners = ((0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75))
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box))
-    assert mark == Mark("a", 0, 0.5, corners)
-    (mark,) = evaluate.marks(Results(image, "", names, obb=torch.tensor([[8.0, 4, 8, 4, 0, 0.5, 0]])))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box))
+    assert mark == Detection("a", 0, 0.5, corners)
+    (mark,) = evaluate.detections(Results(image, "", names, obb=torch.tensor([[8.0, 4, 8, 4, 0, 0.5, 0]])))
     assert set(mark.outline) == set(corners)
     mask = torch.zeros(1, 8, 16)
     mask[:, 2:6, 4:12] = 1
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, masks=mask))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box, masks=mask))
     assert len(mark.outline) >= 4
     assert all(0.2 < value < 0.8 for point in mark.outline for value in point)
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, masks=torch.zeros(1, 8, 16)))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box, masks=torch.zeros(1, 8, 16)))
     assert mark.outline == corners
     dots = torch.tensor([[[8.0, 2, 1], [0, 0, 0]]])
-    (mark,) = evaluate.marks(Results(image, "", names, boxes=box, keypoints=dots))
+    (mark,) = evaluate.detections(Results(image, "", names, boxes=box, keypoints=dots))
     assert mark.dots == ((0.5, 0.25),)
-    assert evaluate.marks(Results(image, "", names, probs=torch.ones(1))) == ()
+    assert evaluate.detections(Results(image, "", names, probs=torch.ones(1))) == ()
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
@@ -683,5 +689,5 @@ def test_a_latency_that_was_the_target_is_on_the_page() -> None:
     assert "of its latency" in page
     assert "Latency, onnxruntime" in page
     assert "61.7 % kept" in page  # round by round, as in the log; the medians would be 63.0 %
-    assert "60 % latency, came to 61.7 %" in page
+    assert "60 % latency, reached 61.7 %" in page
     assert "cuts timed in onnxruntime 1.32.0 on a Pi" in page

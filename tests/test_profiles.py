@@ -8,8 +8,8 @@ from typing import Any
 
 import models
 import pytest
-from clock import install, made_up
-from datasets import IMGSZ, tiny
+from made_up_clock import install, made_up
+from small_data import IMGSZ, tiny
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
@@ -48,13 +48,13 @@ def test_layers_are_kept_where_models_cannot_be_timed(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(target, "Stopwatch", fail)
     with pytest.raises(BenchError, match="no luck"):
-        target.find(models.shared("yolo11-tiny"), Target(latency=0.8, format="torch"), IMGSZ)
+        target.find(models.shared("short"), Target(latency=0.8, format="torch"), IMGSZ)
     kept = Table.load(next((tmp_path / "memory").glob("latency-*.json")))
-    assert set(kept.layers) == {layer.key for layer in distinct(layers_of(models.shared("yolo11-tiny"), IMGSZ))}
+    assert set(kept.layers) == {layer.key for layer in distinct(layers_of(models.shared("short"), IMGSZ))}
 
 
 def test_two_runs_at_once_keep_what_both_have_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked, others = Target(latency=0.8, format="torch"), "yolov8-tiny"
+    asked, others = Target(latency=0.8, format="torch"), "short-c2f"
     with monkeypatch.context() as m:  # the other run begins and ends while this one times whole models
         clock = target.Stopwatch
 
@@ -64,9 +64,9 @@ def test_two_runs_at_once_keep_what_both_have_measured(monkeypatch: pytest.Monke
             return clock(*arguments)
 
         m.setattr(target, "Stopwatch", stopwatch)
-        assert target.find(models.shared("yolo11-tiny"), asked, IMGSZ)
+        assert target.find(models.shared("short"), asked, IMGSZ)
     kept = Table.load(next((tmp_path / "memory").glob("latency-*.json")))
-    for name in ("yolo11-tiny", others):
+    for name in ("short", others):
         assert kept.missing(layers_of(models.shared(name), IMGSZ)) == []
         assert model_key(layers_of(models.shared(name), IMGSZ), IMGSZ) in kept.wholes
 
@@ -74,7 +74,7 @@ def test_two_runs_at_once_keep_what_both_have_measured(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("what", ["torch", "ultralytics", "machine", "method"])
 def test_times_of_something_else_are_not_taken(what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(target, "_wholes", lambda *_: [])
-    model = models.shared("yolo11-tiny")
+    model = models.shared("short")
     first = target.measured(model, layers_of(model, IMGSZ), "torch", SETTING)
     if what == "machine":
         monkeypatch.setattr("platform.node", lambda: "another")
@@ -114,8 +114,8 @@ def profiled(model: nn.Module, path: Path, imgsz: int = IMGSZ) -> Table:
 
 
 def test_a_profile_holds_one_model_at_one_size(tmp_path: Path) -> None:
-    model = models.shared("yolo11-tiny")
-    for other, size in ((models.shared("yolov8-tiny"), IMGSZ), (model, 2 * IMGSZ)):
+    model = models.shared("short")
+    for other, size in ((models.shared("short-c2f"), IMGSZ), (model, 2 * IMGSZ)):
         target.find(other, Target(latency=0.8, format="torch", threads=1), size)
     found = profiled(model, tmp_path / "pi.json")
     assert found.sizes() == [IMGSZ]
@@ -123,7 +123,7 @@ def test_a_profile_holds_one_model_at_one_size(tmp_path: Path) -> None:
 
 
 def test_the_size_of_a_profile_is_its_own(tmp_path: Path) -> None:
-    model, path = models.shared("yolo11-tiny"), tmp_path / "pi.json"
+    model, path = models.shared("short"), tmp_path / "pi.json"
     asked = Target(latency=0.8, profile=str(path))
     small, large = (profiled(model, path, size) for size in (IMGSZ, 2 * IMGSZ))
     there = target.find(model, asked, 5 * IMGSZ)
@@ -136,8 +136,19 @@ def test_the_size_of_a_profile_is_its_own(tmp_path: Path) -> None:
         target.find(model, asked, 3 * IMGSZ)
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n", "yolov10n"])
-@pytest.mark.parametrize(("before", "after"), [(80, 3), (3, 80)])
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("yolo26n", 3, 80),
+        *(
+            pytest.param(name, before, after, marks=pytest.mark.long)
+            for name, before, after in (
+                *(("yolo11n", 80, 3), ("yolo11n", 3, 80), ("yolo26n", 80, 3), ("yolov8n", 80, 3), ("yolov8n", 3, 80)),
+                *(("yolov10n", 80, 3), ("yolov10n", 3, 80)),
+            )
+        ),
+    ],
+)
 def test_a_profile_holds_for_other_classes(
     name: str, before: int, after: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,8 +181,8 @@ def test_a_model_of_other_classes_needs_its_head_timed_only(monkeypatch: pytest.
 
 def test_a_profile_of_another_body_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pi.json"
-    profile = profiled(models.shared("yolo11-tiny"), path)
-    model = models.shared("yolov8-tiny")
+    profile = profiled(models.shared("short"), path)
+    model = models.shared("short-c2f")
     with pytest.raises(BenchError, match="is the profile of another model"):
         target.find(model, Target(latency=0.8, profile=str(path)), IMGSZ)
     with pytest.raises(BenchError, match="has no times of a layer like"):
@@ -199,7 +210,7 @@ def test_a_profile_that_is_none(content: str | None, message: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("format=onnx,ncnn",), "a profile has one runtime only"),
+        (("format=onnx,ncnn",), "a profile is for one runtime"),
         (("format=onxn",), "Did you mean 'onnx'?"),
         (("format=torch", "quantize=8"), "quantize=8 cannot be profiled"),
         (("format=torch", "half=True"), "format=torch computes in float32 on a CPU"),

@@ -11,32 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from quick import QUICK
+import small_data
+from small_runs import RECIPES, RUNS
 from ultralytics.nn.tasks import load_checkpoint
 
 from yolo_prune.cut.record import is_pruned
 from yolo_prune.report import Report
 
-RUN: dict[str, Any] = {
-    "epochs": 4,
-    "imgsz": 64,
-    "batch": 8,
-    "nbs": 8,
-    **QUICK,
-    "optimizer": "AdamW",
-    "exist_ok": True,
-}
-PRUNE: dict[str, Any] = {
-    "callbacks": "prune",
-    "recipe": {
-        "target": {"flops": 0.6},
-        "schedule": {"rounds": 2, "interval": 2},
-        "criterion": "magnitude",
-        "recover": {"refit": 0, "batchnorm": 1},
-    },
-}
+RUN = RUNS["ranks"]
+PRUNE: dict[str, Any] = {"callbacks": "prune", "recipe": RECIPES["ranks"]}
 PARENT = """
 import json, os, sys
 from cpu_ranks import CpuRanks
@@ -86,7 +70,7 @@ def launch(model: Path, arguments: dict[str, Any], script: str = PARENT) -> subp
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("ranks"), train=18, val=6)
+    return small_data.tiny(tmp_path_factory.mktemp("ranks"), train=18, val=6)
 
 
 def parameters(path: Path) -> int:
@@ -120,7 +104,7 @@ def test_two_ranks_prune_alike_and_the_parent_gets_the_result(pruned: tuple[Path
     assert report.pruned.params == parameters(best) < parameters(run.parent / "dense.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pruned_model_stays_pruned_on_two_ranks(pruned: tuple[Path, str], folder: Path) -> None:
     best = pruned[0] / "weights/best.pt"
     again = launch(best, {**RUN, **places(folder), "epochs": 1, "name": "again"})
@@ -128,7 +112,7 @@ def test_a_pruned_model_stays_pruned_on_two_ranks(pruned: tuple[Path, str], fold
     assert parameters(folder / "again/weights/best.pt") == parameters(best)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_resume_and_end_alike(pruned: tuple[Path, str], folder: Path) -> None:
     failed = launch(folder / "dense.pt", {**RUN, **PRUNE, **places(folder), "name": "broken", "fail_in": 2})
     assert failed.returncode == 1
@@ -141,7 +125,7 @@ def test_two_ranks_resume_and_end_alike(pruned: tuple[Path, str], folder: Path) 
     assert found.epochs_log == wanted.epochs_log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_rewind_and_shrink_alike(folder: Path) -> None:
     recipe = {
         **PRUNE["recipe"],
@@ -157,7 +141,7 @@ def test_two_ranks_rewind_and_shrink_alike(folder: Path) -> None:
     assert not (folder / "rewound/weights/rewind.pt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_go_back_alike_from_a_round_that_cost_too_much(folder: Path) -> None:
     recipe = {
         **PRUNE["recipe"],

@@ -36,7 +36,7 @@ from yolo_prune.report import (
 )
 from yolo_prune.report.picture import compose, draw
 from yolo_prune.report.table import difference
-from yolo_prune.run.journal import log_if_untrained
+from yolo_prune.run.journal import log_if_no_epoch_helped
 
 
 def make_report(starts: tuple[int, ...] = (0, 5, 10), epochs: int = 30, layers: int = 88, fit: bool = True) -> Report:
@@ -158,9 +158,11 @@ def test_training_that_gained_nothing_is_named(
     row = RoundRow(number=1, epoch=2, target={"flops": 0.5}, fitness=RoundFitness(recovered=0.6))
     epochs = [EpochRow(epoch=i, fitness=f) for i, f in enumerate((0.7, 0.7, *later), 1)]
     with caplog.at_level("INFO", "ultralytics"):
-        log_if_untrained(Report(rounds=[row], epochs_log=epochs), batch=16, per_step=per_step)
-    assert ("no epoch after the last cut came up to the fitness of 0.600" in caplog.text) is said
-    assert ("one in 4 batches, with nbs=16 one in each" in caplog.text) is (said and per_step > 1)
+        log_if_no_epoch_helped(Report(rounds=[row], epochs_log=epochs), batch=16, per_step=per_step)
+    assert ("training after the last cut did not improve the model: its fitness was 0.600" in caplog.text) is said
+    assert ("one step for each 4 batches; with nbs=16 there is one step for each batch" in caplog.text) is (
+        said and per_step > 1
+    )
 
 
 def test_no_difference_has_no_sign_of_loss() -> None:
@@ -199,14 +201,14 @@ write_text("a.json", "{}")
 
 
 def test_a_missing_report(tmp_path: Path) -> None:
-    with pytest.raises(PruneError, match=r"No pruning report at .*prune\.json\. Give the prune\.json of a run"):
+    with pytest.raises(PruneError, match=r"No pruning report at .*prune\.json\. Pass the prune\.json of a run"):
         Report.load(tmp_path)
 
 
 def test_a_truncated_report(tmp_path: Path) -> None:
     path = make_report().save(tmp_path / "prune.json")
     path.write_text(path.read_text()[:500])
-    with pytest.raises(PruneError, match=r"prune\.json is not complete JSON .* cut short"):
+    with pytest.raises(PruneError, match=r"prune\.json is not complete JSON .* incomplete or was edited"):
         Report.load(path)
 
 

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from quick import QUICK
+import small_data
+from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -21,32 +21,14 @@ from yolo_prune.errors import RunError
 from yolo_prune.report import Report
 from yolo_prune.run import checks, resume
 
-RUN: dict[str, Any] = {
-    "epochs": 4,
-    "imgsz": 64,
-    "batch": 4,
-    "nbs": 4,
-    **QUICK,
-    "optimizer": "SGD",
-    "exist_ok": True,
-    "name": "run",
-    "callbacks": "prune",
-    "recipe": {
-        "target": {"flops": 0.6},
-        "schedule": {"rounds": 2, "interval": 1},
-        "criterion": "magnitude",
-        "recover": {"refit": 0, "batchnorm": 1},
-        "channels": {"round_to": 2, "min": 2},
-        "measure": False,
-    },
-}
+RUN: dict[str, Any] = {**RUNS["resume"], "recipe": RECIPES["resume"]}
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("resume"), train=8)
+    return small_data.tiny(tmp_path_factory.mktemp("resume"), train=8)
 
 
 class Interrupted(Exception):
@@ -73,23 +55,24 @@ def epochs_of(run: Path) -> list[int]:
 
 
 def test_without_validation_a_resumed_run_trains_all_its_epochs(folder: Path, tmp_path: Path) -> None:
-    begin(folder, tmp_path, 7, epochs=9, val=False, patience=2)
+    begin(folder, tmp_path, 4, epochs=6, val=False, patience=1)
     YOLO(tmp_path / "run/weights/last.pt").train(resume=True)
-    assert epochs_of(tmp_path / "run") == list(range(1, 10))
+    assert epochs_of(tmp_path / "run") == list(range(1, 7))
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_run_whose_epochs_are_all_trained_is_completed(folder: Path, tmp_path: Path, epochs: int) -> None:
     recipe = {**RUN["recipe"], "schedule": {"rounds": 1}}
-    begin(folder, tmp_path, epochs, epochs=epochs, recipe=recipe, plots=True)
+    plots = epochs == 1
+    begin(folder, tmp_path, epochs, epochs=epochs, recipe=recipe, plots=plots)
     YOLO(tmp_path / "run/weights/last.pt").train(resume=True)
     assert Report.load(tmp_path / "run").status == "finished"
     assert is_pruned(load_checkpoint(tmp_path / "run/weights/best.pt")[0])
-    assert (tmp_path / "run/results.png").exists()
+    assert (tmp_path / "run/results.png").exists() is plots
 
 
 def test_another_image_size_leaves_the_figures_of_the_report_comparable(folder: Path, tmp_path: Path) -> None:
-    begin(folder, tmp_path, 1)
+    begin(folder, tmp_path, 1, epochs=2)
     YOLO(tmp_path / "run/weights/last.pt").train(resume=True, imgsz=32)
     report = Report.load(tmp_path / "run")
     assert report.imgsz == 64
@@ -100,12 +83,12 @@ def test_another_image_size_leaves_the_figures_of_the_report_comparable(folder: 
 def test_a_run_whose_folder_was_moved_goes_on_with_all_of_it(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begin(folder, tmp_path, 3)
+    begin(folder, tmp_path, 2)
     shutil.move(tmp_path / "run", tmp_path / "moved")
     YOLO(tmp_path / "moved/weights/last.pt").train(resume=True)
-    assert "going on from last.pt alone" not in caplog.text
-    assert epochs_of(tmp_path / "run") == [1, 2, 3, 4]
-    assert [row.epoch for row in Report.load(tmp_path / "run").epochs_log] == [1, 2, 3, 4]
+    assert "continues from last.pt alone" not in caplog.text
+    assert epochs_of(tmp_path / "run") == [1, 2, 3]
+    assert [row.epoch for row in Report.load(tmp_path / "run").epochs_log] == [1, 2, 3]
 
 
 def test_a_disk_that_takes_no_state_costs_exactness_only(
@@ -115,11 +98,11 @@ def test_a_disk_that_takes_no_state_costs_exactness_only(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(resume, "write_bytes", full)
-    begin(folder, tmp_path, 3)
+    begin(folder, tmp_path, 2)
     assert "No space left on device" in caplog.text
     monkeypatch.undo()
     YOLO(tmp_path / "run/weights/last.pt").train(resume=True)
-    assert "going on from last.pt alone" in caplog.text
+    assert "continues from last.pt alone" in caplog.text
     assert Report.load(tmp_path / "run").status == "finished"
 
 
@@ -128,15 +111,17 @@ def test_without_the_word_resume_one_is_told_that_a_run_is_unfinished(
 ) -> None:
     begin(folder, tmp_path, 1)
     begin(folder, tmp_path, 1, YOLO(tmp_path / "run/weights/last.pt"), name="other")
-    assert "is of an unfinished pruning run; this begins a new one from it" in caplog.text
+    assert "belongs to an unfinished pruning run, and this command starts a new run from it" in caplog.text
 
 
 def test_a_failed_run_can_be_started_again_from_the_same_object(folder: Path, tmp_path: Path) -> None:
-    model = begin(folder, tmp_path, 3)
+    model = begin(folder, tmp_path, 2)
     assert not is_pruned(model.model)
     assert Report.load(tmp_path / "run").status == "failed"
     assert Report.load(tmp_path / "run").error == "Interrupted: "
-    with pytest.raises(RunError, match=r"is not the run that was interrupted. Resume that with YOLO\('.*last\.pt'\)"):
+    with pytest.raises(
+        RunError, match=r"is not the checkpoint of the interrupted run. Resume that run with YOLO\('.*last\.pt'\)"
+    ):
         model.train(resume=True)
     model.train(**{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)})
     assert [r.number for r in Report.load(tmp_path / "run").rounds] == [1, 2]
@@ -154,7 +139,7 @@ def test_a_run_into_the_folder_of_its_own_model_keeps_it_until_there_is_a_better
     begin(folder, tmp_path, 1, model)
     assert there
     assert all(there)
-    with pytest.raises(RunError, match=r"The teacher .*best\.pt lies where this run writes its checkpoints"):
+    with pytest.raises(RunError, match=r"This run would overwrite its teacher .*best\.pt"):
         YOLO(weights / "best.pt").train(
             **{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)},
             distill_model=str(weights / "best.pt"),
@@ -191,7 +176,7 @@ def test_integrations_find_a_tidy_folder_at_the_end(
 
     monkeypatch.setattr(integrations, "add_integration_callbacks", add)
     model = YOLO(folder / "dense.pt")
-    model.train(**{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)})
+    model.train(**{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path), "epochs": 2})
     assert sorted(set(found)) == ["best.pt", "last.pt", "round1.pt"]
 
 
@@ -199,7 +184,7 @@ def test_several_devices_are_refused_where_ultralytics_would_not_prune_on_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "shares_callbacks", lambda: False)
-    with pytest.raises(RunError, match="does not hand callbacks to the processes of a run on several devices"):
+    with pytest.raises(RunError, match="does not pass callbacks to the processes of a run on several devices"):
         YOLO(folder / "dense.pt").train(
             **{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path), "device": "0,1"}
         )

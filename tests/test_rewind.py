@@ -9,10 +9,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
 
@@ -21,30 +21,9 @@ from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import RunError
 from yolo_prune.recover.rewind import Early
 from yolo_prune.report import Report
-from yolo_prune.run import live as control
+from yolo_prune.run import live
 
-RUN: dict[str, Any] = {
-    "epochs": 6,
-    "imgsz": 32,
-    "batch": 4,
-    "nbs": 4,
-    **QUICK,
-    "val": False,
-    "optimizer": "SGD",
-    "lr0": 0.01,
-    "lrf": 0.1,
-    "warmup_epochs": 0.0,
-    "exist_ok": True,
-    "name": "run",
-    "callbacks": "prune",
-}
-RECIPE: dict[str, Any] = {
-    "target": {"flops": 0.6},
-    "schedule": {"rounds": 2, "start": 2, "interval": 2},
-    "channels": {"round_to": 2, "min": 2},
-    "measure": False,
-}
-
+RUN, RECIPE = RUNS["rewind"], RECIPES["rewind"]
 SPARSE: dict[str, Any] = {"criterion": {"name": "bn_scale", "sparsity": 0.5}}
 
 pytestmark = pytest.mark.slow
@@ -52,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("rewind"), train=8)
+    return small_data.tiny(tmp_path_factory.mktemp("rewind"), train=8)
 
 
 class Interrupted(Exception):
@@ -73,12 +52,12 @@ def rates(run: Path) -> list[float]:
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_the_learning_rates_of_a_run_begin_anew_at_each_cut(cosine: bool, folder: Path, tmp_path: Path) -> None:
-    run = train(folder, tmp_path, {"batchnorm": 0, "learning_rate": "rewind"}, cos_lr=cosine)
+    run = train(folder, tmp_path, {"batchnorm": 0, "refit": 0, "learning_rate": "rewind"}, cos_lr=cosine)
     assert rates(run) == pytest.approx([0.01, 0.0055] * 3, rel=1e-5)
 
 
 def test_a_warm_up_leads_to_the_learning_rate_that_was_rewound(folder: Path, tmp_path: Path) -> None:
-    recover = {"batchnorm": 0, "learning_rate": "rewind"}
+    recover = {"batchnorm": 0, "refit": 0, "learning_rate": "rewind"}
     run = train(folder, tmp_path, recover, warmup_epochs=3.0, warmup_bias_lr=0.0)
     warm = (1 / 6, 3 / 6, 5 / 6, 1, 1, 1)  # of six batches of warm-up, after the last batch of each epoch
     assert rates(run) == pytest.approx([0.01 * w * f for w, f in zip(warm, (1, 0.55) * 3, strict=True)], rel=1e-5)
@@ -96,7 +75,7 @@ class Watched:
 
     def __init__(self, model: YOLO, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, self.plans, self.after, self.kept = model, list[Plan](), list[Any](), list[bool]()
-        stock = control.cut
+        stock = live.cut
 
         def cut(trainer: Any, plan: Plan) -> None:
             self.plans.append(plan)
@@ -115,7 +94,7 @@ class Watched:
         def ends(trainer: Any) -> None:
             self.kept.append((trainer.wdir / "rewind.pt").exists())
 
-        monkeypatch.setattr(control, "cut", cut)
+        monkeypatch.setattr(live, "cut", cut)
         model.add_callback("on_train_epoch_start", begins)
         model.add_callback("on_train_batch_start", trains)
         model.add_callback("on_train_epoch_end", ends)
@@ -133,12 +112,12 @@ def test_after_each_cut_the_weights_are_those_of_the_early_epoch(
         watched.model.train(**{**RUN, "warmup_epochs": 0.5, "recipe": recipe, **places})
         assert len(watched.plans) == len(watched.after) == 2
         expected = watched.early
-        for plan, (live, average, state, updates, warm) in zip(watched.plans, watched.after, strict=True):
+        for plan, (trained, average, state, updates, warm) in zip(watched.plans, watched.after, strict=True):
             surgery.apply(expected, plan)
             wanted = expected.state_dict()
-            assert wanted.keys() == live.keys() == average.keys()
+            assert wanted.keys() == trained.keys() == average.keys()
             for name, value in wanted.items():
-                assert torch.equal(live[name], value), name
+                assert torch.equal(trained[name], value), name
                 assert torch.equal(average[name], value), name
             assert (state, updates, warm) == (0, 2 * epoch, 2)
         assert watched.kept == [i >= epoch for i in range(6)]

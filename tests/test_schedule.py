@@ -14,8 +14,8 @@ from ultralytics.utils.torch_utils import one_cycle
 
 from yolo_prune.errors import ScheduleError
 from yolo_prune.recipe import Schedule, load_recipe
-from yolo_prune.run import schedule as agenda
-from yolo_prune.run.schedule import lay_out, rewound
+from yolo_prune.run import schedule as run_schedule
+from yolo_prune.run.schedule import lay_out, learning_rate_factor
 
 Curve = Literal["linear", "cubic"]
 
@@ -73,13 +73,13 @@ def test_rounds_go_on_from_what_is_left_of_a_pruned_model() -> None:
 @pytest.mark.parametrize(
     ("schedule", "epochs", "message"),
     [
-        (Schedule(), 2, "3 rounds from epoch 0 need at least 3 epochs, the run has 2; at most 2 rounds fit"),
+        (Schedule(), 2, "3 rounds from epoch 0 need at least 3 epochs, and the run has 2; at most 2 rounds fit"),
         (Schedule(start=30), 30, "no round fits"),
-        (Schedule(), 1, "3 rounds from epoch 0 need at least 3 epochs, the run has 1"),
-        (Schedule(rounds=4, start=8), 10, "4 rounds from epoch 8 need at least 12 epochs, the run has 10"),
+        (Schedule(), 1, "3 rounds from epoch 0 need at least 3 epochs, and the run has 1"),
+        (Schedule(rounds=4, start=8), 10, "4 rounds from epoch 8 need at least 12 epochs, and the run has 10"),
         (Schedule(curve="one-shot"), 0, "no round fits"),
-        (Schedule(rounds=3, interval=14), 28, "falls on epoch 28.* interval can be at most 13"),
-        (Schedule(interval=20), 30, "falls on epoch 40.* interval can be at most 14"),
+        (Schedule(rounds=3, interval=14), 28, "falls on epoch 28.* Set the interval to at most 13"),
+        (Schedule(interval=20), 30, "falls on epoch 40.* Set the interval to at most 14"),
     ],
 )
 def test_rounds_that_do_not_fit_are_refused_with_what_would(schedule: Schedule, epochs: int, message: str) -> None:
@@ -90,7 +90,7 @@ def test_rounds_that_do_not_fit_are_refused_with_what_would(schedule: Schedule, 
 def test_what_has_to_come_before_the_first_cut_does() -> None:
     def first(epochs: int, **fields: object) -> int:
         recipe = load_recipe("half-flops", {"schedule.rounds": 2, **fields})
-        return agenda.rounds(recipe, epochs)[0].epoch
+        return run_schedule.rounds(recipe, epochs)[0].epoch
 
     assert first(40) == 0
     assert first(40, **{"recover.rewind.epoch": 3}) == 10
@@ -109,16 +109,16 @@ def test_what_has_to_come_before_the_first_cut_does() -> None:
 
 def test_the_learning_rate_begins_anew_at_each_cut_and_runs_down_to_the_next() -> None:
     plan = lay_out(Schedule(rounds=2, start=4, interval=2), 0.5, 10)
-    factors = [rewound(epoch, plan, 10, lambda x: 1 - x / 10) for epoch in range(10)]
+    factors = [learning_rate_factor(epoch, plan, 10, lambda x: 1 - x / 10) for epoch in range(10)]
     assert factors == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4, 1, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4])
-    cosine = [rewound(epoch, plan, 10, one_cycle(1, 0.1, 10)) for epoch in range(4, 8)]
+    cosine = [learning_rate_factor(epoch, plan, 10, one_cycle(1, 0.1, 10)) for epoch in range(4, 8)]
     assert cosine == pytest.approx([1, 0.55, 1, 1 + (0.1 - 1) * (1 - 0.5**0.5) / 2])
 
 
 @given(start=st.integers(0, 30), epochs=st.integers(31, 300))
 def test_with_one_cut_at_the_start_the_learning_rate_is_that_of_the_run(start: int, epochs: int) -> None:
-    assert rewound(start, lay_out(Schedule(rounds=1), 0.5, epochs), epochs, lambda x: x) == start
-    assert rewound(start, lay_out(Schedule(rounds=1, start=start), 0.5, epochs), epochs, lambda x: x) == 0
+    assert learning_rate_factor(start, lay_out(Schedule(rounds=1), 0.5, epochs), epochs, lambda x: x) == start
+    assert learning_rate_factor(start, lay_out(Schedule(rounds=1, start=start), 0.5, epochs), epochs, lambda x: x) == 0
 
 
 @given(
@@ -158,7 +158,7 @@ def test_an_interval_fits_or_the_one_that_is_named_does(count: int, start: int, 
     if start + (count - 1) * interval <= epochs - 1:
         assert [r.epoch for r in lay_out(schedule, 0.5, epochs)] == [start + i * interval for i in range(count)]
         return
-    with pytest.raises(ScheduleError, match="interval can be at most") as error:
+    with pytest.raises(ScheduleError, match="Set the interval to at most") as error:
         lay_out(schedule, 0.5, epochs)
     longest = int(re.findall(r"at most (\d+)", str(error.value))[0])
     assert lay_out(Schedule(rounds=count, start=start, interval=longest), 0.5, epochs)
@@ -177,4 +177,4 @@ def test_an_interval_fits_or_the_one_that_is_named_does(count: int, start: int, 
     ],
 )
 def test_how_many_rounds_there_are_where_the_recipe_does_not_say(fields: dict[str, Any], wanted: list[int]) -> None:
-    assert [r.epoch for r in agenda.rounds(load_recipe("half-flops", fields), 30)] == wanted
+    assert [r.epoch for r in run_schedule.rounds(load_recipe("half-flops", fields), 30)] == wanted

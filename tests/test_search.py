@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +14,9 @@ from typing import Any
 import models
 import numpy as np
 import pytest
-from clock import Clock, install, layers, table
-from datasets import IMGSZ, tiny
-from quick import QUICK
+from made_up_clock import Clock, install, layers, table
+from small_data import IMGSZ, tiny
+from small_runs import RECIPES, RUNS
 from torch import nn
 from ultralytics import YOLO
 
@@ -30,6 +33,7 @@ from yolo_prune.measure.clock import Interval
 from yolo_prune.measure.subjects import Setting
 from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe
+from yolo_prune.recipe.schema import Target
 from yolo_prune.report import Report
 
 Law = Callable[[float], float]
@@ -62,26 +66,27 @@ def recipe_for(keep: float, **fields: Any) -> Recipe:
     return models.recipe(target={"latency": keep, "format": "torch"}, **{**FINE, **fields})
 
 
+@functools.cache
+def timing() -> Any:
+    """What the formula says: to be read only."""
+    return table(name="short").sums(layers("short"))
+
+
 def settle(model: nn.Module, recipe: Recipe, **known: float) -> search.Hit:
-    weighed = planner.weigh(
-        model,
-        planner.survey(model, recipe, IMGSZ),
-        recipe,
-        timing=table(name="yolo11-tiny").sums(layers("yolo11-tiny")),
-    )
+    weighed = planner.weigh(model, planner.survey(model, recipe, IMGSZ), recipe, timing=timing())
     return search.settle(model, weighed, recipe.target, IMGSZ, **known)
 
 
 def thinner(keep: float) -> nn.Module:
-    model = models.build("yolo11-tiny")
-    models.cut(model, models.plan_of("yolo11-tiny", target_flops=keep, **FINE))
+    model = models.build("short")
+    models.cut(model, models.plan_of("short", target_flops=keep, **FINE))
     return model
 
 
 @pytest.mark.parametrize("keep", [0.85, 0.6])
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 def test_a_cut_is_corrected_until_it_takes_as_long_as_wanted(law: Law, keep: float, clock: Any) -> None:
-    found, model = clock(law), models.build("yolo11-tiny")
+    found, model = clock(law), models.build("short")
     before = models.snapshot(model)
     hit = settle(model, recipe_for(keep))
     assert models.same_bits(before, models.snapshot(model))
@@ -101,7 +106,7 @@ def test_a_cut_is_corrected_until_it_takes_as_long_as_wanted(law: Law, keep: flo
 def test_whatever_the_constraints_allow_is_found(law: str, share: float, clock: Any) -> None:
     clock(LAWS[law])
     limits = {"channels_max_removed": 0.5}
-    model = models.build("yolo11-tiny")
+    model = models.build("short")
     floor = settle(model, recipe_for(1e-3, **limits)).row
     assert floor
     assert floor.ratio
@@ -111,22 +116,55 @@ def test_whatever_the_constraints_allow_is_found(law: str, share: float, clock: 
     assert hit.row.ratio == pytest.approx(keep, rel=search.TOLERANCE)
 
 
+@dataclass(frozen=True)
+class Size:
+    """A forecast of which only the share that is kept is known, and what was measured."""
+
+    share: float
+    dense_ms: float = 0.0
+    ms_before: float = 0.0
+    ms_after: float = 0.0
+    measured: bool = False
+
+    def kept(self, metric: str) -> float:
+        return self.share
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A plan of which only the size of what it leaves is known."""
+
+    hash: int
+    forecast: Size
+
+    @property
+    def predicted(self) -> Size:
+        return self.forecast
+
+
 class Cuts:
     """A model of which only sizes are known: stands in for what weighs, cuts and times one."""
 
     def __init__(self, law: Law, noise: float = 0.0, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.sizes = np.sort(rng.uniform(0.25, 0.99, 200))
-        self.law, self.noise, self.rng = law, noise, rng
+        self.law, self.noise, self.rng, self.timed = law, noise, rng, 0
 
     def present(self, metric: str) -> float:
         return 1.0
 
+    def deepest(self, metric: str) -> Any:
+        return self.nearest(metric, 0.0)
+
     def nearest(self, metric: str, ask: float) -> Any:
         i = max(int(np.searchsorted(self.sizes, ask, side="right")) - 1, 0)
-        return SimpleNamespace(hash=i, predicted=SimpleNamespace(kept=lambda _: float(self.sizes[i])))
+        return Cut(i, Size(float(self.sizes[i])))
+
+    def __call__(self, *_: object) -> Any:
+        return contextlib.nullcontext(self)  # the stopwatch of this model
 
     def measure(self, cuts: Any) -> list[Measured]:
+        self.timed += 1
         ratio = self.law(cuts[0].predicted.kept("latency")) * (1 + self.noise * self.rng.standard_normal())
         return [Measured(10.0, 10 * ratio, Interval(ratio, ratio, ratio))]
 
@@ -156,15 +194,18 @@ def test_what_is_there_is_found(
     laws: list[Law], noise: float, most_misses: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "cut_copy", lambda model, plan: plan)
-    monkeypatch.setattr(search, "_restated", lambda plan, *_: plan)
+    target = Target(latency=0.5, format="torch", threads=1)
     missed = asked = tried = 0
     for seed, law in enumerate(laws * (30 // len(laws))):
         for keep in (0.35, 0.5, 0.65, 0.8, 0.9):
             cuts: Any = Cuts(law, noise, seed)
             if cuts.may_hit(keep):
-                found = search._Search(nn.Identity(), cuts, cuts, keep, 1.0, search.TOLERANCE)
-                missed += abs(found.run().ratio / keep - 1) > search.TOLERANCE
-                asked, tried = asked + 1, tried + len(found.tried)
+                monkeypatch.setattr(search, "Stopwatch", cuts)
+                row = search.settle(nn.Identity(), cuts, target, IMGSZ, keep).row
+                assert row
+                assert row.ratio
+                missed += abs(row.ratio / keep - 1) > search.TOLERANCE
+                asked, tried = asked + 1, tried + cuts.timed
     assert asked > 50
     assert missed <= most_misses
     assert tried / asked < 4
@@ -172,7 +213,7 @@ def test_what_is_there_is_found(
 
 def test_what_cannot_be_hit_comes_as_near_as_it_can(clock: Any, caplog: pytest.LogCaptureFixture) -> None:
     clock(lambda f: 0.8 + 0.2 * f)
-    model, recipe = models.build("yolo11-tiny"), recipe_for(0.6)
+    model, recipe = models.build("short"), recipe_for(0.6)
     hit = settle(model, recipe)
     assert hit.row
     assert hit.row.ratio
@@ -182,7 +223,7 @@ def test_what_cannot_be_hit_comes_as_near_as_it_can(clock: Any, caplog: pytest.L
 
 def test_nothing_lies_between_two_widths(clock: Any, caplog: pytest.LogCaptureFixture) -> None:
     clock(lambda f: 1.0 if f > 0.62 else 0.5)
-    hit = settle(models.build("yolo11-tiny"), recipe_for(0.7))
+    hit = settle(models.build("short"), recipe_for(0.7))
     assert hit.row
     assert hit.row.ratio == 0.5
     assert "the best cut has a latency of 0.500, not 0.7 " in caplog.text
@@ -191,7 +232,7 @@ def test_nothing_lies_between_two_widths(clock: Any, caplog: pytest.LogCaptureFi
 def test_a_busy_machine_is_named(clock: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     uncertain = [Measured(10.0, 6.0, Interval(0.6, 0.55, 0.65))]
     monkeypatch.setattr(Clock, "measure", lambda *_: uncertain)
-    settle(models.build("yolo11-tiny"), recipe_for(0.6))
+    settle(models.build("short"), recipe_for(0.6))
     assert "the measured 0.600 is uncertain (0.550 to 0.650), because the machine is busy" in caplog.text
 
 
@@ -204,7 +245,10 @@ def test_timing_goes_on_where_it_is_uncertain(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(stopwatch.clock, "warm_up", lambda *_, **__: 0.1)
     monkeypatch.setattr(stopwatch.clock, "interleave", interleave)
-    monkeypatch.setattr(stopwatch.Stopwatch, "_open", lambda *_: SimpleNamespace(run=None))
+    session = SimpleNamespace(run=None, prepare=lambda image: None)
+    monkeypatch.setattr(stopwatch.checkpoints, "open_model", lambda path: None)
+    monkeypatch.setattr(subjects, "exported", lambda *_: None)
+    monkeypatch.setattr(subjects, "session", lambda *_: session)
     timed = stopwatch.Stopwatch(nn.Identity(), "torch", Setting.of(IMGSZ))
     with timed:
         assert timed.measure([nn.Identity()])[0].ratio.median == 1.0
@@ -230,14 +274,14 @@ def test_before_any_work_a_target_out_of_reach_is_refused_by_what_was_measured(c
     with pytest.raises(
         TargetError, match=r"target\.latency: 0\.4 of the dense.* has a measured latency of 0\.5\d\d of"
     ):
-        begin(models.build("yolo11-tiny"), recipe_for(0.4))
-    assert begin(models.build("yolo11-tiny"), recipe_for(0.65)).present == 1.0
+        begin(models.build("short"), recipe_for(0.4))
+    assert begin(models.build("short"), recipe_for(0.65)).present == 1.0
 
 
 def test_a_formula_that_says_never_is_not_believed(clock: Any) -> None:
     clock(LAWS["faster"])
     limits = {"channels_max_removed": 0.5}
-    model = models.build("yolo11-tiny")
+    model = models.build("short")
     timed = begin(model, recipe_for(0.9, **limits)).timing
     assert timed
     recipe = recipe_for(0.9, **limits)
@@ -272,7 +316,7 @@ def test_what_was_pruned_before_is_measured_first(clock: Any) -> None:
 def test_what_cannot_get_any_smaller_is_refused_by_what_was_measured(clock: Any) -> None:
     clock(LAWS["slower"])
     limits = {"channels_max_removed": 0.5}
-    model = models.build("yolo11-tiny")
+    model = models.build("short")
     models.cut(model, settle(model, recipe_for(1e-3, **limits)).plan)
     with pytest.raises(
         TargetError, match=r"0\.2 of the dense model's latency is out of reach.* has a measured latency of 0\.\d+"
@@ -284,7 +328,7 @@ def test_what_cannot_get_any_smaller_is_refused_by_what_was_measured(clock: Any)
 
 def test_cuts_one_after_the_other_speak_of_one_dense_model(clock: Any) -> None:
     clock(LAWS["slower"])
-    model = models.build("yolo11-tiny")
+    model = models.build("short")
     first = settle(model, recipe_for(0.8)).plan
     models.cut(model, first)
     second = settle(model, recipe_for(0.6), present=first.predicted.kept("latency")).plan
@@ -299,16 +343,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, place: Path, source: Path | None = None, **fields: Any) -> Report:
-    recipe = {
-        "target": {"latency": 0.7, "format": "torch", "threads": 1},
-        "channels": {"round_to": 2, "min": 2},
-        "recover": {"refit": 4},
-        "criterion": "magnitude",
-        **fields,
-    }
+    target = {"latency": 0.7, "format": "torch", "threads": 1}
     model = YOLO(source or folder / "dense.pt")
-    settings = {"data": str(folder / "scenes" / "scenes.yaml"), "imgsz": IMGSZ, "batch": 4, **QUICK, "epochs": 4}
-    model.train(**settings, callbacks="prune", recipe=recipe, project=str(place), name="run", exist_ok=True)
+    places = {"data": str(folder / "scenes" / "scenes.yaml"), "project": str(place)}
+    model.train(**{**RUNS["search"], **places, "recipe": {**RECIPES["search"], "target": target, **fields}})
     assert yolo_prune.is_pruned(model)
     return Report.load(model.trainer.save_dir)
 
@@ -350,7 +388,7 @@ def test_a_run_of_several_rounds_and_one_from_what_it_left(folder: Path, tmp_pat
         train(folder, tmp_path / "again", tmp_path / "run/weights/best.pt", target={**target, "latency": 0.8})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounds_that_have_nothing_left_to_remove_are_left_out(folder: Path, tmp_path: Path, clock: Any) -> None:
     limits = {"round_to": 2, "min": 2, "max_removed": 0.5}
     model = YOLO(folder / "dense.pt").model

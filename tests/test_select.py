@@ -17,7 +17,7 @@ from yolo_prune.errors import TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
 from yolo_prune.planning.cost import Cost
 from yolo_prune.planning.planner import build_plan
-from yolo_prune.planning.select import Allocation, Constraints, Goal, _Ledger, _Move, select
+from yolo_prune.planning.select import Allocation, Constraints, Goal, select
 
 Kept = dict[str, tuple[int, ...]]
 FREE = Constraints(round_to=1, min=1, max_removed=0.99)
@@ -269,10 +269,18 @@ def test_curves_count_in_place_of_scores() -> None:
 def test_beyond_its_end_a_curve_goes_on_as_steeply_as_it_came_or_did_on_average(
     curve: tuple[tuple[float, float], ...], steps: list[float]
 ) -> None:
-    groups, cost = chain(8, 4)
-    move = _Move(groups[0], _Ledger(cost, "flops"), [8, 7, 6, 5, 4, 3, 2, 1], {})
-    move.judge(scored(_0=EIGHT), comparable=False, curve=curve)
-    assert move.losses == pytest.approx(steps)
+    """The choice is that of a curve which says this of every width, whatever another group offers."""
+    groups, cost = chain(8, 8, 4)
+    scores = scored(_0=EIGHT, _1=EIGHT)
+    spelled = tuple((i / 8, sum(steps[:i])) for i in range(1, 8))
+    for price in (0.2, 0.3, 0.45, 0.6):
+        other = tuple((i / 8, price * i) for i in range(1, 8))
+        for limit in range(238, 16, -6):
+            short, long = (
+                run(groups, cost, scores, limit, allocation=Allocation(curves={"0": given, "1": other}))
+                for given in (curve, spelled)
+            )
+            assert widths(groups, short) == widths(groups, long)
 
 
 def test_what_costs_nothing_goes_evenly() -> None:
@@ -300,7 +308,7 @@ def share(name: str, metric: str, kept: Kept) -> float:
     return forecast.flops_kept if metric == "flops" else forecast.params_kept
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", pytest.param("random", marks=pytest.mark.long)])
 @pytest.mark.parametrize("round_to", [8, 4, 1])
 @pytest.mark.parametrize("metric", ["flops", "params"])
 @pytest.mark.parametrize("name", models.FAMILIES)

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
 import zoo
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ultralytics import YOLO
 import yolo_prune
 from yolo_prune import load_recipe
 from yolo_prune.cut import surgery
-from yolo_prune.data import datasets as readers
+from yolo_prune.data import datasets
 from yolo_prune.data.calibration import Calibration, loss_of
 from yolo_prune.errors import GradientError, RecipeError
 from yolo_prune.graph import ChannelSet, Group, Slot, trace
@@ -239,7 +239,7 @@ def test_without_images_global_stands_in_and_says_so(caplog: pytest.LogCaptureFi
     model = YOLO("yolo11n.yaml")
     asked = {"target": {"flops": 0.5}, "criterion": "magnitude", "allocation": "sensitivity"}
     found = yolo_prune.plan(model, asked, imgsz=64)
-    assert "allocation sensitivity looks at training images, and data= was not given" in caplog.text
+    assert "allocation sensitivity needs training images, and data= was not given" in caplog.text
     assert "made with the allocation global" in caplog.text
     assert found.hash == yolo_prune.plan(model, {**asked, "allocation": "global"}, imgsz=64).hash
     with pytest.raises(RecipeError, match=r"allocation sensitivity looks at training images: .*recipe\.allocation=gl"):
@@ -248,12 +248,12 @@ def test_without_images_global_stands_in_and_says_so(caplog: pytest.LogCaptureFi
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("sensitivity"), train=6)
+    return small_data.tiny(tmp_path_factory.mktemp("sensitivity"), train=6)
 
 
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(readers, "MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(datasets, "MEMORY", tmp_path / "memory")
     return tmp_path / "memory"
 
 
@@ -283,7 +283,7 @@ def test_a_measured_rise_is_that_of_the_pruned_model(folder: Path, memory: Path)
     """Removing a group's channels for good costs what silencing them was measured to cost."""
     model = YOLO(folder / "dense.pt")
     module = zoo.randomise(model.model.double(), 3)  # or the biases of the head would say it all
-    calibration = readers.calibration(model, folder / "scenes/scenes.yaml", 64, 3)
+    calibration = datasets.calibration(model, folder / "scenes/scenes.yaml", 64, 3)
     calibration = replace(calibration, prepare=lambda b: {**b, "img": b["img"].double() / 255}, memory=None)
     graph = trace(module, imgsz=64)
     group = next(g for g in graph.groups if g.name == "model.3")

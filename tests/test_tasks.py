@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Real runs of every task: pruned while training, delivered pruned, trained further, loaded, exported."""
+"""Real runs of every task: pruned while training, delivered pruned, trained further, loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
+import yaml
 import zoo
-from quick import QUICK
+from models import scaled
+from small_runs import FINE, RECIPES, RUNS
 from ultralytics import RTDETR, YOLO, YOLOWorld
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
@@ -20,17 +22,9 @@ import yolo_prune
 from yolo_prune.cut.record import read_record
 from yolo_prune.report import Report
 
-TINY: dict[str, Any] = {
-    "imgsz": 64,
-    "batch": 4,
-    "nbs": 4,
-    **QUICK,
-    "verbose": False,
-    "optimizer": "AdamW",
-    "lr0": 0.001,
-}
-EASY = {"recipe.target.flops": 0.7, "recipe.schedule.rounds": 1, "recipe.recover.batchnorm": 1}
-RUNS = {
+THIN, STOCK = 0.125, None  # width multiples; stock models are as Ultralytics ships them
+WIDTHS = pytest.mark.parametrize("width", [THIN, pytest.param(STOCK, marks=pytest.mark.long)], ids=["thin", "stock"])
+TASKS = {
     "detect": "yolo12",
     "segment": "yolo26-seg",
     "pose": "yolo26-pose",
@@ -48,13 +42,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(task: str, folder: Path) -> dict[str, Any]:
     """What all runs of a task pass to `train`."""
-    return {"data": str(datasets.make(task, folder)), "project": str(folder / "runs"), **TINY}
+    return {"data": str(small_data.make(task, folder)), "project": str(folder / "runs"), **RUNS["tasks"]}
 
 
-def prune(model: Model, name: str, run: dict[str, Any]) -> Path:
+def source(name: str, width: float | None, folder: Path) -> str:
+    """The YAML file of an architecture, as it is shipped or thin."""
+    if width is STOCK:
+        return f"{name}.yaml"
+    config = scaled(name, "n", 0.33, 2 * width if name == "yolo12" else width)  # which needs multiples of 32
+    head, arguments = config["head"][-1][2:]
+    if head == "RTDETRDecoder":
+        arguments += [64, 100, 4, 4, 2]  # width, queries, points, heads, layers
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(path)
+
+
+def prune(model: Model, name: str, run: dict[str, Any], width: float | None) -> Path:
     """Prune a model while it trains; what is delivered is pruned, with a report that agrees."""
     before = sum(p.numel() for p in model.model.parameters())
-    model.train(epochs=2, callbacks="prune", name=name, **run, **EASY)
+    recipe = {**RECIPES["tasks"], **({"criterion": "obs"} if width is STOCK else FINE)}
+    model.train(epochs=2, callbacks="prune", recipe=recipe, name=name, **run)
     folder = Path(run["project"]) / name
     report = Report.load(folder)
     assert report.status == "finished"
@@ -79,21 +87,26 @@ def train_on(checkpoint: Path, name: str, run: dict[str, Any]) -> YOLO:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", RUNS)
-def test_a_run_of_every_task(task: str, folder: Path) -> None:
+@WIDTHS
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_of_every_task(task: str, width: float | None, folder: Path) -> None:
     run = settings(task, folder)
     torch.manual_seed(0)
-    again = train_on(prune(YOLO(f"{RUNS[task]}.yaml"), task, run), task, run)
+    name = f"{task}-{width}"
+    again = train_on(prune(YOLO(source(TASKS[task], width, folder)), name, run, width), name, run)
     assert len(again.predict(torch.rand(1, 3, 64, 64), verbose=False)) == 1
 
 
 @pytest.mark.slow
-def test_a_run_of_rtdetr(folder: Path) -> None:
-    prune(RTDETR("yolov8-rtdetr.yaml"), "rtdetr", settings("detect", folder))
+@WIDTHS
+def test_a_run_of_rtdetr(width: float | None, folder: Path) -> None:
+    run = settings("detect", folder)
+    prune(RTDETR(source("yolov8-rtdetr", width, folder)), f"rtdetr-{width}", run, width)
 
 
 @pytest.mark.slow
-def test_a_run_of_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@WIDTHS
+def test_a_run_of_world(width: float | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text embeddings come from CLIP, which would be downloaded: made up here."""
 
     def embed(self: Any, text: list[str], batch: int = 80, cache_clip_model: bool = False) -> torch.Tensor:
@@ -101,9 +114,9 @@ def test_a_run_of_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.nn.functional.normalize(torch.randn(1, len(text), 512, generator=generator), dim=-1)
 
     monkeypatch.setattr(tasks.WorldModel, "get_text_pe", embed)
-    run = settings("detect", folder)
-    train_on(prune(YOLOWorld("yolov8-world.yaml"), "world", run), "world", run)
+    run, name = settings("detect", folder), f"world-{width}"
+    train_on(prune(YOLOWorld(source("yolov8-world", width, folder)), name, run, width), name, run)
 
 
 def test_every_task_has_a_run() -> None:
-    assert {zoo.task_of(name) for name in zoo.NAMES} == set(RUNS)
+    assert {zoo.task_of(name) for name in zoo.NAMES} == set(TASKS)

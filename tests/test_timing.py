@@ -13,8 +13,8 @@ import models
 import numpy as np
 import pytest
 import torch
-from clock import PLACE, install, layers, made_up, table
-from datasets import IMGSZ, tiny
+from made_up_clock import PLACE, install, layers, made_up, table
+from small_data import IMGSZ, tiny
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
@@ -103,7 +103,7 @@ def test_a_layer_at_other_widths_is_the_same_layer_thinner() -> None:
             assert len(weights) == 4
 
 
-@pytest.mark.parametrize("name", ["yolo11n", "yolov8n"])
+@pytest.mark.parametrize("name", ["yolov8n", pytest.param("yolo11n", marks=pytest.mark.long)])
 def test_times_add_up_for_the_dense_model_and_for_a_cut_one(name: str) -> None:
     found = table((1, 1), name)
     timing = found.sums(layers(name))

@@ -2,12 +2,15 @@
 """A process that has imported everything and forks one child per training run; the children get killed.
 
 Reads one JSON object a line from stdin (`train`: arguments of `YOLO.train`, `model`, `kill`), answers with the child's
-exit status. `kill` says where the child sends itself a SIGKILL: the place, and which time it comes by
-(at random: after how many milliseconds).
+exit status. `kill` says where the child sends itself a SIGKILL: a moment of `MOMENTS` or what happens to which file
+("writing last.pt"), and which time it comes by (at random: after how many milliseconds). Only what is on the disk
+outlives a process, so that all moments between two changes of files are alike.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -15,16 +18,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from ultralytics import YOLO
-from ultralytics.engine import trainer as engine
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.models.yolo.detect import DetectionTrainer
-
-from yolo_prune.env import files
-from yolo_prune.run import journal, live, rounds, trainer
 
 
 def die() -> None:
@@ -36,8 +37,7 @@ def at(owner: Any, name: str, when: str, count: int, which: Callable[..., bool] 
     stock, seen = getattr(owner, name), [0]
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
-        mine = which(*args, **kwargs)
-        seen[0] += mine
+        seen[0] += (mine := which(*args, **kwargs))
         if mine and seen[0] == count and when == "before":
             die()
         result = stock(*args, **kwargs)
@@ -48,53 +48,66 @@ def at(owner: Any, name: str, when: str, count: int, which: Callable[..., bool] 
     setattr(owner, name, deadly)
 
 
-def half_written(name: str, count: int) -> None:
-    """Die with half of a file on the disk."""
-    stock, seen = files.write_bytes, [0]
+def at_half(count: int, which: Callable[..., bool]) -> None:
+    """Die before a file takes its place, with half of it under its temporary name."""
 
-    def write_bytes(path: Any, data: bytes) -> Any:
-        seen[0] += os.path.basename(path).startswith(name)
-        if os.path.basename(path).startswith(name) and seen[0] == count:
-            real, files.os.fsync = os.fsync, lambda handle: (os.ftruncate(handle, len(data) // 2), real(handle), die())
-        return stock(path, data)
+    def halve(source: Any, target: Any, **_: Any) -> bool:
+        seen[0] += (mine := which(source, target))
+        if mine and seen[0] == count and str(source).endswith(".tmp"):  # else it is only moved
+            os.truncate(source, os.path.getsize(source) // 2)
+        return mine
 
-    for module in (files, live, sys.modules["yolo_prune.run.resume"], sys.modules["yolo_prune.recover.rewind"]):
-        module.write_bytes = write_bytes
+    seen = [0]
+    at(os, "replace", "before", count, halve)
 
 
-PLACES: dict[str, Callable[[int], None]] = {
-    "in a batch": lambda n: at(DetectionTrainer, "preprocess_batch", "after", n),
-    "at an optimizer step": lambda n: at(engine.BaseTrainer, "optimizer_step", "before", n),
-    "after an optimizer step": lambda n: at(engine.BaseTrainer, "optimizer_step", "after", n),
-    "after validation": lambda n: at(engine.BaseTrainer, "validate", "after", n),
-    "after a row of results.csv": lambda n: at(engine.BaseTrainer, "save_metrics", "after", n),
-    "writing last.pt": lambda n: half_written("last.pt", n),
-    "writing best.pt": lambda n: half_written("best.pt", n),
-    "writing the state": lambda n: half_written("state-", n),
-    "writing the early weights": lambda n: half_written("rewind.pt", n),
-    "rewound": lambda n: at(live, "rewind", "after", n),
-    "writing the report": lambda n: half_written("prune.json", n),
-    "after last.pt": lambda n: at(engine.BaseTrainer, "save_model", "after", n),
-    "before a cut": lambda n: at(live, "cut", "before", n),
-    "after a cut": lambda n: at(live, "cut", "after", n),
-    "recalibrating": lambda n: at(rounds, "_recalibrate", "after", n),
-    "best.pt put aside": lambda n: at(live, "forget_best", "after", n),
-    "kept aside": lambda n: at(live, "put_aside", "after", n),
-    "gone back": lambda n: at(live, "go_back", "after", n),
-    "the old best taken": lambda n: at(live, "take_for_best", "after", n),
-    "judged": lambda n: at(rounds, "judge", "after", n),
-    "round taken down": lambda n: at(journal, "log_round", "after", n),
-    "after a round": lambda n: at(rounds, "perform", "after", n),
-    "before the last validation": lambda n: at(trainer.KeepStructure, "strip", "before", n),
-    "stripping": lambda n: at(trainer, "strip_optimizer", "after", n),
-    "at random": lambda n: threading.Timer(n / 1000, die).start(),
-    "report complete": lambda n: at(journal, "complete", "after", n),
-    "ended": lambda n: at(trainer.KeepStructure, "tidy", "after", n),
+def at_file(doing: str, name: str, count: int) -> None:
+    """Die at the `count`-th change of a file of the run, whose name begins like this.
+
+    Args:
+        doing: "writing" or "stripping" (half of it is there, under its temporary name), "written", or "removed".
+        name: how the name of the file begins.
+        count: the first such change is 1.
+    """
+
+    def which(source: Any, target: Any = "", **_: Any) -> bool:
+        mine = Path(target or source).name.startswith(name)
+        if doing == "removed":
+            return mine and os.path.exists(source)
+        return mine and (doing == "written" or ("stripped" in str(source)) is (doing == "stripping"))
+
+    if doing == "removed":
+        at(os, "unlink", "after", count, which)
+    elif doing == "written":
+        at(os, "replace", "after", count, which)
+    else:
+        at_half(count, which)
+
+
+MOMENTS: dict[str, tuple[Any, str, str]] = {
+    "in a batch": (DetectionTrainer, "preprocess_batch", "after"),
+    "after an optimizer step": (BaseTrainer, "optimizer_step", "after"),
+    "after validation": (BaseTrainer, "validate", "after"),
+    "after a row of results.csv": (BaseTrainer, "save_metrics", "after"),
 }
 
 
+def prepare_death(where: str, count: int) -> None:
+    """Let this process be killed."""
+    if where == "at random":
+        threading.Timer(count / 1000, die).start()
+    elif where in MOMENTS:
+        at(*MOMENTS[where], count)
+    else:
+        at_file(*where.split(), count)
+
+
+# By how many epochs are trained. So the best epoch is the same one on every machine; later epochs are no better.
+FITNESS = (0.1, 0.2, 0.4, 0.3, 0.6, 0.5, 0.8, 0.7)
+
+
 def fitness_of_the_weights() -> None:
-    """Tiny models detect nothing; so that there is a best epoch, and any wrong bit shows, hash the averaged weights.
+    """Tiny models detect nothing. So that any wrong bit shows, the last digits of fitness are of the averaged weights.
 
     Where the run has a limit on the drop, the share of the FLOPs that is left comes first.
     """
@@ -103,11 +116,14 @@ def fitness_of_the_weights() -> None:
     def validate(self: Any, trainer: Any = None, model: Any = None) -> Any:
         result = stock(self, trainer, model)
         if trainer and result:
+            run = trainer.pruning
+            trained = len(run.report.epochs_log) + run.epoch_open
+            wanted = (*FITNESS, 0.0)[min(trained, len(FITNESS))]
             total = sum(float(v.double().abs().sum()) for v in trainer.ema.ema.state_dict().values())
-            result["fitness"] = round(total * 1e3 % 1, 5)
-            if trainer.pruning.recipe.limit is not None:
-                share = trainer.pruning.cost[0] / trainer.pruning.report.dense.flops
-                result["fitness"] = round(share + result["fitness"] / 1000, 8)
+            found = wanted + total * 1e3 % 1 / 1000
+            if run.recipe.limit is not None:
+                found = run.cost[0] / run.report.dense.flops + found / 1000
+            result["fitness"] = round(found, 8)
         return result
 
     BaseValidator.__call__ = validate
@@ -117,12 +133,20 @@ def run(order: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     fitness_of_the_weights()
     if order["kill"]:
-        place, count = order["kill"]
-        PLACES[place](count)
+        prepare_death(*order["kill"])
     YOLO(order["model"]).train(**order["train"])
 
 
+PREPARED = (  # what a training imports on its way: done once, it is done for all children
+    *("jinja2", "matplotlib.pyplot", "polars", "requests", "sympy", "thop", "torch._dynamo", "torchvision"),
+    *("yolo_prune.pages.run_page", "yolo_prune.report.picture", "yolo_prune.run.launch", "yolo_prune.run.trainer"),
+)
+
+
 def main() -> None:
+    for name in PREPARED:
+        with contextlib.suppress(ImportError):  # not every release of Ultralytics needs all of them
+            importlib.import_module(name)
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()

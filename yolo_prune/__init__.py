@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Structured pruning as an ordinary part of an Ultralytics YOLO run.
 
-Importing this package lets `YOLO.train` take `callbacks="prune"` and `recipe=...`. A start-up file imports it
-whenever Python starts in an environment that has it, so the public names are loaded on first use.
+After `import yolo_prune`, `YOLO.train` accepts `callbacks="prune"` and `recipe=...`. A start-up file imports this
+package at every start of Python in the environment. To keep that start fast, the public names are loaded on first use.
 """
 
 from __future__ import annotations
 
 from yolo_prune import _startup
 
-TYPE_CHECKING = False  # typing's constant; importing typing would slow down every start of Python
+TYPE_CHECKING = False  # replaces `typing.TYPE_CHECKING`: importing typing would slow down every start of Python
 if TYPE_CHECKING:
     from yolo_prune._version import __version__
     from yolo_prune.api import apply, is_pruned, plan, prune

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Descriptions of commands and arguments of the console script, which reads, checks and documents them."""
+"""The arguments of the console script's commands. One description of each is used for reading, checks and help."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 from yolo_prune.errors import PruneError
 
-WIDTH = 118  # line length of the help, in characters
+WIDTH = 118  # of help, in characters
 HELP = ("help", "h")
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One `name=value` argument of a command.
+    """One `name=value` of a command.
 
     Attributes:
-        name: the part before the equals sign.
-        example: an example value, for usage lines.
-        help: description as a noun with its article, because messages put "pass" before it.
-        read: `(name, text) -> value`; raises `PruneError` if the text is not valid.
-        default: the value if the argument is left out; None for no value.
+        name: the text left of the equals sign.
+        example: an example of a value, for usage lines.
+        help: a noun with its article that describes the value, so that a message can say "pass ...".
+        read: `(name, text) -> value`; raises `PruneError` if the text is not a valid value.
+        default: the value if the argument is left out; None if there is no default.
         required: whether the argument must be given.
     """
 
@@ -46,9 +46,9 @@ class Request:
     """The words that a user typed after the name of a command.
 
     Attributes:
-        words: all words.
-        places: the words that are files or folders without a key.
-        values: `{argument name: value}`, including default values.
+        words: all words, as typed.
+        places: the files and folders among the words.
+        values: `{argument: value}`, with the defaults.
         overrides: `{recipe field: text}`.
     """
 
@@ -60,15 +60,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its summary, its arguments, and its function.
+    """A command: its purpose, its arguments, and the function that runs it.
 
     Attributes:
-        name: the word after `yolo-prune`.
-        summary: one line for the help.
+        name: the name, as typed after `yolo-prune`.
+        summary: the purpose, in one line.
         run: `(request) -> exit status`.
-        arguments: arguments in the order of the help. With an argument named "recipe", `recipe.<field>=` is valid too.
-        places: an example of files without a key; empty if the command takes no such files.
-        passes_on: the program that reads all words instead of this command; empty if the command reads them itself.
+        arguments: the arguments, in the order of the help. With an argument "recipe", the command also accepts
+            `recipe.<field>=`.
+        places: an example of the files that the command takes without a key; empty if it takes no such files.
+        passes_on: the command that gets all words unread; empty if this command reads the words itself.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Command:
 
     @property
     def known(self) -> dict[str, Argument]:
-        """The arguments by name."""
+        """`{name: argument}`."""
         return {argument.name: argument for argument in self.arguments}
 
     @property
@@ -97,7 +98,7 @@ class Command:
         return [*([self.places] if self.places else []), *map(str, arguments)]
 
     def help(self) -> str:
-        """The help text: the summary, the usage, and a line for every argument."""
+        """The help of the command: its purpose, its usage, and a line for every argument."""
         indent = " " * len(f"Usage: yolo-prune {self.name} ")
         usage = wrap(self.usage, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
         rows = {name: _explained(argument) for name, argument in self.known.items()}
@@ -107,14 +108,14 @@ class Command:
         if rows:
             parts.append(table(rows))
         if self.passes_on:
-            parts.append(f"All arguments of {self.passes_on} are valid as well.")
+            parts.append(f"It also takes every argument of {self.passes_on}.")
         return "\n\n".join(parts)
 
     def read(self, words: Sequence[str]) -> Request:
         """Read the words that a user typed.
 
         Raises:
-            PruneError: If an argument is unknown, missing or not valid.
+            PruneError: If an argument is unknown, missing or invalid. The message suggests the nearest known argument.
         """
         request = Request(list(words))
         if self.passes_on:
@@ -142,22 +143,22 @@ class Command:
     def _unknown(self, key: str) -> str:
         near = nearest(key, self.known) or next(iter(_recipe_fields(key) if "recipe" in self.known else []), "")
         hint = f"Did you mean '{near}'? " if near else ""
-        takes = f"Arguments: {', '.join(self.known)}." if self.known else "It has no arguments."
+        takes = f"It takes {', '.join(self.known)}." if self.known else "It takes none."
         return f"'{key}' is not an argument of '{self.name}'. {hint}{takes}"
 
 
 def nearest(word: str, known: Mapping[str, Any]) -> str:
-    """The most similar known word; empty if no word is similar."""
+    """The known word that was probably meant; empty if no known word is similar."""
     return next(iter(get_close_matches(word, known, n=1)), "")
 
 
 def asks_for_help(word: str) -> bool:
-    """Whether a word asks for help: `help`, `-h`, `--help`, ..."""
+    """Whether a word is `help`, `-h`, `--help`, ..."""
     return word.lstrip("-") in HELP
 
 
 def table(rows: Mapping[str, str]) -> str:
-    """A table with two columns: the left column is as wide as its longest entry, the right column is wrapped."""
+    """Two columns: the left one as wide as its longest entry, the right one wrapped."""
     left = max(map(len, rows)) + 4
     lines: list[str] = []
     for name, text in rows.items():
@@ -165,8 +166,8 @@ def table(rows: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def whole(name: str, text: str) -> int:
-    """Read a whole number of at least 1.
+def positive_integer(name: str, text: str) -> int:
+    """A whole number of at least 1.
 
     Raises:
         PruneError: If the text is not such a number.
@@ -177,21 +178,21 @@ def whole(name: str, text: str) -> int:
 
 
 def image_size(name: str, text: str) -> int:
-    """Read the height and width of square images, in pixels.
+    """Height and width of square images, in pixels.
 
     Raises:
-        PruneError: If the text is not a possible image size.
+        PruneError: If a model cannot take images of this size.
     """
     if not text.isdigit() or not 32 <= int(text) <= 8192 or int(text) % 32:
         raise PruneError(f"{name}={text}: must be a multiple of 32 between 32 and 8192.")
     return int(text)
 
 
-def truth(name: str, text: str) -> bool:
-    """Read True or False.
+def boolean(name: str, text: str) -> bool:
+    """True or False.
 
     Raises:
-        PruneError: If the text is neither.
+        PruneError: If the text is neither true nor false.
     """
     if text.lower() not in ("true", "false", "1", "0"):
         raise PruneError(f"{name}={text}: must be True or False.")
@@ -199,7 +200,7 @@ def truth(name: str, text: str) -> bool:
 
 
 def file(suffix: str) -> Callable[[str, str], Path]:
-    """Make a reader for file names that must end in `suffix`."""
+    """A function that reads file names, which must end in `suffix`."""
 
     def read(name: str, text: str) -> Path:
         path = Path(text)
@@ -211,12 +212,12 @@ def file(suffix: str) -> Callable[[str, str], Path]:
 
 
 def _explained(argument: Argument) -> str:
-    show_default = argument.default is not None and str(argument.default) not in argument.help
-    return f"{argument.help} (default: {argument.default})" if show_default else argument.help
+    told = argument.default is not None and str(argument.default) not in argument.help
+    return f"{argument.help} (default: {argument.default})" if told else argument.help
 
 
 def _recipe_fields(key: str) -> list[str]:
-    """Recipe fields that a name without its section can mean."""
+    """Recipe fields that may be meant by a name without its section."""
     from yolo_prune.recipe.schema import Recipe
 
     last = key.rpartition(".")[2]

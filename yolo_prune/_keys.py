@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The arguments that `train` understands beside Ultralytics' own: `callbacks`, `recipe`, `recipe.<field>`."""
+"""The arguments of `train` that this package adds to those of Ultralytics: `callbacks`, `recipe`, `recipe.<field>`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_pruning_key(key: str) -> bool:
 
 
 def without_pruning_keys(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are Ultralytics' own."""
+    """The arguments that belong to Ultralytics."""
     return {k: v for k, v in arguments.items() if not is_pruning_key(k)}
 
 
@@ -29,10 +29,10 @@ def overrides(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wants_pruning(value: Any) -> bool:
-    """Read `callbacks=`: a name, several separated by commas, or a list.
+    """Tell whether `callbacks=` asks for pruning. Its value is a name, several names separated by commas, or a list.
 
     Raises:
-        ArgumentError: If a name is not known; names the nearest.
+        ArgumentError: If a name is not known. The message suggests the nearest known name.
     """
     names = value if isinstance(value, list | tuple) else str(value).strip("[]()").split(",")
     names = [str(n).strip(" '\"") for n in names if str(n).strip(" '\"") not in ("", "None")]
@@ -47,10 +47,12 @@ def wants_pruning(value: Any) -> bool:
 
 
 def check_spelling(arguments: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse an argument that is nobody's but looks like one of ours, as Ultralytics refuses its own misspelt ones.
+    """Refuse a misspelt argument of this package, as Ultralytics refuses its own misspelt arguments.
+
+    An argument is misspelt if it is not known, but is similar to an argument of this package.
 
     Raises:
-        ArgumentError: With the argument that was probably meant.
+        ArgumentError: If an argument is misspelt. The message suggests the argument that was probably meant.
     """
     for key in arguments:
         if key in known or is_pruning_key(key):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The two Ultralytics functions that are replaced, and the one public list that is extended.
+"""The patch of Ultralytics: two functions are replaced, and one public list is extended.
 
-`ultralytics.cfg.check_dict_alignment` lets `callbacks=` and `recipe=` through for `yolo train`; `Model.train` takes
-them out again before anything else sees them. `default_callbacks["on_export_start"]` gets one more entry.
+The new `ultralytics.cfg.check_dict_alignment` accepts `callbacks=` and `recipe=` for `yolo train`. The new
+`Model.train` removes these two arguments before Ultralytics reads the others. The list
+`default_callbacks["on_export_start"]` gets one more entry.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from yolo_prune._keys import check_spelling, is_pruning_key, without_pruning_key
 from yolo_prune.errors import ArgumentError, PruneError
 
 MARK = "__yolo_prune__"
-RECORD = "pruning"  # as `cut.record.KEY`, which lives beside what needs torch
-CUSTOM_KEYS = ("augmentations", "save_dir")  # what Ultralytics accepts beside its defaults
+RECORD = "pruning"  # equal to `cut.record.KEY`; importing that module would import torch
+CUSTOM_KEYS = ("augmentations", "save_dir")  # Ultralytics accepts these arguments although they have no default
 EXAMPLES = {"callbacks": "prune", "recipe": "half-flops"}
 
 
 def apply(module: ModuleType) -> None:
-    """Patch one of the two modules; does nothing the second time.
+    """Patch one of the two modules. A second call does nothing.
 
     Raises:
-        RuntimeError: If this Ultralytics does not have what is patched, or has it with another signature.
+        RuntimeError: If this Ultralytics lacks a function to patch, or the function has another signature.
     """
     if module.__name__ == "ultralytics.cfg":
-        _replace(module, "check_dict_alignment", ["base", "custom", "e", "allowed_custom_keys"], _alignment, since=3)
+        _replace(module, "check_dict_alignment", ["base", "custom", "e", "allowed_custom_keys"], _alignment, fewest=3)
     elif module.__name__ == "ultralytics.engine.model":
         _replace(module.Model, "train", ["self", "trainer", "kwargs"], _train)
         _extend_export()
@@ -43,17 +44,20 @@ def _replace(
     name: str,
     expected: list[str],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
-    since: int | None = None,
+    fewest: int | None = None,
 ) -> None:
-    """Put `wrap(original)` in its place. Earlier releases may lack the `expected` parameters from number `since` on."""
+    """Replace the function `name` of `owner` by `wrap(original)`.
+
+    In earlier releases of Ultralytics, the function may have only the first `fewest` of the `expected` parameters.
+    """
     original = getattr(owner, name, None)
     if original is None:
         raise RuntimeError(f"{owner.__name__} has no '{name}'")
     if hasattr(original, MARK):
         return
-    found = list(inspect.signature(original).parameters)
-    if found != expected and (since is None or found != expected[:since]):
-        raise RuntimeError(f"{owner.__name__}.{name} takes {found}, expected {expected}")
+    parameters = list(inspect.signature(original).parameters)
+    if parameters != expected and (fewest is None or parameters != expected[:fewest]):
+        raise RuntimeError(f"{owner.__name__}.{name} takes {parameters}, expected {expected}")
     replacement = functools.wraps(original)(wrap(original))
     setattr(replacement, MARK, True)
     setattr(owner, name, replacement)
@@ -66,28 +70,28 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         e: Exception | None = None,
         allowed_custom_keys: set[str] | None = None,
     ) -> None:
-        further = [allowed_custom_keys] if allowed_custom_keys else []  # releases before 8.4.0 have no such parameter
-        if "train" not in base:  # not the command line: run configurations never hold our keys
-            original(base, custom, e, *further)
+        allowed = [allowed_custom_keys] if allowed_custom_keys else []  # releases before 8.4.0 lack this parameter
+        if "train" not in base:  # not a command; other configurations never hold the keys of this package
+            original(base, custom, e, *allowed)
             return
-        with _one_line_for_commands():
+        with _without_traceback():
             _check_command(custom, unreadable=e is not None)
-        # The examples make the suggestions for misspelt keys know ours too.
-        original({**base, **EXAMPLES}, without_pruning_keys(custom), e, *further)
+        # With the examples, Ultralytics also suggests the keys of this package for misspelt keys.
+        original({**base, **EXAMPLES}, without_pruning_keys(custom), e, *allowed)
 
     return check_dict_alignment
 
 
 def _check_command(custom: Mapping[str, Any], unreadable: bool) -> None:
-    """Refuse our keys where a command line gives them no value, or no run to be about."""
+    """Refuse keys of this package in a command that gives them no value, or that does not prune."""
     ours = [key for key in custom if is_pruning_key(key.rstrip("="))]
     mode = custom.get("mode")
-    if ours and (unreadable or custom[ours[0]] == ""):  # how the command line reports what it cannot read
+    if ours and (unreadable or custom[ours[0]] == ""):  # Ultralytics reports an argument without a value in both ways
         raise ArgumentError(f"'{ours[0].rstrip('=')}' needs a value, for example callbacks=prune recipe=half-flops.")
     if ours and "mode" in custom and mode != "train":
         raise ArgumentError(
-            f"'{ours[0]}' is an argument of 'yolo train' only; 'yolo {mode}' works on pruned models as on any other, "
-            "leave it out."
+            f"'{ours[0]}' is an argument of 'yolo train' only. Leave it out: 'yolo {mode}' works on pruned models as "
+            "on any other model."
         )
     if ours and "callbacks" not in custom and mode == "train":
         raise ArgumentError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
@@ -98,19 +102,19 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
         from ultralytics.utils import DEFAULT_CFG_DICT
 
         check_spelling(kwargs, {*DEFAULT_CFG_DICT, *CUSTOM_KEYS})
-        if not _concerns_us(self, kwargs):
+        if not _may_involve_pruning(self, kwargs):
             return original(self, trainer=trainer, **kwargs)
-        from yolo_prune.run import launch  # only now: no other run should depend on what it imports
+        from yolo_prune.run import launch  # imported late, so that runs without pruning do not depend on its imports
 
-        with _one_line_for_commands():
+        with _without_traceback():
             return launch.train(self, original, trainer, kwargs)
 
     return train
 
 
 @contextmanager
-def _one_line_for_commands() -> Iterator[None]:
-    """End a `yolo` command with the message of our error: who typed it does not need to know where it comes from."""
+def _without_traceback() -> Iterator[None]:
+    """If a `yolo` command fails with an error of this package, show only the message, without a traceback."""
     try:
         yield
     except PruneError as e:
@@ -120,8 +124,8 @@ def _one_line_for_commands() -> Iterator[None]:
         raise
 
 
-def _concerns_us(model: Any, arguments: Mapping[str, Any]) -> bool:
-    """True for runs with our keys, of pruned models, and from other checkpoints, which may be pruned."""
+def _may_involve_pruning(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """True for runs with our keys, of pruned models, or that load another checkpoint, which may be pruned."""
     yaml = getattr(model.model, "yaml", None)
     pruned = isinstance(yaml, Mapping) and RECORD in yaml
     resumed = arguments.get("resume", model.overrides.get("resume"))

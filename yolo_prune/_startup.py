@@ -2,11 +2,11 @@
 """Patch Ultralytics when it is imported, and not before.
 
 The start-up files `yolo_prune.pth` and, from Python 3.15 on, `yolo_prune.start` call `install` at every start
-of Python. It puts one finder on `sys.meta_path`, which lets the other finders find a module and, for the two
-modules in `TARGETS`, calls `yolo_prune._patch.apply` once the module has been executed. The shape is that of
-wrapt's post-import hooks. The environment variable `YOLO_PRUNE_HOOK=0` turns it off.
+of Python. `install` puts one finder on `sys.meta_path`. For the two modules in `TARGETS`, this finder asks the other
+finders for the module, and calls `yolo_prune._patch.apply` after the module has been executed. wrapt's post-import
+hooks work in the same way. The environment variable `YOLO_PRUNE_HOOK=0` turns the hook off.
 
-Only `sys` and `os`, which every Python has loaded by then, are imported at the top.
+Only `sys` and `os` are imported at the top, because every Python has loaded these two already.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-TYPE_CHECKING = False  # typing's constant; importing typing would slow down every start of Python
+TYPE_CHECKING = False  # replaces `typing.TYPE_CHECKING`: importing typing would slow down every start of Python
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.abc import Loader
@@ -25,19 +25,21 @@ OPT_OUT = "YOLO_PRUNE_HOOK"
 TARGETS = ("ultralytics.cfg", "ultralytics.engine.model")
 
 _started = False  # a start-up file has called install()
-_seen: dict[str, ModuleType] = {}  # targets that were patched, or could not be
+_seen: dict[str, ModuleType] = {}  # targets that were patched, or whose patch failed
 _errors: dict[str, str] = {}
 
 
 class HookState:
-    """What the hook has done in this process. A plain class: `dataclasses` is too slow to import at start.
+    """What the hook has done in this process.
+
+    This is a plain class, because importing `dataclasses` would slow down every start of Python.
 
     Attributes:
-        started: A start-up file called `install`, so a plain `yolo train` gets here too.
+        started: A start-up file called `install`, so that `yolo train` is patched too.
         installed: The finder is on `sys.meta_path`.
         opted_out: The environment says `YOLO_PRUNE_HOOK=0`.
         patched: The names of the loaded modules that were patched.
-        errors: For each module that could not be patched, why.
+        errors: The reason for each module that could not be patched.
     """
 
     __slots__ = ("errors", "installed", "opted_out", "patched", "started")
@@ -62,7 +64,7 @@ class HookState:
 
 
 class _Finder:
-    """Finds the target modules through the finders behind it, and wraps their loaders."""
+    """Finds the target modules with the finders that come after this one, and wraps the loaders of these modules."""
 
     def __init__(self) -> None:
         self._searching: set[tuple[int, str]] = set()
@@ -74,7 +76,7 @@ class _Finder:
             return None
         from _thread import get_ident
 
-        # A finder behind this one may search sys.meta_path from the top again, as this one does in part.
+        # A later finder may search sys.meta_path from the top, and would then call this finder again.
         search = (get_ident(), fullname)
         if search in self._searching:
             return None
@@ -100,13 +102,13 @@ class _Finder:
 
 
 class _Loader:
-    """Stands in for a module's loader until the module is executed, then patches the module."""
+    """Replaces the loader of a module until the module is executed, then patches the module."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def __getattr__(self, name: str) -> object:
-        if name == "_loader":  # not set yet, as in a copy under construction
+        if name == "_loader":  # not set yet, for example while this object is being copied
             raise AttributeError(name)
         return getattr(self._loader, name)
 
@@ -121,10 +123,10 @@ class _Loader:
 
 
 def install(*, force: bool = False, imported: bool = False) -> None:
-    """Patch Ultralytics once it is imported, or now where it already is. Calling it again changes nothing.
+    """Patch Ultralytics when it is imported, or now if it is imported already. A second call changes nothing.
 
     Args:
-        force: Install even where `YOLO_PRUNE_HOOK=0` is set, as for the `yolo-prune` command.
+        force: Install even if `YOLO_PRUNE_HOOK=0` is set. The `yolo-prune` command does this.
         imported: The call comes from `import yolo_prune`, not from a start-up file.
     """
     global _started
@@ -137,7 +139,7 @@ def install(*, force: bool = False, imported: bool = False) -> None:
         module = sys.modules.get(name)
         if module is None or _seen.get(name) is module:
             continue
-        # Half executed, there is nothing to patch yet; the loader of the finder does it at the end.
+        # A module that is still being executed has nothing to patch yet. The finder's loader patches it afterwards.
         if not getattr(module.__spec__, "_initializing", False):
             _patch_target(module)
 
@@ -159,12 +161,12 @@ def _opted_out() -> bool:
 
 
 def _installed() -> bool:
-    # By name, as this module can have been loaded anew since.
+    # The name is compared, not the class, because this module may have been loaded again since.
     return any(type(finder).__module__ == __name__ for finder in sys.meta_path)
 
 
 def _patch_target(module: ModuleType) -> None:
-    """Patch one target module; whatever goes wrong is recorded and warned of, and stays here."""
+    """Patch one target module. If the patch fails, the error is recorded and reported as a warning, not raised."""
     name = module.__name__
     _seen[name] = module
     try:
@@ -176,7 +178,7 @@ def _patch_target(module: ModuleType) -> None:
         _warn(
             f"yolo-prune: the pruning keys callbacks= and recipe= are not available: {name} could not be "
             f"patched ({_errors[name]}). Everything else in Ultralytics works as before. "
-            f"`yolo-prune doctor` says more; {OPT_OUT}=0 in the environment silences this."
+            f"`yolo-prune doctor` shows the details; {OPT_OUT}=0 in the environment turns this warning off."
         )
     else:
         _errors.pop(name, None)
@@ -187,5 +189,5 @@ def _warn(message: str) -> None:
 
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
-    except RuntimeWarning:  # warnings are errors here; `import ultralytics` must work all the same
+    except RuntimeWarning:  # this process turns warnings into errors; `import ultralytics` must work nevertheless
         print(message, file=sys.stderr)

@@ -41,14 +41,14 @@ def plan(
     data: str | Path | None = None,
     **overrides: Any,
 ) -> Plan:
-    """Make a plan: what a recipe would remove from a model. The model is not changed.
+    """Make a plan of the channels that a recipe would remove from a model. The model is not changed.
 
     Args:
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
         recipe: a bundled name, a path, a mapping or a `Recipe`; None is the default recipe, `half-flops`.
         imgsz: image size in pixels, at which FLOPs are counted and training images are read.
-        data: the dataset, as for `model.train`. Criteria and allocations that look at training images need it; without
-            it, the criterion `magnitude` and the allocation `global` replace them.
+        data: the dataset, as for `model.train`, for criteria and allocations that look at training images. Without
+            `data`, the criterion `magnitude` and the allocation `global` replace them.
         **overrides: single fields of the recipe, with dots: `**{"target.flops": 0.4}`.
 
     Returns:
@@ -69,21 +69,21 @@ def plan(
     if isinstance(model, str | Path):
         model = open_model(model)
     count = planner.images_for(asked)
-    missed = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
+    replaced = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
     asked = asked if data else planner.rehearsal(asked)
     module, target = _module(model), asked.target
-    graph, bar = planner.survey(module, asked, imgsz), log.bar("weighing channels")
-    tried = search.trial(module, graph, asked, imgsz) if target.latency else None
-    for key, name in missed.items():
+    graph, bar = planner.survey(module, asked, imgsz), log.bar("scoring channels")
+    trial = search.trial(module, graph, asked, imgsz) if target.latency else None
+    for key, name in replaced.items():
         LOGGER.warning(
-            f"{key} {name} looks at training images, and data= was not given: this plan is as "
-            f"large, but made with the {key} {planner.STAND_INS[key].name}."
+            f"{key} {name} needs training images, and data= was not given. This plan removes as much, but uses the "
+            f"{key} {planner.STAND_INS[key].name} instead. Pass data= to use {name}."
         )
     calibration = _calibration(model, data, imgsz, count) if data and count else None
-    if tried is None:
+    if trial is None:
         return planner.plan_for(module, graph, asked, calibration=calibration, progress=bar)
-    weighed = planner.weigh(module, graph, asked, calibration, bar, tried.timing)
-    return search.settle(module, weighed, target, imgsz, present=tried.present).plan
+    weighed = planner.weigh(module, graph, asked, calibration, bar, trial.timing)
+    return search.settle(module, weighed, target, imgsz, present=trial.present).plan
 
 
 def apply(
@@ -98,8 +98,8 @@ def apply(
     """Cut a model in place, in one step, without training.
 
     The cut is proved on a copy first. If the proof fails, the model is unchanged. With `data`, the remaining weights
-    are then refitted, so that each layer puts out what it did before. Without `data`, the accuracy is low until the
-    model is trained again (`model.train(...)` keeps the pruned structure).
+    are then refitted, so that the output of each layer stays close to its output before the cut. Without `data`, the
+    accuracy is low until the model is trained again (`model.train(...)` keeps the pruned structure).
 
     Args:
         model: a `YOLO` object or its module.
@@ -126,7 +126,7 @@ def apply(
         True
         >>> model.save("cut.pt")
     """
-    _startup.install(force=True)  # what is trained next must keep its structure
+    _startup.install(force=True)  # a later `model.train(...)` must keep the pruned structure
     module = _module(model)
     if not plan:
         raise PlanError("The plan removes nothing; there is nothing to apply.")
@@ -144,7 +144,8 @@ def apply(
     facts = RoundFacts(number=1, plan=plan.hash, flops=flops, params=params)
     write_record(module, Record(record.recipe if record else {}, composed, widths, (facts,)))
     if isinstance(model, Model):
-        # train() takes the weights from here, not from a YAML; optimizer and epoch of the dense run are void.
+        # train() takes the weights from `ckpt`, not from a YAML file. The optimizer and the epoch of the dense run are
+        # left out, because they do not fit the pruned model.
         model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
         model.predictor = None
     return proven
@@ -157,16 +158,16 @@ def prune(
     overrides: Mapping[str, Any] | None = None,
     **train_arguments: Any,
 ) -> Report:
-    """Train and prune in one call: `model.train(callbacks="prune", recipe=...)`, which returns the report of the run.
+    """Train and prune in one call of `model.train(callbacks="prune", recipe=...)`, and return the report of the run.
 
     Args:
-        model: a `YOLO` object, or a path to a `.pt` or `.yaml` file. A `YOLO` object is the pruned model afterwards.
+        model: a `YOLO` object, or a path to a `.pt` or `.yaml` file. A `YOLO` object holds the pruned model afterwards.
         recipe: as for `plan`.
         overrides: single fields of the recipe, with dots: `{"target.flops": 0.4}`.
         **train_arguments: the arguments of `YOLO.train`: `data`, `epochs`, `imgsz`, ...
 
     Returns:
-        The report: what was measured, as in `prune.json` in the run folder.
+        The report with all measurements, as in `prune.json` in the run folder.
 
     Raises:
         PruneError: If an argument is wrong, the recipe does not fit, or the run did not end pruned.
@@ -183,7 +184,7 @@ def prune(
     model.train(callbacks="prune", recipe=_load(recipe, overrides or {}), **train_arguments)
     trainer = model.trainer
     if trainer is None:
-        raise RunError("The run left no trainer; its report is in the run folder.")
+        raise RunError("The run ended, but the model has no trainer that names the run folder. Read prune.json there.")
     return Report.load(Path(trainer.save_dir) / FILE_NAME)
 
 
@@ -202,7 +203,7 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
 
 
 def describe(model: Model | nn.Module | str | Path) -> str:
-    """What was done to a checkpoint, for people: rounds, cost, layers before and after."""
+    """A readable summary of the pruning of a checkpoint: rounds, cost, and layers before and after."""
     module = _module(model)
     record = read_record(module)
     if not record or not record.plan:
@@ -218,7 +219,7 @@ def describe(model: Model | nn.Module | str | Path) -> str:
     ]
     for r in record.rounds:
         when = f"before epoch {r.epoch + 1}" if r.epoch is not None else "in one shot"
-        back = ", taken back" if r.held is False else ""
+        back = ", rolled back" if r.held is False else ""
         lines.append(f"round {r.number} {when}{back}: plan {r.plan[:12]}")
     lines += ["", f"{'layer':44}{'dense':>8}{'pruned':>8}"]
     for name, width in planner.layer_widths(module):
@@ -229,7 +230,7 @@ def describe(model: Model | nn.Module | str | Path) -> str:
 
 def _calibration(model: Model | nn.Module, data: str | Path, imgsz: int, count: int) -> Calibration:
     if not isinstance(model, Model):
-        raise RunError("data= needs the YOLO object, not its module: it knows how the task reads its dataset.")
+        raise RunError("data= needs the YOLO object, because its module cannot read a dataset. Pass the YOLO object.")
     model.model.float()
     return datasets.calibration(model, data, imgsz, count)
 
@@ -246,7 +247,9 @@ def _module(model: Model | nn.Module | str | Path) -> nn.Module:
         model = open_model(model)
     kind = type(model).__name__
     if kind in INSTEAD:
-        raise UnsupportedModelError(f"{kind} models cannot be trained by Ultralytics, so not pruned. {INSTEAD[kind]}")
+        raise UnsupportedModelError(
+            f"Ultralytics cannot train {kind} models, so yolo-prune cannot prune them. {INSTEAD[kind]}"
+        )
     module = model if isinstance(model, nn.Module) and not hasattr(model, "overrides") else model.model
     if not isinstance(module, nn.Module):
         raise UnsupportedModelError(

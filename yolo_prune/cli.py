@@ -18,9 +18,9 @@ from yolo_prune.errors import PruneError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status. A user's mistake gives one message on standard error and status 1."""
+    """Run a command; returns the exit status. A user's mistake gives one message on standard error, and status 1."""
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
-    if grammar.asks_for_help(name) and not words:
+    if grammar.asks_for_help(name) and all(map(grammar.asks_for_help, words)):
         print(overview())
         return 0
     if name.lstrip("-") in ("version", "v"):
@@ -43,20 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PruneError, SyntaxError, FileNotFoundError) as e:
         print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `yolo-prune show ... | head`: stop Python from writing again at exit
+    except BrokenPipeError:  # `yolo-prune show ... | head`: the reader has ended; Python must not write again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def overview() -> str:
-    """The help text: a line for every command, with its shortest call."""
+    """The help: a line for every command, with its shortest call."""
     calls = {f"yolo-prune {command.shortest}": command.summary for command in COMMANDS.values()}
     return "\n\n".join((
         f"yolo-prune {__version__}: structured pruning as an ordinary part of an Ultralytics YOLO run",
         grammar.table(calls),
-        "'yolo-prune COMMAND --help' lists all arguments of a command. Override a field of the recipe with\n"
-        "recipe.<field>=<value>, for example recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle,\n"
-        "edge, smallest. After installation 'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.",
+        "'yolo-prune COMMAND --help' lists all arguments of a command. recipe.<field>=<value> overrides a field of\n"
+        "the recipe, for example recipe.target.flops=0.4. Bundled recipes: half-flops (default), gentle, edge,\n"
+        "smallest. After installation, 'yolo train ... callbacks=prune' does the same as 'yolo-prune train ...'.",
     ))  # fmt: skip
 
 
@@ -68,7 +68,8 @@ def _train(request: Request) -> int:
     import ultralytics.engine.model  # imported to be patched
 
     if errors := _startup.state().errors:
-        raise PruneError("; ".join(f"{k} could not be patched: {v}" for k, v in errors.items()))
+        reasons = "; ".join(f"{k} could not be patched: {v}" for k, v in errors.items())
+        raise PruneError(f"{reasons}. 'yolo-prune doctor' says what to do.")
     arguments = request.words
     resumes = [a.lower() for a in arguments if a.partition("=")[0] == "resume"]
     resumed = any(not a.endswith(FALSE) for a in resumes)
@@ -95,13 +96,11 @@ def _plan(request: Request) -> int:
 def _apply(request: Request) -> int:
     values, overrides = request.values, request.overrides
     if "plan" in values and ("recipe" in values or overrides):
-        raise PruneError(
-            "plan= and recipe= cannot be used together: a plan already has the channels to remove. Leave one out."
-        )
+        raise PruneError("plan= and recipe= exclude one another, because a plan replaces the recipe. Leave one out.")
     source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
     if target.resolve() == source.resolve():
-        raise PruneError(f"save={target} would overwrite the model. Choose another name.")
+        raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
     from yolo_prune import api
     from yolo_prune.cut.plan import Plan
     from yolo_prune.recipe import load_recipe
@@ -114,10 +113,10 @@ def _apply(request: Request) -> int:
     api.save(model, target)
     print(plan.describe())
     if proven:
-        print(f"proof: cutting and silencing these channels gives the same outputs, to {proven.error:.0e} in float64")
-    why = "data= was not given" if data is None else "" if refit else "the recipe has refit: 0"
-    fitted = why and f"; the weights were not refitted because {why}"
-    print(f"saved {target}{fitted}. Train it further with: yolo train model={target} data=... epochs=...")
+        print(f"exact: pruned model and masked reference agree to {proven.error:.0e} in float64")
+    why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
+    fitted = why and f"; the weights were not refitted, because {why}"
+    print(f"saved {target}{fitted}. Fine-tune it with: yolo train model={target} data=... epochs=...")
     return 0
 
 
@@ -141,7 +140,7 @@ def _profile(request: Request) -> int:
     values = request.values
     formats, how = _measuring(values)
     if len(formats) > 1:
-        raise PruneError(f"format={values['format']}: a profile has one runtime only. Write one file per runtime.")
+        raise PruneError(f"format={values['format']}: a profile is for one runtime. Write one file for each runtime.")
     from yolo_prune import api
     from yolo_prune.latency import target
     from yolo_prune.measure.subjects import Setting
@@ -167,13 +166,14 @@ def _show(request: Request) -> int:
 def _report(request: Request) -> int:
     runs, values = request.places, request.values
     if len(runs) != 1:
-        given = f"{len(runs)} runs were given" if runs else "no run was given"
-        raise PruneError(f"{given}. Pass the folder of one run, as in 'yolo-prune report runs/detect/train'.")
+        given = f"{len(runs)} runs were named" if runs else "no run was named"
+        raise PruneError(f"{given}; pass the folder of one run, as in 'yolo-prune report runs/detect/train'.")
     formats, how = _measuring(values, "imgsz")
     from yolo_prune.pages import run_page
 
     known = {key: values.get(key) for key in ("data", "model")}
-    measurement = run_page.measure_run(runs[0], formats, imgsz=values.get("imgsz"), **known, **how) if formats else None
+    imgsz = values.get("imgsz")
+    measurement = run_page.measure_run(runs[0], formats, imgsz=imgsz, **known, **how) if formats else None
     path = run_page.write_report(runs[0], save=values.get("save"), **known)
     print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
     if measurement:
@@ -184,9 +184,9 @@ def _report(request: Request) -> int:
 def _compare(request: Request) -> int:
     models, values = request.places, request.values
     if len(models) < 2:
-        raise PruneError(f"{len(models)} checkpoints were given. Pass two or more. {COMMANDS['compare'].usage}")
+        raise PruneError(f"pass two or more checkpoints to compare. {COMMANDS['compare'].usage}")
     if again := next((m for m in models if models.count(m) > 1), None):
-        raise PruneError(f"'{again}' was given twice. Pass every checkpoint once.")
+        raise PruneError(f"'{again}' is named twice. Name every checkpoint once.")
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
@@ -224,16 +224,16 @@ def _schema(request: Request) -> int:
 
 
 def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[str, Any]]:
-    """The formats to measure in (none without format=), and the other settings as arguments of `Setting.of`."""
+    """The formats to measure, empty without format=, and the arguments for `Setting.of`."""
     if "format" not in values:
-        if alone := next((key for key in (*others, *(a.name for a in HOW)) if key in values), None):
+        if alone := next((key for key in (*others, *(a.name for a in MEASURING)) if key in values), None):
             raise PruneError(
-                f"{alone}= is a setting of a measurement, but format= is missing. Add format=, as in format=onnx."
+                f"{alone}= is for measuring, and format= is missing. Add a format, for example format=onnx."
             )
         return [], {}
-    how = {a.name: values[a.name] for a in HOW if a is not HALF and a.name in values}
+    how = {a.name: values[a.name] for a in MEASURING if a is not HALF and a.name in values}
     if values.get("half") and how.setdefault("quantize", 16) != 16:
-        raise PruneError(f"half=True means quantize=16, but quantize={values['quantize']} was given. Leave one out.")
+        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
     from yolo_prune.measure import runtimes
 
     return runtimes.parse(values["format"]), how
@@ -245,20 +245,24 @@ MODEL = Argument("model", "best.pt", "a .pt checkpoint", required=True)
 DATA = Argument("data", "data.yaml", "a dataset")
 RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: half-flops)")
 IMGSZ = Argument("imgsz", "640", "the height and width of images, in pixels", grammar.image_size, 640)
-FORMAT = Argument("format", "onnx,openvino", "the runtimes to measure in", default="onnx")
-HALF = Argument("half", "True", "the same as quantize=16", grammar.truth)
-REPEATS = Argument("repeats", "20", "the number of rounds (default: as many as fit in 30 seconds)", grammar.whole)
-HOW = (  # settings of a measurement, without the formats
-    Argument("batch", "1", "the number of images in a pass (default: 1)", grammar.whole),
+FORMAT = Argument("format", "onnx,openvino", "the formats to measure", default="onnx")
+HALF = Argument("half", "True", "the same as quantize=16", grammar.boolean)
+REPEATS = Argument(
+    "repeats", "20", "the number of rounds (default: as many as fit in 30 seconds)", grammar.positive_integer
+)
+MEASURING = (  # all arguments for measuring, except the formats
+    Argument("batch", "1", "the number of images in a pass (default: 1)", grammar.positive_integer),
     Argument("device", "cpu", "cpu, or the number of an NVIDIA GPU (default: cpu)"),
-    Argument("threads", "4", "the threads that a runtime may use on a CPU (default: one per core)", grammar.whole),
+    Argument(
+        "threads", "4", "the number of CPU threads of a runtime (default: one for each core)", grammar.positive_integer
+    ),
     REPEATS,
     HALF,
-    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (default: 32)", grammar.whole),
+    Argument("quantize", "8", "the bits of the export: 32, 16 or 8 (default: 32)", grammar.positive_integer),
 )
-ON_A_PAGE = (  # without a format, the page is written without measuring
-    replace(FORMAT, help="the runtimes to measure in as 'bench' does (default: nothing is measured)", default=None),
-    *HOW,
+ON_A_PAGE = (  # without format=, a page is written without measuring
+    replace(FORMAT, help="the formats to measure, as 'bench' does (default: nothing is measured)", default=None),
+    *MEASURING,
 )
 COMMANDS = {
     command.name: command
@@ -270,30 +274,30 @@ COMMANDS = {
             (
                 replace(MODEL, help="the checkpoint to start from"),
                 replace(DATA, help="the dataset to train on", required=True),
-                Argument("epochs", "60", "the number of epochs of the run, for cuts and recovery together"),
+                Argument("epochs", "60", "the epochs of the whole run: cuts and recovery"),
                 RECIPE,
             ),
             passes_on="'yolo train'",
         ),
         Command(
             "plan",
-            "show which channels would be removed, and what this saves; the model is not changed",
+            "show what a recipe would remove from a model",
             _plan,
             (
                 MODEL,
-                replace(DATA, help="the dataset, for criteria that need images"),
+                replace(DATA, help="the dataset, for criteria that look at images"),
                 RECIPE,
                 IMGSZ,
-                Argument("save", "plan.json", "the file to write the plan to", grammar.file(".json")),
+                Argument("save", "plan.json", "the file for the plan", grammar.file(".json")),
             ),
         ),
         Command(
             "apply",
-            "cut and refit a model once, without training",
+            "cut and refit in one step, without training",
             _apply,
             (
                 MODEL,
-                replace(DATA, help="the dataset to refit on (without it, the weights are not refitted)"),
+                replace(DATA, help="the dataset for the refit (default: the weights are not refitted)"),
                 RECIPE,
                 Argument("plan", "plan.json", "a plan that 'plan' saved, instead of a recipe"),
                 IMGSZ,
@@ -302,32 +306,34 @@ COMMANDS = {
         ),
         Command(
             "show",
-            "show the pruning history of a checkpoint, or all fields of a recipe",
+            "show what was removed from a model, or a recipe",
             _show,
             (Argument("model", "pruned.pt", "a checkpoint"), RECIPE),
         ),
         Command(
             "bench",
-            "measure how fast models are in a runtime, and compare exports with their checkpoints",
+            "compare the latency of models, and check their exports",
             _bench,
             (
-                replace(MODEL, example="dense.pt,pruned.pt", help="the checkpoints; ratios refer to the first"),
+                replace(
+                    MODEL, example="dense.pt,pruned.pt", help="the checkpoints; the others are compared with the first"
+                ),
                 FORMAT,
                 IMGSZ,
-                *HOW,
-                replace(DATA, help="the dataset, to compare the outputs and the mAP of exports"),
-                Argument("save", "bench.json", "the file to write the figures to", grammar.file(".json")),
+                *MEASURING,
+                replace(DATA, help="the dataset on which exports are compared with their checkpoints"),
+                Argument("save", "bench.json", "the file for the figures", grammar.file(".json")),
             ),
         ),
         Command(
             "profile",
-            "measure layer times on the target device, for recipe.target.profile",
+            "measure latencies on a device for recipe.target.profile",
             _profile,
             (
                 MODEL,
-                replace(FORMAT, example="ncnn", help="the runtime to measure in"),
+                replace(FORMAT, example="ncnn", help="the format to measure"),
                 IMGSZ,
-                *(argument for argument in HOW if argument is not REPEATS),
+                *(argument for argument in MEASURING if argument is not REPEATS),
                 Argument("save", "profile.json", "the file to write", grammar.file(".json"), Path("profile.json")),
             ),
         ),
@@ -336,8 +342,8 @@ COMMANDS = {
             "write the report of a run, on one page",
             _report,
             (
-                replace(DATA, help="the dataset, for images and for figures that the run did not measure"),
-                Argument("model", "dense.pt", "the dense checkpoint, if it was moved after the run"),
+                replace(DATA, help="the dataset, for images and for class accuracies that the run did not measure"),
+                Argument("model", "dense.pt", "the dense checkpoint, if it was moved since the run"),
                 Argument(
                     "save",
                     "report.html",
@@ -363,21 +369,18 @@ COMMANDS = {
         ),
         Command(
             "demo",
-            "run all steps on a small artificial dataset, in a few minutes",
+            "run the complete workflow on a small dataset",
             _demo,
             (Argument("folder", "yolo-prune-demo", "a new folder to work in", default="yolo-prune-demo"),),
         ),
-        Command("doctor", "show whether the start-up hook is active, and the installed versions", _doctor),
+        Command("doctor", "check the start-up hook and the installed versions", _doctor),
         Command(
             "schema",
-            "show or save the JSON schema of recipes, for editors",
+            "write the JSON schema of recipes, for editors",
             _schema,
             (
                 Argument(
-                    "save",
-                    "recipe.schema.json",
-                    "the file to write (default: the schema is shown)",
-                    grammar.file(".json"),
+                    "save", "recipe.schema.json", "the file to write (default: standard output)", grammar.file(".json")
                 ),
             ),
         ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What `yolo-prune doctor` says: is the start-up hook active, which versions are here, were they tested."""
+"""What `yolo-prune doctor` reports: the state of the start-up hook, and whether the versions were tested."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _INSTEAD = f"{_COMMAND}, or `import yolo_prune` in Python before training"
 
 @dataclass(frozen=True)
 class Hook:
-    """The start-up hook as this process has it.
+    """The state of the start-up hook in this process.
 
     Attributes:
-        active: A plain `yolo train ... callbacks=prune` works in this environment.
-        summary: That in a sentence, with the reason if it does not.
-        remedy: What to do about it; empty if active.
-        files: The start-up files found where Python looks for them.
+        active: Whether `yolo train ... callbacks=prune` works in this environment.
+        summary: A sentence that says whether the hook is active, with the reason if it is not.
+        remedy: What the user can do; empty if the hook is active.
+        files: The start-up files in the folders where Python looks for them.
         patched: The Ultralytics modules that are patched.
     """
 
@@ -43,7 +43,7 @@ class Hook:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that `yolo-prune doctor` knows."""
+    """Everything that `yolo-prune doctor` reports."""
 
     hook: Hook
     components: tuple[Component, ...]
@@ -51,17 +51,17 @@ class Diagnosis:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is missing or was not tested, each with its remedy."""
+        """One text for each package that is missing or was not tested, with its remedy."""
         return tuple(warnings_of(self.components))
 
     @property
     def exit_code(self) -> int:
-        """0 if `yolo train ... callbacks=prune` works here, 1 if not. An untested version is no failure."""
+        """0 if `yolo train ... callbacks=prune` works here, 1 if not. An untested version does not matter."""
         return int(not self.hook.active or any(c.missing for c in self.components))
 
 
 def diagnose() -> Diagnosis:
-    """Look at this process and its environment. Imports Ultralytics, which takes seconds; changes nothing."""
+    """Examine this process and its environment, and change nothing. Importing Ultralytics takes some seconds."""
     components = tuple(
         Component(name, version_of(name), required=name in _REQUIRED) for name in (*_REQUIRED, *_FOR_EXPORT)
     )
@@ -87,13 +87,13 @@ def render(diagnosis: Diagnosis) -> str:
 
 
 def _import_targets() -> str:
-    """Import what the hook patches; returns why that failed, or an empty string."""
+    """Import the modules that the hook patches. Returns the reason if this fails, else an empty string."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a failing patch is reported from the hook's state
             for name in _startup.TARGETS:
                 import_module(name)
-    except Exception as error:  # whatever a broken installation raises, the doctor has to say it
+    except Exception as error:  # a broken installation can raise any error, and the doctor must report it
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -108,7 +108,7 @@ def _examine_hook(ultralytics: Component, import_error: str) -> Hook:
         remedy = f"unset {_startup.OPT_OUT}, or {_COMMAND}"
     elif import_error:
         summary = f"not active: Ultralytics cannot be imported ({import_error})"
-        remedy = "mend that first; `python -c 'import ultralytics.engine.model'` shows all of it"
+        remedy = "repair Ultralytics first; `python -c 'import ultralytics.engine.model'` shows the whole error"
         if ultralytics.missing:
             remedy = f"pip install 'ultralytics>={TESTED['ultralytics'][0]}'"
     elif state.errors:
@@ -117,7 +117,7 @@ def _examine_hook(ultralytics: Component, import_error: str) -> Hook:
     elif not state.started:
         summary, remedy = _why_not_started(files)
     elif missed:
-        summary = f"not active: another import hook loaded {' and '.join(missed)} past this one"
+        summary = f"not active: another import hook loaded {' and '.join(missed)} without calling this one"
         remedy = _INSTEAD
     else:
         summary = "active: `yolo train ... callbacks=prune` works in this environment"
@@ -126,7 +126,7 @@ def _examine_hook(ultralytics: Component, import_error: str) -> Hook:
 
 def _remedy_of_failed_patch(ultralytics: Component) -> str:
     if ultralytics.tested:
-        return "install yolo-prune anew; if that does not help, report it with this text"
+        return "install yolo-prune again; if that does not help, report the problem with this text"
     return f"pip install 'ultralytics=={TESTED['ultralytics'][1]}', the newest version that was tested"
 
 
@@ -136,8 +136,9 @@ def _why_not_started(files: tuple[Path, ...]) -> tuple[str, str]:
         return "not active: `python -S` reads no start-up files", f"start Python without -S, or {_INSTEAD}"
     if files:
         return (
-            "not active: there is a start-up file, but this Python was started before it or did not read it",
-            f"start Python (or the notebook's kernel) anew, or {_INSTEAD}",
+            "not active: there is a start-up file, but this Python started before the file was installed, or did not "
+            "read the file",
+            f"restart Python (or the notebook's kernel), or {_INSTEAD}",
         )
     return (
         "not active: no start-up file is installed where this Python looks for one",

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The errors a user can meet. Every message says what is wrong, where, and what to do."""
+"""The errors that a user can see. Every message says what is wrong, where it is wrong, and what to do."""
 
 from __future__ import annotations
 
 
 class PruneError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base class of all errors that this package raises on purpose.
 
     Example:
         >>> import yolo_prune
@@ -18,7 +18,10 @@ class PruneError(Exception):
 
 
 class ArgumentError(PruneError, SyntaxError):
-    """An argument with a wrong name or value, or in a wrong place. A `SyntaxError`, as Ultralytics' own are."""
+    """An argument with a wrong name or value, or in a wrong place.
+
+    It is also a `SyntaxError`, as the argument errors of Ultralytics are.
+    """
 
 
 class RecipeError(PruneError):
@@ -50,7 +53,7 @@ class UnsupportedModelError(PruneError):
 
 
 class PlanError(PruneError):
-    """A plan that does not fit the model it is applied to."""
+    """A plan that does not fit the model to which it is applied."""
 
 
 class ProofError(PruneError):
@@ -62,11 +65,11 @@ class RunError(PruneError):
 
 
 class GradientError(PruneError):
-    """The loss of the model, or its gradients, are not finite, so no channel can be judged by them."""
+    """The loss of the model or its gradients are not finite, so they cannot be used to score channels."""
 
 
 class BenchError(PruneError):
-    """A measurement that cannot be made here as it was asked for."""
+    """A measurement that is not possible on this machine with these arguments."""
 
 
 class ParityError(PruneError):

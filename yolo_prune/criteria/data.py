@@ -19,7 +19,7 @@ from yolo_prune.recipe.options import fraction, whole_number
 IMAGES = 64
 """Default number of training images for a criterion.
 
-This value is a choice: with more images, scores are less noisy but take longer. The README's table of criteria was
+This value is a choice: with more images, scores are less noisy but take longer. The table of criteria in docs/ was
 measured with this value. No other value was compared.
 """
 DAMPING = 0.01

@@ -13,7 +13,7 @@ STEPS = 48
 """Approximate number of steps that remove all channels of a set. A wide set loses several channels per step.
 
 This value is a choice. All channels of one step are chosen before any of them is removed, so fewer steps are less
-exact. Each step updates matrices as large as the layers, so more steps take longer. The README has the total time.
+exact. Each step updates matrices as large as the layers, so more steps take longer. docs/ has the total time.
 """
 
 

@@ -53,9 +53,12 @@ class RoundFacts:
 
         Raises:
             KeyError: If the number or the hash of the plan is missing.
+            ValueError: If one of the two is not what it must be.
         """
         known = {key: data[key] for key in _FACTS if key in data}
-        return cls(**{**known, "number": int(data["number"]), "plan": str(data["plan"])})
+        if not isinstance(data["plan"], str):
+            raise ValueError("the plan of a round is a hash")
+        return cls(**{**known, "number": int(data["number"]), "plan": data["plan"]})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without unknown facts."""

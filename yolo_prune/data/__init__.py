@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Which images, and what do layers see of them?"""
+"""Images for calibration and validation, and samples of the inputs and outputs of layers."""

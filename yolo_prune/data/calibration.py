@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A few labelled training images, and the model's own loss on them: what criteria and recovery learn from."""
+"""A few labelled training images, and the loss of the model on them: the data for criteria and recovery."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from yolo_prune.errors import RunError
 
 Batch = dict[str, Any]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wraps what is gone through, to show how far it is."""
+"""Wraps an iterable to show the progress."""
 PIXELS = 64 * 640 * 640
-"""Most pixels that one forward pass takes; larger images are fewer."""
+"""Largest number of pixels in one forward pass. If images are larger, fewer of them are used."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Training images as validation would show them to the model: whole, not augmented.
+    """Training images, prepared as for validation: complete images without augmentation.
 
     Attributes:
-        load: reads batches of one image each, with labels, as the task's loss takes them, before they are moved to a
-            device; called when they are needed first, once.
-        prepare: moves a batch to the model's device and makes its image floating point, 0 to 1.
-        settings: the run's arguments, which the loss reads its gains from.
-        memory: folder for what takes long to measure on them; None: nothing is kept.
+        load: reads batches of one image each, with the labels that the loss needs, not yet moved to a device. It is
+            called once, when the batches are needed for the first time.
+        prepare: moves a batch to the device of the model and makes its image floating point, 0 to 1.
+        settings: the arguments of the run; the loss reads its gains from them.
+        memory: folder for results on these images that take long to measure; None: they are not stored.
     """
 
     load: Callable[[], Sequence[Batch]]
@@ -44,11 +44,11 @@ class Calibration:
 
     @cached_property
     def items(self) -> Sequence[Batch]:
-        """What `load` reads."""
+        """The batches that `load` returns."""
         return self.load()
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return len(self.items)
 
     def first(self, count: int) -> Calibration:
@@ -56,12 +56,12 @@ class Calibration:
         return replace(self, load=lambda: self.items[:count])
 
     def batches(self) -> Iterator[Batch]:
-        """One image at a time, ready for the loss."""
+        """The batches, one image each, prepared for the loss."""
         for item in self.items:
             yield self.prepare(dict(item))
 
     def images(self, count: int) -> Tensor:
-        """Images `(n, channels, height, width)` of one size, as many of `count` as fit into memory."""
+        """At most `count` images of one size, `(n, channels, height, width)`; fewer if they exceed `PIXELS`."""
         sizes = [tuple(item["img"].shape[-2:]) for item in self.items]
         common = max(set(sizes), key=sizes.count)
         count = min(count, max(1, PIXELS // (common[0] * common[1])))
@@ -76,7 +76,7 @@ class Calibration:
 
     @contextmanager
     def differentiable(self, model: nn.Module) -> Iterator[Any]:
-        """A `twin` of which `loss` can be differentiated."""
+        """A `twin` whose loss can be differentiated."""
         twin = self.twin(model)
         twin.requires_grad_(True)
         with torch.enable_grad():
@@ -84,14 +84,17 @@ class Calibration:
 
     @torch.no_grad()
     def mean_loss(self, twin: Any) -> float:
-        """Mean of the loss of a `twin` over the images; what it draws at random is the same each time."""
+        """Mean loss of a `twin` over the images. Its random numbers are the same in each call."""
         device = next(twin.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             return math.fsum(float(loss_of(twin, batch)) for batch in self.batches()) / len(self)
 
     def backward(self, twin: Any, progress: Progress) -> Iterator[None]:
-        """Run the loss of `differentiable`'s copy backwards, image after image; its gradients are of that one alone."""
+        """Compute the gradients of a `differentiable` copy for one image after the other.
+
+        Yields after each image. The gradients are those of this image only.
+        """
         for item in progress(self.items):
             twin.zero_grad(set_to_none=True)
             loss_of(twin, self.prepare(dict(item))).backward()  # type: ignore[no-untyped-call]
@@ -99,13 +102,13 @@ class Calibration:
 
 
 def draw(dataset: Any, collate: Callable[[list[Any]], Batch], count: int, seed: int) -> list[Batch]:
-    """Up to `count` images of a dataset, each a batch of its own; same seed, same images.
+    """Up to `count` images of a dataset, as batches of one image. The same seed gives the same images.
 
     Raises:
         RunError: If the dataset is empty.
     """
     if not len(dataset):
-        raise RunError("The training set is empty: there is nothing to calibrate with.")
+        raise RunError("The training set is empty, and pruning needs training images. Check data=.")
     if getattr(dataset, "rect", False):
         dataset = copy(dataset)
         dataset.rect = False  # images of one size, for one forward pass
@@ -114,6 +117,6 @@ def draw(dataset: Any, collate: Callable[[list[Any]], Batch], count: int, seed: 
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
-    """The task's own loss, as a number."""
+    """The loss of the task, as one number."""
     loss = model.loss(batch)[0]
     return torch.stack([*loss.values()]).sum() if isinstance(loss, dict) else loss.sum()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Images for a model that is not being trained: of a dataset, or single files."""
+"""Images for a model outside of training: from a dataset, or from files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from yolo_prune.data.calibration import Calibration, draw
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import stride
 
-MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # what was measured on images of a dataset
+MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # stores results on images of a dataset
 
 
 def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: int = 0) -> Calibration:
-    """Training images of a dataset as validation would show them, and what the task's loss needs.
+    """Training images of a dataset, prepared as for validation, with the labels that the loss needs.
 
     Args:
         model: a `YOLO` object.
         data: the dataset, as for `model.train`.
         imgsz: image size in pixels.
-        count: at most this many images.
-        seed: same seed, same images.
+        count: largest number of images.
+        seed: the same seed gives the same images.
 
     Raises:
-        RunError: If the dataset cannot be read, or does not have the model's classes.
+        RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
     dataset, validator, settings = _dataset(model, data, imgsz, "train")
     collate = getattr(dataset, "collate_fn", default_collate)
@@ -43,53 +43,56 @@ def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: in
 
 
 def spread(dataset: Any, count: int) -> list[Path]:
-    """At most `count` image files of a dataset, from all over it."""
+    """At most `count` image files of a dataset, evenly spaced over it."""
     files = getattr(dataset, "im_files", None) or [sample[0] for sample in dataset.samples]
     shown = min(count, len(files))
     return [Path(files[i * len(files) // shown]) for i in range(shown)]
 
 
 def validation_files(model: Model, data: str | Path, imgsz: int, count: int) -> list[Path]:
-    """At most `count` validation images of a dataset, from all over it.
+    """At most `count` validation images of a dataset, evenly spaced over it.
 
     Raises:
-        RunError: If the dataset cannot be read, or does not have the model's classes.
+        RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
     return spread(_dataset(model, data, imgsz, "val")[0], count)
 
 
 def _dataset(model: Model, data: str | Path, imgsz: int, split: str) -> tuple[Any, Any, Any]:
-    """A part of a dataset as validation would show it, the validator and its settings."""
+    """A split of a dataset, prepared as for validation, the validator, and its settings."""
     module: Any = model.model
     device = next(module.parameters()).device
     overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": imgsz, "batch": 1, "workers": 0}
     settings = get_cfg(overrides={**overrides, "device": device.type, "rect": False})
     check = check_cls_dataset if model.task == "classify" else check_det_dataset
     try:
-        found = check(str(data))
-    except Exception as e:  # whatever is wrong with it, the reason is in the message
+        info = check(str(data))
+    except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
         raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
     names = getattr(module, "names", None)
-    if names and len(names) != found["nc"]:
-        raise RunError(f"data={data} has {found['nc']} classes, the model {len(names)}. Pass what it was trained on.")
+    if names and len(names) != info["nc"]:
+        raise RunError(
+            f"data={data} has {info['nc']} classes, the model {len(names)}. Pass the dataset on which the model was "
+            "trained."
+        )
     with tempfile.TemporaryDirectory() as folder:
         validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=settings)
-    validator.data, validator.stride, validator.device = found, stride(module), device
-    path = found[split]
+    validator.data, validator.stride, validator.device = info, stride(module), device
+    path = info[split]
     dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
     return dataset, validator, settings
 
 
 def pixels(source: Any, imgsz: int) -> npt.NDArray[np.float32]:
-    """Images as a model takes them, `(n, channels, imgsz, imgsz)`, 0 to 1.
+    """Images in the form that a model takes: `(n, channels, imgsz, imgsz)`, 0 to 1.
 
     Args:
-        source: such an array or tensor already; or a folder, a file, or a list of files, which are scaled to fit and
-            padded with grey as `yolo predict` does.
-        imgsz: in pixels.
+        source: an array or tensor of this form, which is returned as it is; or a folder, a file, or a list of files.
+            Images from files are scaled and padded with grey, as in `yolo predict`.
+        imgsz: image size in pixels.
 
     Raises:
-        RunError: If there is no image, or one cannot be read.
+        RunError: If there is no image, or an image cannot be read.
     """
     if hasattr(source, "ndim"):
         array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source, np.float32)
@@ -100,11 +103,11 @@ def pixels(source: Any, imgsz: int) -> npt.NDArray[np.float32]:
     if len(files) == 1 and files[0].is_dir():
         files = sorted(f for f in files[0].iterdir() if f.suffix.lower().lstrip(".") in IMG_FORMATS)
     if not files:
-        raise RunError("images: there is none. Pass a folder of images, a list of files, or an array.")
-    box, found = LetterBox((imgsz, imgsz), auto=False), []
+        raise RunError("images: there are none. Pass a folder of images, a list of files, or an array.")
+    box, arrays = LetterBox((imgsz, imgsz), auto=False), []
     for file in files:
         picture = imread(str(file)) if file.is_file() else None
         if picture is None:
             raise RunError(f"images: '{file}' cannot be read as an image.")
-        found.append(box(image=picture)[..., ::-1].transpose(2, 0, 1))
-    return np.stack(found).astype(np.float32) / np.float32(255)
+        arrays.append(box(image=picture)[..., ::-1].transpose(2, 0, 1))
+    return np.stack(arrays).astype(np.float32) / np.float32(255)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the weight of a layer is multiplied with, at a sample of positions, and what comes out there."""
+"""Samples of a layer's input patches, which its weight is multiplied with, and of its outputs, at some positions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def readable(layer: nn.Module) -> TypeGuard[ReadableLayer]:
 
 
 def upsamples(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
-    """True for a transposed convolution whose patches of output do not overlap: each is a linear map of one pixel."""
+    """True for a transposed convolution whose output patches do not overlap: each depends on one input pixel only."""
     return (
         isinstance(layer, nn.ConvTranspose2d)
         and layer.kernel_size == layer.stride
@@ -31,12 +31,12 @@ def upsamples(layer: nn.Module) -> TypeGuard[nn.ConvTranspose2d]:
 
 
 def padding(layer: nn.Conv2d) -> tuple[int, int]:
-    """Rows and columns of zeros on each side."""
+    """Number of rows and columns of zeros that a convolution adds on each side."""
     return int(layer.padding[0]), int(layer.padding[1])
 
 
 def width(layer: ReadableLayer, value: Tensor) -> int:
-    """Columns that a layer's output has for an input; of no meaning for a linear layer."""
+    """Width of the output of a convolution for an input. For a linear layer it has no meaning and is 1."""
     if isinstance(layer, nn.Linear):
         return 1
     reach = layer.dilation[1] * (layer.kernel_size[1] - 1)
@@ -44,21 +44,21 @@ def width(layer: ReadableLayer, value: Tensor) -> int:
 
 
 def groups(layer: nn.Module) -> int:
-    """Of a convolution; another layer has one."""
+    """Number of groups of a convolution; 1 for another layer."""
     return layer.groups if isinstance(layer, nn.Conv2d) else 1
 
 
 def positions(name: str, output: Tensor, layer: nn.Module, count: int) -> Tensor:
-    """A sample of positions of a layer's output, the same for the same name.
+    """A random sample of positions in a layer's output. The same name gives the same positions.
 
     Args:
-        name: of the layer.
-        output: what it put out.
+        name: name of the layer.
+        output: output of the layer.
         layer: the layer.
-        count: positions per image, at most.
+        count: largest number of positions per image.
 
     Returns:
-        `(images, positions)`: numbers of positions, row by row.
+        `(images, positions)`: positions, counted row by row.
     """
     flat = _flat(output, layer)
     images, spots = len(flat), flat.shape[2]
@@ -69,16 +69,16 @@ def positions(name: str, output: Tensor, layer: nn.Module, count: int) -> Tensor
 
 
 def read(layer: ReadableLayer, value: Tensor, where: Tensor, width: int) -> Tensor:
-    """What a row of the weight is multiplied with.
+    """The input patches that the rows of the weight are multiplied with.
 
     Args:
         layer: the layer.
-        value: its input.
-        where: positions of its output, `(images, positions)`.
-        width: of its output (of no meaning for a linear layer).
+        value: input of the layer.
+        where: positions in the output of the layer, `(images, positions)`.
+        width: width of the output; it has no meaning for a linear layer.
 
     Returns:
-        `(groups, columns, images * positions)`, columns in the order of the flattened weight.
+        `(groups, columns, images * positions)`, with columns in the order of the flattened weight.
     """
     if isinstance(layer, nn.Linear):
         return written(layer, value, where)
@@ -89,20 +89,20 @@ def read(layer: ReadableLayer, value: Tensor, where: Tensor, width: int) -> Tens
     y, x = where // width * down, where % width * right
     flat = value.flatten(2)
     taps = [(y + i * dy) * wide + x + j * dx for i in range(layer.kernel_size[0]) for j in range(layer.kernel_size[1])]
-    found = torch.stack([flat.gather(2, t[:, None].expand(-1, channels, -1)) for t in taps], 2)
-    return found.permute(1, 2, 0, 3).reshape(layer.groups, -1, where.numel())
+    patches = torch.stack([flat.gather(2, t[:, None].expand(-1, channels, -1)) for t in taps], 2)
+    return patches.permute(1, 2, 0, 3).reshape(layer.groups, -1, where.numel())
 
 
 def written(layer: nn.Module, value: Tensor, where: Tensor | None = None) -> Tensor:
-    """A layer's output at some positions, or at all of them: `(groups, outputs, images * positions)`."""
-    found = _flat(value, layer)
+    """A layer's output at some or all positions: `(groups, outputs, images * positions)`."""
+    outputs = _flat(value, layer)
     if where is not None:
-        found = found.gather(2, where[:, None].expand(-1, found.shape[1], -1))
-    return found.permute(1, 0, 2).reshape(groups(layer), -1, len(found) * found.shape[2])
+        outputs = outputs.gather(2, where[:, None].expand(-1, outputs.shape[1], -1))
+    return outputs.permute(1, 0, 2).reshape(groups(layer), -1, len(outputs) * outputs.shape[2])
 
 
 def _flat(value: Tensor, layer: nn.Module) -> Tensor:
-    """`(images, channels, positions)`."""
+    """A value of a layer in the form `(images, channels, positions)`."""
     if isinstance(layer, nn.Linear):
         value = value if value.ndim > 2 else value[:, None]
         return value.flatten(1, -2).transpose(1, 2)

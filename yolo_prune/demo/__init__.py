@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`yolo-prune demo`: everything, on a small made-up dataset."""
+"""`yolo-prune demo`: the complete workflow on a small synthetic dataset."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A small synthetic detection dataset: the same pixels for the same seed, no download, learnt on a CPU.
+"""A small synthetic detection dataset. It needs no download, and a model can learn it on a CPU.
 
-Five kinds of shapes in various colours, sizes and rotations lie on textured backgrounds, partly over each other
-and among clutter. Nothing depends on global random state, and every image on the seed and its own number only:
-a larger dataset begins with the images of a smaller one.
+The images show five kinds of shapes in various colours, sizes and rotations, on textured backgrounds with clutter. Some
+shapes partly hide others. Each image depends only on the seed and its own number, not on the global random state. The
+same seed gives the same pixels, and a larger dataset begins with the images of a smaller one.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ NAMES = ("disc", "ring", "square", "triangle", "cross")
 SPLITS = ("train", "val")
 YAML_NAME = "scenes.yaml"
 STAMP_NAME = "scenes.json"
-FORMAT = 1  # of the drawing: another number draws datasets anew
+FORMAT = 1  # version of the drawing code; datasets of another version are made again
 
 SHIFT = 4  # fractional bits of the coordinates given to OpenCV
 SIZES = (0.09, 0.25)  # half the extent of a shape, as a fraction of the image
-MOST_HIDDEN = 0.25  # of a shape, by those drawn after it
+MOST_HIDDEN = 0.25  # largest share of a shape that later shapes may hide
 HUE_SPREAD = 0.08  # standard deviation, in turns of the colour wheel, of the hue of one kind of shape
 Box = tuple[int, float, float, float, float]  # class; centre x, centre y, width, height / size of the image
 
 
 def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128, seed: int = 0) -> Path:
-    """Make a detection dataset in YOLO format in `folder`, or reuse the one with the same parameters there.
+    """Make a detection dataset in YOLO format in `folder`. An existing dataset with the same parameters is reused.
 
     Args:
-        folder: Where images/, labels/ and scenes.yaml go; made when missing, replaced only when an earlier call
-            made it. It appears whole or not at all.
+        folder: Folder for images/, labels/ and scenes.yaml. It is made if it is missing, and replaced only if an
+            earlier call made it. It is never incomplete.
         train: Number of training images.
         val: Number of validation images.
         imgsz: Width and height of the images, in pixels.
@@ -49,7 +49,7 @@ def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128
         The absolute path of scenes.yaml, to pass as `data=`.
 
     Raises:
-        PruneError: A parameter is out of range, or `folder` holds something else.
+        PruneError: A parameter is out of range, or `folder` holds other files.
     """
     for name, value, least in (("train", train, 1), ("val", val, 1), ("imgsz", imgsz, 64), ("seed", seed, 0)):
         if value < least:
@@ -60,17 +60,17 @@ def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128
         return folder / YAML_NAME
     ours = (folder / STAMP_NAME).is_file()
     if folder.exists() and not ours and (folder.is_file() or any(folder.iterdir())):
-        raise PruneError(f"{folder} exists and is not a scenes dataset; give another folder, or empty it.")
+        raise PruneError(f"{folder} exists and is not a scenes dataset; give another folder, or empty this one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        made = temporary / "made"  # mkdtemp's own folder is readable by its owner only
+        made = temporary / "made"  # the folder of mkdtemp itself can be read by its owner only
         _write(made, stamp)
         if folder.exists():
             os.replace(folder, temporary / "old")
         os.replace(made, folder)
     except OSError:
-        if not _complete(folder, stamp):  # else another process was faster, with the same pixels
+        if not _complete(folder, stamp):  # else another process has made the same dataset in the meantime
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,10 +79,10 @@ def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128
 
 def _complete(folder: Path, stamp: dict[str, int]) -> bool:
     try:
-        found = json.loads((folder / STAMP_NAME).read_text(encoding="utf-8"))
+        saved = json.loads((folder / STAMP_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if found != stamp or not (folder / YAML_NAME).is_file():
+    if saved != stamp or not (folder / YAML_NAME).is_file():
         return False
     return all(
         (folder / "images" / split / f"{index:05d}.png").is_file()
@@ -107,7 +107,7 @@ def _write(folder: Path, stamp: dict[str, int]) -> None:
             (images / f"{index:05d}.png").write_bytes(png.tobytes())
             lines = [f"{kind} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for kind, x, y, w, h in boxes]
             (labels / f"{index:05d}.txt").write_text("".join(lines), encoding="utf-8")
-    # Without `path`, Ultralytics takes the folder of this file: it can be moved.
+    # Without the key `path`, Ultralytics uses the folder of this file, so the dataset can be moved.
     names = "".join(f"  {index}: {name}\n" for index, name in enumerate(NAMES))
     text = f"# Synthetic shapes, made by yolo-prune\ntrain: images/train\nval: images/val\nnames:\n{names}"
     (folder / YAML_NAME).write_text(text, encoding="utf-8")
@@ -145,7 +145,7 @@ def draw_scene(imgsz: int, seed: tuple[int, ...]) -> tuple[NDArray[np.uint8], li
 
 
 def _box(kind: int, mask: NDArray[np.bool_]) -> Box:
-    """The box around all of a shape, also where another one hides it."""
+    """The box around a complete shape, also around a part that another shape hides."""
     import numpy as np
 
     height, width = mask.shape
@@ -175,7 +175,7 @@ def _background(rng: np.random.Generator, imgsz: int) -> NDArray[np.float32]:
 
 
 def _clutter(rng: np.random.Generator, image: NDArray[np.float32]) -> None:
-    """Strokes, arcs and specks: things with edges that are none of the shapes."""
+    """Draw strokes, arcs and specks: they have edges, but they are none of the five shapes."""
     import cv2
     import numpy as np
 
@@ -184,11 +184,11 @@ def _clutter(rng: np.random.Generator, image: NDArray[np.float32]) -> None:
         mask = np.zeros((imgsz, imgsz), dtype=np.uint8)
         x, y = (int(v) for v in rng.integers(0, imgsz, 2))
         thickness = 1 + int(rng.integers(0, max(1, imgsz // 60) + 1))
-        what = int(rng.integers(3))
-        if what == 0:
+        choice = int(rng.integers(3))
+        if choice == 0:
             end = rng.integers(0, imgsz, 2)
             cv2.line(mask, (x, y), (int(end[0]), int(end[1])), 255, thickness, cv2.LINE_AA)
-        elif what == 1:
+        elif choice == 1:
             axes = rng.integers(imgsz // 20, imgsz // 4, 2)
             start = int(rng.integers(0, 360))
             arc = (start, start + int(rng.integers(50, 160)))
@@ -200,7 +200,7 @@ def _clutter(rng: np.random.Generator, image: NDArray[np.float32]) -> None:
 
 
 def _shape(rng: np.random.Generator, kind: int, imgsz: int) -> NDArray[np.uint8]:
-    """Coverage `(imgsz, imgsz)`, 0..255, of one shape of a random size, place and rotation, wholly inside."""
+    """Coverage `(imgsz, imgsz)`, 0..255, of one shape with random size, place and rotation, inside the image."""
     import cv2
     import numpy as np
 
@@ -233,7 +233,7 @@ def _shape(rng: np.random.Generator, kind: int, imgsz: int) -> NDArray[np.uint8]
 def _paint(
     rng: np.random.Generator, image: NDArray[np.float32], mask: NDArray[np.uint8], kind: int | None = None
 ) -> None:
-    """Blend a colour that differs from what lies under the mask, lit unevenly, into `image`, in place."""
+    """Blend a colour into `image` under the mask, in place. It differs from the image there, and is lit unevenly."""
     import numpy as np
 
     inside = mask > 127
@@ -248,7 +248,7 @@ def _paint(
 
 
 def _colour(rng: np.random.Generator, kind: int | None) -> NDArray[np.float64]:
-    """Any colour, BGR; for a shape the hue is near that of its kind, so that colour is a hint but no proof."""
+    """A random colour, BGR. The hue of a shape is near the hue of its kind, so colour helps to recognise the kind."""
     import numpy as np
 
     hue = rng.uniform() if kind is None else kind / len(NAMES) + rng.normal(0.0, HUE_SPREAD)

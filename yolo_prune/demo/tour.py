@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`yolo-prune demo`: the whole way, on a small made-up dataset, through the same calls a user makes."""
+"""`yolo-prune demo`: the complete workflow on a small synthetic dataset, with the same calls that a user makes."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ SETTINGS: dict[str, Any] = {
     "exist_ok": True,
 }
 DENSE = {"epochs": 16, "lr0": 0.002, "warmup_epochs": 1}
-PRUNE: dict[str, Any] = {"epochs": 10, "lr0": 0.0005}  # gently: the model is trained already
+PRUNE: dict[str, Any] = {"epochs": 10, "lr0": 0.0005}  # a low learning rate, because the model is trained already
 PARITY = 1e-3
 
 
 def run(folder: Path) -> int:
-    """Make data, train dense, prune in rounds while training, export, check; print what came out.
+    """Make a dataset, train a dense model, prune it while training, export it, check the export, print the results.
 
     Args:
-        folder: created; an earlier demo in it is replaced.
+        folder: folder for all files. It is made if it is missing, and an earlier demo in it is replaced.
 
     Raises:
-        PruneError: If the export extra is missing, or the folder holds something else.
+        PruneError: If the export extra is missing, or the folder holds other files.
     """
     began = time.perf_counter()
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -57,15 +57,15 @@ def run(folder: Path) -> int:
     _startup.install(force=True)
     _say("1/4 drawing a dataset of simple shapes")
     data = scenes.make_dataset(folder / "scenes", imgsz=IMGSZ, **IMAGES)
-    _say(f"2/4 training a dense YOLO11n on it for {DENSE['epochs']} epochs")
+    _say(f"2/4 training a dense YOLO11n on this dataset for {DENSE['epochs']} epochs")
     dense = YOLO("yolo11n.yaml")
     dense.train(data=str(data), project=str(folder.resolve()), name="dense", **DENSE, **SETTINGS)
-    _say(f"3/4 pruning it to half of its FLOPs, in a run of {PRUNE['epochs']} epochs")
+    _say(f"3/4 pruning the model to half of its FLOPs, in a run of {PRUNE['epochs']} epochs")
     keys = {"callbacks": "prune", "recipe": "half-flops"}
     place = {"project": str(folder.resolve()), "name": "pruned"}
     YOLO(folder / "dense/weights/best.pt").train(data=str(data), **place, **keys, **PRUNE, **SETTINGS)
     report = Report.load(folder / "pruned")
-    _say("4/4 exporting it to ONNX and comparing onnxruntime with torch")
+    _say("4/4 exporting the pruned model to ONNX and comparing onnxruntime with torch")
     best = folder / "pruned/weights/best.pt"
     exported = Path(YOLO(best).export(format="onnx", imgsz=IMGSZ, device="cpu"))
     difference = compare_onnx(best, exported, sorted((folder / "scenes/images/val").iterdir())[:8])
@@ -77,7 +77,7 @@ def compare_onnx(checkpoint: Path, exported: Path, images: list[Path]) -> float:
     """Largest difference between torch and onnxruntime over `images`, relative to the largest output.
 
     Raises:
-        PruneError: If it is more than 1e-3.
+        PruneError: If the difference is more than 1e-3.
     """
     import cv2
     import onnxruntime
@@ -99,14 +99,17 @@ def compare_onnx(checkpoint: Path, exported: Path, images: list[Path]) -> float:
         (got,) = session.run(None, {name: image.numpy()})
         worst = max(worst, float((wanted - torch.from_numpy(got)).abs().max() / wanted.abs().max()))
     if not worst <= PARITY:
-        raise PruneError(f"{exported} does not agree with {checkpoint}: outputs differ by {worst:.1e}, relative.")
+        raise PruneError(
+            f"{exported} does not agree with {checkpoint}: outputs differ by {worst:.1e}, relative to the largest. Run "
+            "'yolo-prune doctor', and report this with its output."
+        )
     return worst
 
 
 def _prepare(folder: Path) -> None:
     ours = folder / "scenes"
     if folder.exists() and any(folder.iterdir()) and not ours.is_dir():
-        raise PruneError(f"'{folder}' holds something else. Pass an empty or new folder: yolo-prune demo folder=NAME.")
+        raise PruneError(f"'{folder}' holds other files. Pass an empty or new folder: yolo-prune demo folder=NAME.")
     for old in ("dense", "pruned"):
         shutil.rmtree(folder / old, ignore_errors=True)
 
@@ -116,7 +119,7 @@ def _conclude(report: Report, folder: Path, exported: Path, difference: float, s
     print(f"\n{rounds_table(report)}\n\n{summary_table(report)}\n")
     print(f"onnxruntime agrees with torch to {difference:.0e} (relative) on {exported}")
     print(f"The report is in {run}: open {run / 'report.html'}; the figures are in prune.json.")
-    print(f"The pruned model is {run / 'weights/best.pt'}. Took {seconds / 60:.1f} minutes.")
+    print(f"The pruned model is {run / 'weights/best.pt'}. The demo took {seconds / 60:.1f} minutes.")
     print("\nOn your own model: yolo train model=best.pt data=data.yaml epochs=60 callbacks=prune recipe=half-flops")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Opening and saving the models of users."""
+"""Open and save the models of users."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def open_model(path: str | Path) -> Model:
     path = Path(path)
     if path.suffix not in (".pt", ".yaml", ".yml"):
         raise UnsupportedModelError(
-            f"'{path}' cannot be pruned: pass a .pt checkpoint (an exported model has to be exported anew)."
+            f"'{path}' cannot be pruned. Pass a .pt checkpoint; if this is an exported model, pass its checkpoint and "
+            "export it again."
         )
     try:
         return RTDETR(str(path)) if "rtdetr" in path.stem.lower() else YOLO(str(path))  # as `yolo` does
     except FileNotFoundError as e:
-        raise RunError(f"The model '{path}' does not exist.") from e
+        raise RunError(f"The model '{path}' does not exist. Pass the path of a .pt or .yaml file.") from e
     except TypeError as e:
         raise UnsupportedModelError(
             f"'{path}' holds no Ultralytics YOLO model (SAM, YOLO-NAS and plain state dicts do not). Pass a checkpoint "
@@ -38,9 +39,9 @@ def open_model(path: str | Path) -> Model:
         raise UnsupportedModelError(
             f"'{path}' cannot be loaded here: {e}. "
             + (
-                "It is quantized (quantize=8 in training): prune the checkpoint that it was quantized from instead."
+                "It is quantized (quantize=8 in training). Prune the checkpoint from which it was quantized instead."
                 if "modelopt" in str(e)
-                else "It holds a block of your own: run where its module can be imported (PYTHONPATH)."
+                else "It holds a custom block. Add the folder of the block's module to PYTHONPATH."
             )
         ) from e
     except DAMAGED as e:
@@ -48,7 +49,7 @@ def open_model(path: str | Path) -> Model:
 
 
 def save(model: Model, path: str | Path) -> Path:
-    """Save a model as Ultralytics does; the file appears whole or not at all."""
+    """Save a model as Ultralytics does, but never leave an incomplete file."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "model.pt"
         model.save(temporary)

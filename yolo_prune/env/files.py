@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Writing files so that they appear whole or not at all."""
+"""Write files so that they are never incomplete."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     """Write `data` to a temporary name in the same folder, then rename it to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # opened as any file is, so that it gets the mode of an ordinary one; the files of `tempfile` are private
+    # `open` gives the file ordinary permissions; the files of `tempfile` are private
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    with temporary.open("xb") as file:  # and is nobody else's
-        try:
+    file = temporary.open("xb")  # "x": it fails if another process has made this file
+    try:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            file.close()  # Windows renames no open files
-            os.replace(temporary, path)
-        except BaseException:
-            file.close()
-            temporary.unlink(missing_ok=True)
-            raise
+        os.replace(temporary, path)  # after the file is closed: Windows cannot rename an open file
+    except BaseException:  # closing fails, too, if the disk is full
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 
@@ -34,9 +33,9 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 class WholeFile(type(Path())):  # type: ignore[misc]  # PosixPath or WindowsPath; Path itself only from Python 3.12 on
-    """A path whose `write_bytes` writes all or nothing; what is joined to it is one, too."""
+    """A path whose `write_bytes` never leaves an incomplete file. Paths joined to it have the same class."""
 
     def write_bytes(self, data: bytes) -> int:
-        """See the function of this name."""
+        """Call the function `write_bytes` of this module."""
         write_bytes(Path(self), data)
         return len(data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What our lines in the log begin with, and progress bars as Ultralytics draws them."""
+"""The prefix of our log lines, and progress bars in the style of Ultralytics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from ultralytics.utils import TQDM, colorstr
 PREFIX = colorstr("yolo-prune: ")
 
 
-def bar(what: str, total: int | None = None) -> Callable[[Any], Any]:
-    """Wraps what is gone through in a progress bar; `total` where it has no length."""
-    return lambda items: TQDM(items, total=len(items) if hasattr(items, "__len__") else total, desc=what)
+def bar(label: str, total: int | None = None) -> Callable[[Any], Any]:
+    """A function that shows a progress bar over an iterable. `total` is for iterables without a length."""
+    return lambda items: TQDM(items, total=len(items) if hasattr(items, "__len__") else total, desc=label)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a validation of Ultralytics measured, whatever the task."""
+"""The results of a validation by Ultralytics, for all tasks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 def average_precision(metrics: Any) -> Any:
-    """The part of the metrics of a validation that holds AP: of masks or keypoints where the task has them, else boxes.
+    """The part of the metrics of a validation that holds AP: for masks, keypoints or boxes, depending on the task.
 
-    None where the task has none, or nothing was found.
+    None if the task has no AP, or if there were no detections.
     """
     parts = (getattr(metrics, name, None) for name in ("seg", "pose", "box"))
     return next((part for part in parts if part is not None and len(getattr(part, "ap_class_index", ()))), None)
 
 
 def class_ap(metrics: Any) -> dict[str, float]:
-    """`{class: AP}` of a validation (mAP50-95); empty where there is no AP."""
+    """`{class: AP}` of a validation (mAP50-95); empty if there is no AP."""
     part = average_precision(metrics)
     if part is None:
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Several processes that train one model: what one of them decides, all of them do."""
+"""Several processes (ranks) that train one model: rank 0 decides, and all ranks follow its decision."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process' number among those that train together, 0 where it is alone."""
+    """The number of this process among the processes that train together; 0 for a single process."""
     return max(int(os.environ.get("RANK", -1)), 0)
 
 
 def first() -> bool:
-    """True on the rank that writes files and reports, as on a process that is alone."""
+    """True on the first rank, which writes all files, and in a single process."""
     return rank() == 0
 
 
@@ -31,11 +31,11 @@ def several() -> bool:
 
 
 def agree(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every rank; called there only.
+    """Call `make` on rank 0 only, and return its result on every rank.
 
     Raises:
-        PruneError: On every rank, if `make` raised it on rank 0: nobody is left waiting.
-        RunError: On every rank, if `make` raised anything else.
+        PruneError: On every rank, if `make` raised it on rank 0, so that no rank keeps waiting.
+        RunError: On every rank, if `make` raised any other error.
     """
     if not several():
         return make()
@@ -62,7 +62,7 @@ def share(tensors: Iterable[Tensor]) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every rank, in their order."""
+    """The values of all ranks, in the order of the ranks."""
     if not several():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Things that are registered under a name or a class, each of which can be taken once."""
+"""Registries: an object is registered under a name or a class, and each name or class can be used only once."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ T = TypeVar("T")
 
 
 class Registry(dict[K, V]):
-    """A dictionary that is filled by a decorator, in the order in which its modules are read."""
+    """A dictionary that a decorator fills, in the order in which the modules are imported."""
 
     def __init__(self, taken: str) -> None:
-        """Remember what to say.
+        """Make an empty registry.
 
         Args:
-            taken: the message where a name or class is taken; `{}` stands for it.
+            taken: the error message if a name or class is registered already; `{}` stands for the name.
         """
         super().__init__()
         self.taken = taken
 
     def register(self, *keys: K) -> Callable[[T], T]:
-        """Register what is decorated under all of these names or classes, or under none of them.
+        """A decorator that registers an object under all of these keys, or under none of them.
 
-        What is decorated has to be a `V`. It comes back as what it is, so that a class still serves as a type: this is
-        why `T` stands here, and why functions that call this one and are public say what they take.
+        The object must be a `V`, and the decorator returns it unchanged. Its type is `T` here, because a decorated
+        class must still be a class for the type checker. Public functions that call this method therefore declare
+        the type that they accept.
 
         Raises:
-            ValueError: If one is taken.
+            ValueError: If a key is registered already.
         """
 
         def decorate(thing: T) -> T:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Where the releases of Ultralytics differ: one name for each thing, whatever the installed one calls it."""
+"""Differences between releases of Ultralytics: one name for each function, although the releases use several names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ultralytics.utils import dist, torch_utils
 from yolo_prune.errors import RunError
 
 DAMAGED = (EOFError, OSError, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError)
-"""What loading a file that is cut short, or something else, ends with."""
+"""The errors from loading a file that is incomplete, or that is not a checkpoint."""
 
 
 class Blocks:
-    """A module of Ultralytics' blocks; one that is missing in this release is a class that has no instances."""
+    """A module of Ultralytics' blocks. A block that this release lacks is replaced by a class without instances."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -33,10 +33,12 @@ class Blocks:
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in a checkpoint, in float32, and the checkpoint; `attempt_load_one_weight` before 8.3.200.
+    """The model in a checkpoint, in float32, and the checkpoint.
+
+    Releases of Ultralytics before 8.3.200 call this function `attempt_load_one_weight`.
 
     Raises:
-        RunError: If the file is missing, cut short, or no checkpoint of Ultralytics.
+        RunError: If the file is missing, incomplete, or not a checkpoint of Ultralytics.
     """
     load = getattr(tasks, "load_checkpoint", None) or tasks.attempt_load_one_weight
     try:
@@ -47,33 +49,36 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def unwrap_model(model: nn.Module) -> Any:
-    """The model inside wrappers for compilation and several devices; `de_parallel` before 8.3.200."""
+    """The model inside wrappers for compilation and several devices.
+
+    Releases of Ultralytics before 8.3.200 call this function `de_parallel`.
+    """
     return (getattr(torch_utils, "unwrap_model", None) or torch_utils.de_parallel)(model)
 
 
 def closes_mosaic_late() -> bool:
-    """True where a run of fewer epochs than `close_mosaic` has no mosaic at all; earlier releases never close it."""
+    """True if a run with fewer epochs than `close_mosaic` uses no mosaic. Earlier releases use mosaic in it."""
     return "mosaic_closed" in inspect.getsource(BaseTrainer._do_train)
 
 
 def shares_callbacks() -> bool:
-    """True where the processes of a run on several devices get the callbacks of the one that started them."""
+    """True if the processes of a run on several devices get the callbacks of the process that started them."""
     return "callbacks" in inspect.getsource(dist.generate_ddp_file)
 
 
 def halves_onnx() -> bool:
-    """True where an ONNX export on the CPU takes half precision; on a GPU alone in early releases, float32 else."""
+    """True if an ONNX export on the CPU can have half precision. In early releases only an export on a GPU can."""
     exporter = importlib.import_module("ultralytics.engine.exporter")  # slow to import
     return "convert_float_to_float16" in inspect.getsource(exporter)
 
 
 def strip_qat(model: nn.Module) -> None:
-    """Take quantizers out of a model, in place; there is no `quantize=8` in training before 8.4.120."""
+    """Remove the quantizers from a model, in place. Releases before 8.4.120 have no `quantize=8` in training."""
     if strip := getattr(torch_utils, "strip_qat", None):
         strip(model)
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file; `yaml_load` before 8.3.200."""
+    """The content of a YAML file. Releases of Ultralytics before 8.3.200 call this function `yaml_load`."""
     data: dict[str, Any] = utils.YAML.load(path) if hasattr(utils, "YAML") else utils.yaml_load(path)
     return data

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Versions of what a run depends on: which are installed, and which this release was tested with."""
+"""Versions of the packages that a run depends on: the installed ones, and those that this release was tested with."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ TESTED = {
 
 @dataclass(frozen=True)
 class Component:
-    """An installed, or missing, distribution.
+    """A distribution that is installed or missing.
 
     Attributes:
-        name: As `pip` knows it.
-        version: What is installed, `None` if nothing is.
+        name: Its name for `pip`.
+        version: The installed version; `None` if it is not installed.
         required: Whether yolo-prune cannot work without it.
     """
 
@@ -43,7 +43,7 @@ class Component:
 
     @property
     def missing(self) -> bool:
-        """Whether it is required and not there."""
+        """Whether it is required and not installed."""
         return self.required and self.version is None
 
 
@@ -53,7 +53,7 @@ def installed() -> dict[str, str]:
 
 
 def untested() -> list[str]:
-    """Installed versions that this release was not tested with, each as a warning."""
+    """One warning for each installed version that this release was not tested with."""
     components = (Component(name, version_of(name)) for name in TESTED)
     return [warning for component in components if component.tested is False for warning in warnings_of([component])]
 
@@ -67,7 +67,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def warnings_of(components: Sequence[Component]) -> Iterator[str]:
-    """What is missing or was not tested, each with its remedy."""
+    """One text for each package that is missing or was not tested, with its remedy."""
     for component in components:
         name = component.name
         if component.missing:

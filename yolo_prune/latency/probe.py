@@ -26,7 +26,7 @@ SECONDS = 0.15
 """Time for the rounds of one layer, all its widths together; at least `clock.LEAST` rounds are run.
 
 This value is a choice: `clock.LEAST` rounds of eight widths of 2 ms each. The least time counts, so only one of the
-rounds has to be without disturbance. With the exports, the layers of a YOLO11n take half a minute (README).
+rounds has to be without disturbance. With the exports, the layers of a YOLO11n take half a minute (see docs/).
 """
 OPSET = 17
 """ONNX opset of the exports. All supported torch releases can write it; later opsets have the same convolutions."""

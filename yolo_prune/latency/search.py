@@ -27,7 +27,7 @@ METRIC = "latency"
 TOLERANCE = 0.03
 """Allowed difference between the measured latency and the target, as a fraction of the target.
 
-From one hour to the next, a measured ratio changes by one or two per cent (README), so a smaller difference is chance.
+From one hour to the next, a measured ratio changes by 1 or 2 % (see docs/), so a smaller difference is chance.
 """
 ATTEMPTS = 8
 """Maximum number of cuts that are exported and timed for one target.
@@ -38,7 +38,7 @@ smaller. Each attempt takes an export and a budget of the stopwatch.
 DOUBT = 0.2
 """Possible error of the formula: a target within this fraction of the reachable latency is checked by measurement.
 
-About three times the measured error of the formula alone, which was 7 % on one machine (README).
+About three times the measured error of the formula alone, which was 7 % on one machine (see docs/).
 """
 FINEST = 1e-4
 """Values of the formula count as equal if they differ by less. This is a choice, far below `TOLERANCE`."""

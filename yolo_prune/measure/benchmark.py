@@ -25,7 +25,7 @@ BUDGET = 30.0
 """Seconds for the rounds of one format, if the number of rounds is not given.
 
 This value is a choice: a time that a user accepts to wait. A model of 17 ms and a pruned model then run `clock.MOST`
-rounds, which gave a ratio to +- 0.004 (README).
+rounds, which gave a ratio to +- 0.004 (see docs/).
 """
 
 

@@ -18,7 +18,7 @@ LEAST, MOST = 10, 300
 """Minimum and maximum number of rounds, if the number is not given.
 
 These values are a choice. The interval of a median needs at least six rounds (see `_tail`); with ten rounds it leaves
-out the smallest and the largest value. 300 rounds gave a ratio to +- 0.004 (README), which is less than the ratio
+out the smallest and the largest value. 300 rounds gave a ratio to +- 0.004 (see docs/), which is less than the ratio
 changes from one hour to the next.
 """
 

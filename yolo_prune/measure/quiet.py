@@ -18,13 +18,17 @@ from ultralytics.utils import LOGGER, checks
 
 from yolo_prune.errors import BenchError, PruneError
 
+_ONE_AT_A_TIME = threading.RLock()
+"""A use restores the descriptors that it found at its start, so uses in two threads must not overlap."""
+
 
 @contextlib.contextmanager
 def quietly(what: str) -> Iterator[None]:
     """Hide the output of this thread and of the programs that it starts. After an error, its last lines are shown.
 
-    A training may be running, so the printed and logged output of its other threads still appears. Their output from C
-    code is hidden as well, because a process has only one standard output, and exporters write to it from C.
+    A training may be running, so other threads can still print and log. Two kinds of their output are hidden, because a
+    process has only one standard output: output from C code, and output through a stream that was opened before, such
+    as the handler of another logger.
 
     Ultralytics cannot install packages inside this context.
 
@@ -34,7 +38,7 @@ def quietly(what: str) -> Iterator[None]:
     Raises:
         BenchError: If an error that is not a PruneError is raised inside; the message has the last lines of output.
     """
-    with tempfile.TemporaryFile() as log:
+    with _ONE_AT_A_TIME, tempfile.TemporaryFile() as log:
         try:
             with _installing_nothing(), _root_handlers_kept(), _descriptors_to(log) as terminals:
                 with _this_thread_to(log, terminals):

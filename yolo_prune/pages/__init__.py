@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Pages about models: these run the models that `report` only draws."""
+"""Pages about models. These modules run the models; `report` only draws the results."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The measurement in a run's folder: what it is made with, and whether it is about the models of the run."""
+"""`bench.json` in the folder of a run: settings for the measurement, and a check that it fits the models of the run."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from yolo_prune.report.page import PAGE
 DENSE, EARLIER = "dense", "before this run"
 
 
-def side(report: Report) -> int:
-    """The image size of a run, as exports can have it: a multiple of 32, in pixels."""
+def export_size(report: Report) -> int:
+    """The image size of a run in pixels, rounded up to a multiple of 32, as exports need it."""
     size = report.imgsz if isinstance(report.imgsz, int) else max(report.imgsz or [640])
     return -(-size // 32) * 32
 
 
 def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: int) -> str | None:
-    """What exports are checked on: the dataset that was asked for, or the run's own, if it is here and fits.
+    """The dataset on which exports are checked: the user's, or the dataset of the run if it exists and fits.
 
     Raises:
-        RunError: If the dataset that was asked for cannot be read, or has other classes than the models.
+        RunError: If the dataset that the user names cannot be read, or has other classes than the models.
     """
     if not asked and not (report.data and Path(report.data).exists()):
         return None
@@ -49,58 +49,65 @@ def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: i
 
 
 def load(folder: Path, report: Report, start: Path | None, result: Path | None) -> Measurement | None:
-    """The measurement in a run's folder; None where there is none, or it is damaged or about other models.
+    """The measurement in the folder of a run; None if it is missing, damaged, or about other models.
 
     Args:
-        folder: of the run.
-        report: of the run.
-        start: the checkpoint that it started from, if that is here.
-        result: the checkpoint that it delivered, likewise.
+        folder: the folder of the run.
+        report: the report of the run.
+        start: the checkpoint that the run started from, if the file exists.
+        result: the checkpoint that the run delivered, if the file exists.
     """
     path = folder / BENCH
     if not path.exists():
         return None
     try:
-        found = Measurement.load(path)
-        rows = [next(row for row in found.rows if row.model == model) for model in found.models]
-        if len(rows) != 2 or not (_started(rows[0], report, start) and _delivered(rows[1], report, result)):
+        measurement = Measurement.load(path)
+        rows = [next(row for row in measurement.rows if row.model == model) for model in measurement.models]
+        if len(rows) != 2 or not (_is_start(rows[0], report, start) and _is_result(rows[1], report, result)):
             raise BenchError(
-                f"{path} is not about what this run started from and what it delivered, in this order. Measure anew "
-                "with format=..., or delete it."
+                f"{path} does not measure the model that this run started from and the model that it delivered, in "
+                "this order. Measure again with format=..., or delete the file."
             )
     except PruneError as e:
         LOGGER.warning(f"{PAGE} has no latency: {e}")
         return None
-    return found
+    return measurement
 
 
-def _started(row: TimingRow, report: Report, start: Path | None) -> bool:
-    """By size: what a run keeps of its start is not bit for bit the same checkpoint."""
+def _is_start(row: TimingRow, report: Report, start: Path | None) -> bool:
+    """Whether a row measures the model that the run started from.
+
+    Only the sizes are compared, because the start model that a run keeps is not bit for bit the same checkpoint.
+    """
     if row.params == report.dense.params:
         return True
-    module: Any = open_model(start).model if start else None  # pruned already, or with other classes
-    return module is not None and row.params == planner.present_cost(module, side(report))[1]
+    module: Any = open_model(start).model if start else None  # a pruned model, or other classes
+    return module is not None and row.params == planner.present_cost(module, export_size(report))[1]
 
 
-def _delivered(row: TimingRow, report: Report, result: Path | None) -> bool:
+def _is_result(row: TimingRow, report: Report, result: Path | None) -> bool:
+    """Whether a row measures the model that the run delivered."""
     if result is None:
         return row.params == report.pruned.params
     return row.weights == subjects.fingerprint(open_model(result))
 
 
-def first_name(start: Path | None) -> str:
-    """What a page calls the model that a run started from."""
+def start_name(start: Path | None) -> str:
+    """The name on a page for the model that a run started from."""
     try:
         return EARLIER if start and is_pruned(open_model(start).model) else DENSE
-    except PruneError:  # told where it is needed
+    except PruneError:  # the error is reported when the checkpoint is needed
         return DENSE
 
 
-def timed(report: Report, found: Measurement) -> Report:
-    """A copy of a report with the latencies of a measurement; what is not the dense model leaves that one unknown."""
+def with_latencies(report: Report, measurement: Measurement) -> Report:
+    """A copy of a report with the latencies of a measurement.
+
+    The dense latency stays unknown if the run started from a pruned model.
+    """
     report = report.model_copy(deep=True)
-    if found.ends:
-        first, last = found.ends
+    if measurement.ends:
+        first, last = measurement.ends
         report.dense.latency_ms = None if first.model == EARLIER else first.median_ms
         report.pruned.latency_ms = last.median_ms
     return report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`yolo-prune compare`: checkpoints side by side, validated anew, on one page."""
+"""`yolo-prune compare`: checkpoints side by side on one page, after a validation of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from yolo_prune.report.measurement import Measurement
 
 
 class Compared(NamedTuple):
-    """What `compare` found: tables as text, and the measurement where one was asked for."""
+    """The result of `compare`: tables as text, and the measurement if one was requested."""
 
     text: str
     measurement: Measurement | None
@@ -34,12 +34,12 @@ def compare(
     """Validate checkpoints on a dataset, and write a page that compares them.
 
     Args:
-        models: two or more checkpoints; the first is what the others are measured by.
+        models: two or more checkpoints; the others are compared with the first.
         data: the dataset, as for `model.val`.
         imgsz: image size in pixels.
-        save: where the page goes.
-        formats: to measure them in, as `runtimes.parse` returns them; none: they are not measured.
-        how: they are measured, what else `Setting.of` takes.
+        save: path of the page.
+        formats: formats to measure, as `runtimes.parse` returns them; if empty, nothing is measured.
+        how: more arguments for `Setting.of`.
 
     Raises:
         PruneError: If a checkpoint or the dataset cannot be read, their classes do not agree, or a format cannot be
@@ -52,10 +52,13 @@ def compare(
     opened = [open_model(path) for path in paths]
     tasks = {model.task for model in opened}
     if len(tasks) > 1:
-        raise RunError(f"These models have different tasks, which cannot be compared: {', '.join(sorted(tasks))}.")
+        raise RunError(
+            f"Models of different tasks cannot be compared, and these are for {', '.join(sorted(tasks))}. Pass models "
+            "of one task."
+        )
     # All datasets are checked first; timing comes before validation, which fuses the models.
     files = [datasets.validation_files(model, data, imgsz, evaluate.PHOTOS) for model in opened]
-    found = evaluate.time_all(opened, formats, setting).renamed(names) if formats else None
+    measurement = evaluate.time_all(opened, formats, setting).renamed(names) if formats else None
     candidates: list[Candidate] = []
     for name, model in zip(names, opened, strict=True):
         LOGGER.info(f"Validating {name} ({len(candidates) + 1} of {len(names)})")
@@ -63,5 +66,6 @@ def compare(
     photos = evaluate.photographs(opened, files[0], imgsz, None)
     asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
     words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]
-    write_text(save, render_comparison(candidates, data, imgsz, photos, shlex.join(words), found))
-    return Compared("\n\n".join([comparison_table(candidates), *([str(found)] if found else [])]), found)
+    write_text(save, render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement))
+    tables = [comparison_table(candidates), *([str(measurement)] if measurement else [])]
+    return Compared("\n\n".join(tables), measurement)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Running finished models for a page: what they cost, how good they are, and what they find in images."""
+"""Runs finished models for a page: their cost, their accuracy, their latency and their detections in images."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from yolo_prune.planning import planner
 from yolo_prune.report import Figures
 from yolo_prune.report.compare import Candidate
 from yolo_prune.report.measurement import Measurement
-from yolo_prune.report.photos import Mark, Photo
+from yolo_prune.report.photos import Detection, Photo
 
 PHOTOS = 8
 SIDE = 480  # longest side of an image in a page, in pixels
-CORNERS = 80  # at most, of the outline of a mask
+CORNERS = 80  # largest number of corners in the outline of a mask
 CONFIDENCE = 0.25
 SHOWN = ("detect", "segment", "pose", "obb")  # tasks whose results have outlines
 
 
 def validate_once(model: Model, name: str, data: str | Path, imgsz: int) -> Candidate:
-    """Validate a model once, and count what it costs.
+    """Validate a model once, and compute its cost.
 
     Args:
         model: a `YOLO` object; it may be fused afterwards.
-        name: what the page calls it.
+        name: the name of the model on the page.
         data: the dataset, as for `model.val`.
         imgsz: image size in pixels.
 
@@ -53,54 +53,54 @@ def validate_once(model: Model, name: str, data: str | Path, imgsz: int) -> Cand
     part = average_precision(metrics)
     fitness = float(metrics.fitness)
     figures = Figures(flops=flops, params=params, size_mb=size, fitness=fitness, classes=class_ap(metrics))
-    found = (None, None) if part is None else (float(part.map), float(part.map50))
-    return Candidate(name, figures, *found)
+    accuracy = (None, None) if part is None else (float(part.map), float(part.map50))
+    return Candidate(name, figures, *accuracy)
 
 
 def time_all(models: Sequence[Model], formats: Sequence[str], setting: Setting) -> Measurement:
-    """Time models in some formats, for a page; what fails in one format is told beside the others.
+    """Time models in some formats, for a page. A format that fails is listed beside the results of the others.
 
     Raises:
-        PruneError: If none of them could be measured.
+        PruneError: If no format could be measured.
     """
-    found = benchmark.measure_models(models, formats, setting)
-    if not found.rows:
-        found.check()
-    return found
+    measurement = benchmark.measure_models(models, formats, setting)
+    if not measurement.rows:
+        measurement.check()
+    return measurement
 
 
 def photographs(models: Sequence[Model], files: Sequence[Path], imgsz: int | Sequence[int], device: Any) -> list[Photo]:
-    """What models find in images; nothing for tasks whose results have no outlines.
+    """Images with the detections of models; empty for tasks whose results have no outlines.
 
     Args:
         models: `YOLO` objects.
         files: the images.
         imgsz: image size in pixels.
-        device: to run on.
+        device: device for the models.
     """
     if any(model.task not in SHOWN for model in models):
         return []
     size = imgsz if isinstance(imgsz, int) else list(imgsz)
     settings: dict[str, Any] = {"imgsz": size, "conf": CONFIDENCE, "device": device, "verbose": False, "save": False}
-    found = [[model.predict(str(file), **settings)[0] for file in files] for model in models]
-    return [_photo(file, results) for file, *results in zip(files, *found, strict=True)]
+    by_model = [[model.predict(str(file), **settings)[0] for file in files] for model in models]
+    return [_photo(file, results) for file, *results in zip(files, *by_model, strict=True)]
 
 
 def _photo(file: Path, results: Sequence[Any]) -> Photo:
     image = results[0].orig_img
     image = image if image.ndim == 2 or image.shape[2] in (1, 3) else image[..., :3]
     height, width = image.shape[:2]
-    share = min(1.0, SIDE / max(height, width))
-    size = max(1, round(width * share)), max(1, round(height * share))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if share < 1 else image
+    scale = min(1.0, SIDE / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
     done, jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 82])
     if not done:
-        raise RunError(f"{file} cannot be written as JPEG.")
-    return Photo(file.name, jpeg.tobytes(), *size, tuple(marks(result) for result in results))
+        raise RunError(f"{file} cannot be encoded as JPEG. Check the installation of OpenCV.")
+    return Photo(file.name, jpeg.tobytes(), *size, tuple(detections(result) for result in results))
 
 
-def marks(result: Any) -> tuple[Mark, ...]:
-    """What a model found in an image, of Ultralytics' `Results`."""
+def detections(result: Any) -> tuple[Detection, ...]:
+    """The detections of a model in an image, from Ultralytics' `Results`."""
     turned = getattr(result, "obb", None)
     boxes = result.boxes if turned is None else turned
     if boxes is None:
@@ -110,7 +110,7 @@ def marks(result: Any) -> tuple[Mark, ...]:
         outlines = [line[:: len(line) // CORNERS + 1].tolist() or box for line, box in zip(result.masks.xyn, outlines)]  # noqa: B905  # a mask may be missing
     points: list[Any] = [[] for _ in outlines] if result.keypoints is None else result.keypoints.xyn.tolist()
     return tuple(
-        Mark(result.names[int(kind)], int(kind), float(score), _pairs(outline), _pairs(p for p in dots if any(p)))
+        Detection(result.names[int(kind)], int(kind), float(score), _pairs(outline), _pairs(p for p in dots if any(p)))
         for kind, score, outline, dots in zip(boxes.cls, boxes.conf, outlines, points, strict=True)
     )
 

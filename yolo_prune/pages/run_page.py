@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`yolo-prune report`: the page of a run, at its end or later."""
+"""`yolo-prune report`: the page of a run, written at the end of the run or later."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from yolo_prune.report.measurement import BENCH, Measurement
 from yolo_prune.report.page import PAGE, render
 from yolo_prune.report.photos import Photo
 
-FIRST = "weights/round0.pt"  # what a run that kept it started from
+START = "weights/round0.pt"  # the model that a run started from, if the run kept it
 
 
 def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None) -> Path:
-    """Write the page of a run that is over, into its folder.
+    """At the end of a run, write its page into its folder.
 
     Args:
-        folder: of the run.
-        report: its figures.
-        dataset: that it was validated on, for images; without it the page has none.
-        device: to run the models on.
+        folder: the folder of the run.
+        report: the report of the run.
+        dataset: the validation dataset, for images; without it the page has no images.
+        device: device for the models.
     """
     photos: list[Photo] = []
     start = _start(folder, report)
@@ -44,7 +44,7 @@ def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None
             models = [open_model(start), open_model(_delivered(folder))]
             files = datasets.spread(dataset, evaluate.PHOTOS)
             photos = evaluate.photographs(models, files, report.imgsz or 640, device)
-        except Exception as e:  # the page is worth having without them
+        except Exception as e:  # the page is also useful without images
             LOGGER.warning(f"{PAGE} has no images: {type(e).__name__}: {e}")
     return _write(folder, report, start, photos)
 
@@ -55,10 +55,11 @@ def write_report(
     """Write the page of a run.
 
     Args:
-        run: its folder, or its prune.json.
-        data: the dataset, for images and for what the run did not measure; without it, the run's own if it is here.
-        model: the dense checkpoint, where it is not at the place that the run knew it at.
-        save: where the page goes; into the run's folder where None.
+        run: the folder of the run, or its prune.json.
+        data: the dataset for images and for class accuracies that the run did not measure; None: the dataset of the
+            run, if it exists.
+        model: the dense checkpoint, if it was moved since the run.
+        save: path of the page; None: in the folder of the run.
 
     Raises:
         PruneError: If the run, the dataset or a checkpoint cannot be read.
@@ -67,11 +68,11 @@ def write_report(
     asked = data is not None or model is not None
     photos: list[Photo] = []
     if asked and start is None:
-        raise _gone(report)
+        raise _no_start_model(report)
     if start and report.status == "finished" and (asked or Path(report.data).is_file()):
         try:
             models = [open_model(start), open_model(_delivered(folder))]
-            report, photos = _look(report, models, data or report.data, measure=data is not None)
+            report, photos = _photos_and_classes(report, models, data or report.data, measure=data is not None)
         except PruneError as e:
             if asked:
                 raise
@@ -88,60 +89,68 @@ def measure_run(
     imgsz: int | None = None,
     **how: Any,
 ) -> Measurement:
-    """Measure what a run started from and what it delivered, in turn, and save that in its folder as `bench.json`.
+    """Measure the start model and the delivered model of a run in turn, and save the result in its folder.
+
+    The file is `bench.json`.
 
     Args:
-        run: its folder, or its prune.json.
-        formats: as `runtimes.parse` returns them.
-        data: the dataset that exports are checked on; without it, the run's own if it is here and fits both models.
-        model: the dense checkpoint, where it is not at the place that the run knew it at.
-        imgsz: image size in pixels; that of the run where None.
-        how: what else `Setting.of` takes.
+        run: the folder of the run, or its prune.json.
+        formats: formats to measure, as `runtimes.parse` returns them.
+        data: the dataset on which exports are checked; None: the dataset of the run, if it exists and fits both models.
+        model: the dense checkpoint, if it was moved since the run.
+        imgsz: image size in pixels; None: the image size of the run.
+        how: more arguments for `Setting.of`.
 
     Raises:
-        PruneError: If there is nothing to measure, or it cannot be measured here: before any work, where that can be
-            told.
+        PruneError: If there is nothing to measure, or the measurement is not possible here. As far as possible, this is
+            checked before any work.
     """
     folder, report, start = _open(run, model)
     if report.status != "finished":
-        raise RunError(f"There is nothing to measure yet: the run in {folder} is {report.status}, not finished.")
+        raise RunError(
+            f"There is nothing to measure yet: the run in {folder} is {report.status}, not finished. Resume "
+            "the run, or pass a finished run."
+        )
     if start is None:
-        raise _gone(report)
-    setting = Setting.of(imgsz or bench_file.side(report), **how)
+        raise _no_start_model(report)
+    setting = Setting.of(imgsz or bench_file.export_size(report), **how)
     runtimes.check(formats, setting.quantize, setting.device)
     models = [open_model(start), open_model(_delivered(folder))]
     dataset = bench_file.dataset(models, data, report, setting.imgsz)
-    found = evaluate.time_all(models, formats, replace(setting, data=dataset))
-    found.save(folder / BENCH)
-    return found
+    measurement = evaluate.time_all(models, formats, replace(setting, data=dataset))
+    measurement.save(folder / BENCH)
+    return measurement
 
 
 def _open(run: str | Path, model: str | None) -> tuple[Path, Report, Path | None]:
-    """The folder of a run, its report, and the checkpoint it started from if that is here."""
+    """The folder of a run, its report, and the checkpoint that it started from, if the file exists."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     report = Report.load(run)
-    Front.load(folder)  # damage is told before any work
+    Front.load(folder)  # a damaged file is reported before any work
     return folder, report, Path(model) if model else _start(folder, report)
 
 
-def _gone(report: Report) -> RunError:
-    return RunError(f"The dense model {report.model!r} of this run is not here. Say where it is with model=...")
+def _no_start_model(report: Report) -> RunError:
+    return RunError(f"The dense model {report.model!r} of this run was not found. Pass its path with model=...")
 
 
 def _write(
     folder: Path, report: Report, start: Path | None, photos: Sequence[Photo], save: str | Path | None = None
 ) -> Path:
-    """The page of a run, with the measurement that lies in its folder."""
-    names = [bench_file.first_name(start), "pruned"]
-    found = bench_file.load(folder, report, start, _result(folder))
-    if found:
-        found = found.renamed(names)
-        report = bench_file.timed(report, found)
-    return write_text(save or folder / PAGE, render(report, Front.load(folder), photos, folder, names, found))
+    """Write the page of a run, with the measurement in its folder."""
+    names = [bench_file.start_name(start), "pruned"]
+    measurement = bench_file.load(folder, report, start, _result(folder))
+    if measurement:
+        measurement = measurement.renamed(names)
+        report = bench_file.with_latencies(report, measurement)
+    return write_text(save or folder / PAGE, render(report, Front.load(folder), photos, folder, names, measurement))
 
 
-def _look(report: Report, models: list[Model], data: str, measure: bool) -> tuple[Report, list[Photo]]:
-    """Images of a dataset with what two models find; with `measure`, also the AP that the report lacks."""
+def _photos_and_classes(report: Report, models: list[Model], data: str, measure: bool) -> tuple[Report, list[Photo]]:
+    """Images with the detections of two models, and a copy of the report.
+
+    With `measure`, class accuracies that the report lacks are measured and added to the copy.
+    """
     imgsz = report.imgsz if isinstance(report.imgsz, int) else max(report.imgsz or [640])
     files = datasets.validation_files(models[0], data, imgsz, evaluate.PHOTOS)
     report = report.model_copy(deep=True)
@@ -152,22 +161,22 @@ def _look(report: Report, models: list[Model], data: str, measure: bool) -> tupl
 
 
 def _start(folder: Path, report: Report) -> Path | None:
-    """The checkpoint that a run started from, if it is here."""
-    known = [folder / FIRST, Path(report.model)]
-    own = [(folder / "weights" / name).resolve() for name in ("best.pt", "last.pt")]  # written over by the run
+    """The checkpoint that a run started from, if the file exists."""
+    known = [folder / START, Path(report.model)]
+    own = [(folder / "weights" / name).resolve() for name in ("best.pt", "last.pt")]  # the run overwrites these files
     return next((p for p in known if p.suffix == ".pt" and p.is_file() and p.resolve() not in own), None)
 
 
 def _delivered(folder: Path) -> Path:
-    found = _result(folder)
-    if found is None:
+    result = _result(folder)
+    if result is None:
         raise RunError(
             f"{folder / 'weights'} holds neither best.pt nor last.pt. Pass the folder of a run ({FILE_NAME})."
         )
-    return found
+    return result
 
 
 def _result(folder: Path) -> Path | None:
-    """The checkpoint that a run delivered, if it is here."""
+    """The checkpoint that a run delivered, if the file exists."""
     places = [folder / "weights" / f"{name}.pt" for name in ("best", "last")]
     return next((path for path in places if path.is_file()), None)

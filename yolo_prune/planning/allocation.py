@@ -18,7 +18,7 @@ from yolo_prune.planning.select import Allocation
 from yolo_prune.recipe.options import fraction, make, whole_number
 
 MOST_SHARES = 20
-"""Maximum number of shares: each share needs a pass over the images for every layer, which takes minutes (README)."""
+"""Maximum number of shares: each one needs a pass over the images for every layer, which takes minutes (see docs/)."""
 
 
 @dataclass(frozen=True)

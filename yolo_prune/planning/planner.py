@@ -30,7 +30,7 @@ STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
 }
 """Replacements for a criterion or an allocation that needs training images, for planning without data."""
 ROUND_TO = 8
-"""Default of `channels.round_to`: tensor cores pad FP16 widths to multiples of 8. The README compares it with 16."""
+"""Default of `channels.round_to`: tensor cores pad FP16 widths to multiples of 8. docs/ compares it with 16."""
 
 
 def make_plan(

@@ -32,7 +32,7 @@ the ridge would limit it. With a few positions per weight, the noise is averaged
 RIDGE = 0.01
 """Penalty on the distance to the old weights, as a fraction of the mean variance of the layer's inputs.
 
-This value is a choice; it was not compared with others. The README's results were measured with it. With a smaller
+This value is a choice; it was not compared with others. The results in docs/ were measured with it. With a smaller
 value, the weights fit the few images too closely. With a larger value, the weights stay as they were before the cut,
 and the refit has no effect.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a run did, measured: `prune.json` (data), `prune.png` (picture) and the training log (table)."""
+"""The measured results of a run: `prune.json` (data), `prune.png` (picture) and tables for the training log."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ HALF = 500.0  # width of one of two plots side by side
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that was validated; `accuracy` is mAP50-95 and `map50` mAP50 where the task has them."""
+    """A validated model. `map` is mAP50-95 and `map50` is mAP50; both are None for tasks without mAP."""
 
     name: str
     figures: Figures
@@ -31,7 +31,7 @@ class Candidate:
 
     @property
     def accuracy(self) -> float | None:
-        """What models are compared by: mAP50-95, and the fitness for tasks that have none."""
+        """The value by which models are compared: mAP50-95, or the fitness for tasks without mAP."""
         return self.figures.fitness if self.map is None else self.map
 
 
@@ -40,18 +40,18 @@ def render_comparison(
     data: str,
     imgsz: int,
     photos: Sequence[Photo] = (),
-    words: str = "",
-    found: Measurement | None = None,
+    command: str = "",
+    measurement: Measurement | None = None,
 ) -> str:
-    """The page that compares models; the first is what the others are measured by.
+    """The page that compares models with the first of them.
 
     Args:
         candidates: one or more.
         data: the dataset.
         imgsz: image size in pixels.
-        photos: images with what each of the models found.
-        words: the command that made the page.
-        found: how long the models take, under the names of the candidates.
+        photos: images with the detections of each model.
+        command: the command that made the page.
+        measurement: the latencies of the models, under the names of the candidates.
     """
     first = candidates[0]
     classes: list[ClassRow] = class_rows([c.figures.classes for c in candidates])
@@ -62,23 +62,23 @@ def render_comparison(
         candidates=candidates,
         first=first,
         measure=measure_name(candidates),
-        plots=_plots(candidates, found),
+        plots=_plots(candidates, measurement),
         classes=classes,
         photos=photos,
         names=[c.name for c in candidates],
-        bench=found,
+        bench=measurement,
         legend=legend(photos),
-        command=words,
+        command=command,
     )
 
 
 def measure_name(candidates: Sequence[Candidate]) -> str:
-    """What `Candidate.accuracy` is."""
+    """The name of the metric in `Candidate.accuracy`."""
     return "mAP50-95" if any(c.map is not None for c in candidates) else "fitness"
 
 
 def comparison_table(candidates: Sequence[Candidate]) -> str:
-    """The same for the terminal."""
+    """The comparison as a text table, for the terminal."""
     first = candidates[0].figures
     rows = [["", measure_name(candidates), "mAP50", "GFLOPs", "of first", "M params", "of first", "size, MB"]]
     for c in candidates:
@@ -91,13 +91,13 @@ def comparison_table(candidates: Sequence[Candidate]) -> str:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each checkpoint: as short as tells them apart."""
+    """A name for each checkpoint: short, but different from all others."""
     short = [model_name(str(path)) for path in paths]
     return [name if short.count(name) == 1 else _longer(path, paths) for name, path in zip(short, paths, strict=True)]
 
 
 def _longer(path: Path, paths: Sequence[Path]) -> str:
-    """The end of a path that no other one ends with."""
+    """The shortest ending of a path that no other path has."""
     others = [other.parts for other in paths if other != path]
     parts = path.parts
     for count in range(1, len(parts) + 1):
@@ -106,13 +106,13 @@ def _longer(path: Path, paths: Sequence[Path]) -> str:
     return path.as_posix()
 
 
-def _plots(candidates: Sequence[Candidate], found: Measurement | None) -> list[list[Markup]]:
-    """Accuracy against what a model costs, each for wide and for narrow screens; of an odd number the first is wide."""
+def _plots(candidates: Sequence[Candidate], measurement: Measurement | None) -> list[list[Markup]]:
+    """Charts of accuracy against each cost, for wide and for narrow screens. The first of an odd number is wide."""
     axes = [
         (unit, [None if (v := getattr(c.figures, what)) is None else v / scale for c in candidates])
         for what, unit, scale in (("flops", "GFLOPs", 1e9), ("params", "million parameters", 1e6))
     ]
-    for format, rows in reversed(found.formats.items() if found else ()):
+    for format, rows in reversed(measurement.formats.items() if measurement else ()):
         times = {row.model: row.median_ms for row in rows}
         axes.insert(0, (f"ms, {format}", [times.get(c.name) for c in candidates]))
     name = measure_name(candidates)

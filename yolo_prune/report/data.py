@@ -22,13 +22,13 @@ from yolo_prune.errors import PruneError
 
 FORMAT = 1
 FILE_NAME = "prune.json"
-_WHERE = f"Give the {FILE_NAME} of a run that was trained with callbacks=prune, or its folder."
+_WHERE = f"Pass the {FILE_NAME} of a run that was trained with callbacks=prune, or its folder."
 FILE = JsonFile(
     "a pruning report",
     missing=f"No pruning report at {{path}}. {_WHERE}",
     unreadable=f"Cannot read the pruning report {{path}}: {{why}}. {_WHERE}",
-    broken="{path} is not complete JSON ({why}): it was cut short or edited. Restore it from a copy, or resume the "
-    "run, which writes it again.",
+    broken="{path} is not complete JSON ({why}): the file is incomplete or was edited. Restore it from a copy, or "
+    "resume the run, which writes it again.",
 )
 
 
@@ -55,18 +55,18 @@ _Mapping = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 
 def first_known(*values: float | None) -> float | None:
-    """The first of some figures that was measured."""
+    """The first value that is not None; None if there is no such value."""
     return next((value for value in values if value is not None), None)
 
 
 class _Row(BaseModel):
-    """Mutable, checked on construction and on assignment; unknown keys of a newer release are left out."""
+    """Base of the rows: mutable, checked on construction and on assignment. Keys of newer releases are ignored."""
 
     model_config = ConfigDict(extra="ignore", validate_assignment=True)
 
 
 class Figures(_Row):
-    """What one model costs and how good it is; `classes` is the AP (mAP50-95) of every class that was validated."""
+    """Cost and fitness of one model. `classes` holds the AP (mAP50-95) of every class that was validated."""
 
     flops: _Float = None
     params: _Int = None
@@ -77,7 +77,7 @@ class Figures(_Row):
 
 
 class RoundFitness(_Row):
-    """Fitness around a cut: before it, right after it, recovered, before the next cut."""
+    """Fitness before a cut, right after the cut, after recovery, and before the next cut (`end`)."""
 
     before: _Float = None
     cut: _Float = None
@@ -86,7 +86,11 @@ class RoundFitness(_Row):
 
 
 class Proof(_Row):
-    """Largest relative difference between masked reference and pruned model, what silencing changed, and the time."""
+    """The proof of a cut.
+
+    `error` is the largest relative difference between masked reference and pruned model, and `effect` is the largest
+    relative difference between masked reference and uncut model.
+    """
 
     error: _Float = None
     effect: _Float = None
@@ -94,7 +98,10 @@ class Proof(_Row):
 
 
 class LatencyRow(_Row):
-    """What a cut left and the dense model, timed in turn: medians in ms, the ratio with its interval, and where."""
+    """Latency of the cut model and of the dense model, measured in turn: medians in ms, and their ratio.
+
+    `interval` is the confidence interval of the ratio, and `place` names the runtime and the device.
+    """
 
     place: str = ""
     imgsz: _Int = None
@@ -105,18 +112,18 @@ class LatencyRow(_Row):
 
     @property
     def runtime(self) -> str:
-        """Its name."""
+        """The name of the runtime."""
         return self.place.split()[0] if self.place else ""
 
     def __str__(self) -> str:
-        """In words."""
+        """The latency as text."""
         return f"{self.ratio:.3f} of the dense model's {self.dense_ms:.2f} ms ({self.place})"
 
 
 class RoundRow(_Row):
-    """One round: `epoch` is the 0-based epoch at whose start the cut is made, `target` the fraction kept.
+    """One round. `epoch` is the 0-based epoch at whose start the cut is made, and `target` is the fraction to keep.
 
-    `held` is whether the fitness stayed within the limit, where there is one.
+    `held` says whether the fitness stayed within the limit; it is None without a limit.
     """
 
     number: _Count
@@ -134,7 +141,7 @@ class RoundRow(_Row):
 
 
 class EpochRow(_Row):
-    """One finished epoch, 1-based as in results.csv, with the cost of the model it trained."""
+    """One finished epoch, 1-based as in results.csv, with the cost of the model that was trained."""
 
     epoch: _Count
     fitness: _Float = None
@@ -152,16 +159,16 @@ class LayerRow(_Row):
 
 
 class ProtectedRow(_Row):
-    """Layers that no round touches, and why."""
+    """Layers whose outputs no round cuts, and the reason."""
 
     layers: list[str]
     reason: str
 
 
 class Report(_Row):
-    """The content of `prune.json`; fill it in while the run goes on, and save it as often as you like.
+    """The content of `prune.json`. It can be filled in and saved again and again during a run.
 
-    `arguments` are those of the training run that are not Ultralytics' defaults and have no key of their own.
+    `arguments` holds the training arguments that differ from Ultralytics' defaults and have no key of their own.
     """
 
     version: Literal[1] = 1  # FORMAT
@@ -184,7 +191,7 @@ class Report(_Row):
 
     @property
     def timed(self) -> LatencyRow | None:
-        """What the last cut that held was timed to, where the target was a latency."""
+        """The measured latency after the last cut that was not rolled back, if the target was a latency."""
         return next((row.latency for row in reversed(self.rounds) if row.held is not False), None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,7 +199,7 @@ class Report(_Row):
         return {key: _plain(value) for key, value in self.model_dump().items()}
 
     def save(self, path: str | Path) -> Path:
-        """Write this report to `path`, which always holds the old or the new report, never half of one."""
+        """Write this report to `path`. The file always holds the complete old or the complete new report."""
         return write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     @classmethod
@@ -215,7 +222,7 @@ class Report(_Row):
             raise PruneError(
                 f"{path} is a report of format version {data['version']!r}, written by yolo-prune "
                 f"{data.get('yolo_prune', '(unknown)')}; this yolo-prune {__version__} reads version "
-                f"{FORMAT}. Read it with the yolo-prune that wrote it, or a newer one."
+                f"{FORMAT}. Read the report with the yolo-prune that wrote it, or with a newer yolo-prune."
             )
         try:
             return cls.model_validate(data)

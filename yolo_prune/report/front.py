@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`front.json`: the models that a run with a limit on the drop has been at, each with its checkpoint."""
+"""`front.json`: all models of a run with a limit on the drop, each with its checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from yolo_prune.env.json_files import JsonFile
 from yolo_prune.report.data import Report
 
 FRONT = "front.json"
-_WITHOUT = "Delete it, and the report goes without it."
+_WITHOUT = "Delete the file to get a report without it."
 FILE = JsonFile(
-    "what a run with a limit leaves",
+    "the front.json of a run with a limit",
     unreadable=f"{{path}} is damaged: {{why}}. {_WITHOUT}",
     broken=f"{{path}} is damaged: Invalid JSON: {{why}}. {_WITHOUT}",
     wrong=f"{{path}} is damaged: {{why}}. {_WITHOUT}",
@@ -24,18 +24,18 @@ FILE = JsonFile(
 
 
 def round_file(number: int) -> str:
-    """Name of the file with the best model after a round; 0 is before the first."""
+    """Name of the file with the best model after a round; round 0 is the model before the first cut."""
     return f"round{number}.pt"
 
 
 class FrontPoint(BaseModel):
-    """One model: what it costs, as fractions of the dense one, and how good its best epoch was.
+    """One model: its cost, as fractions of the dense model, and the fitness of its best epoch.
 
     Attributes:
-        round: that made it; 0 is the model that the run started from.
-        held: its fitness dropped by no more than the limit.
-        delivered: it is the one in best.pt.
-        weights: its checkpoint, relative to the run's folder.
+        round: number of the round that made it; 0 is the model that the run started from.
+        held: whether its fitness dropped by no more than the limit.
+        delivered: whether it is the model in best.pt.
+        weights: path of its checkpoint, relative to the folder of the run.
     """
 
     round: int
@@ -48,7 +48,7 @@ class FrontPoint(BaseModel):
 
 
 class Front(BaseModel):
-    """The content of `front.json`; points in the order in which the run came to them."""
+    """The content of `front.json`. The points are in the order of the rounds."""
 
     version: Literal[1] = 1
     limit: float
@@ -56,12 +56,12 @@ class Front(BaseModel):
     points: list[FrontPoint]
 
     def save(self, folder: str | Path) -> Path:
-        """Write `front.json` into a run's folder."""
+        """Write `front.json` into the folder of a run."""
         return write_text(Path(folder) / FRONT, json.dumps(self.model_dump(), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Front | None:
-        """Read `front.json` of a run's folder; None if the run had no limit and left none.
+        """Read `front.json` in the folder of a run; None if there is no file, because the run had no limit.
 
         Raises:
             PruneError: If the file is damaged.
@@ -70,14 +70,15 @@ class Front(BaseModel):
         return FILE.load(path, cls) if path.exists() else None
 
 
-def front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:
-    """Gather the points of a run.
+def make_front(report: Report, limit: float, reference: float, start: dict[str, float]) -> Front:
+    """Collect the points of a run.
 
     Args:
-        report: of the run; its rounds are judged.
-        limit: on the drop of the fitness.
-        reference: fitness that drops are counted from.
-        start: "flops" and "params", as far as known, that the run started from, as fractions of the dense model.
+        report: the report of the run, with judged rounds.
+        limit: largest allowed drop of the fitness.
+        reference: fitness from which drops are measured.
+        start: cost of the model that the run started from: "flops" and "params", as far as they are known, as fractions
+            of the dense model.
     """
     good = max((row.number for row in report.rounds if row.held), default=0)
     finished = report.status == "finished"

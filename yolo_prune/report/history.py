@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a run did over its epochs, as series to draw: the fitness, the FLOPs kept, the cuts and what was taken back."""
+"""The course of a run over its epochs, as series for charts: fitness, FLOPs kept, cuts and rollbacks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ Line = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class History:
-    """The course of a run; positions are numbers of finished epochs.
+    """The course of a run. Positions on the axis are numbers of finished epochs.
 
     Attributes:
-        last: the end of the axis: the epochs of the run, or more if more were trained.
-        epochs: how many were logged.
-        rounds: in order; each was cut at its `epoch`.
-        lines: `(epochs, fitness)`, a new line wherever the model became another one or was not measured.
-        kept: `(epochs, percent of the dense FLOPs)`, from there on; the last one says where the training ends.
-        back: `(from, to)` of what was trained and taken back.
+        last: end of the axis: the epochs of the run, or more if more were trained.
+        epochs: number of epochs in the log.
+        rounds: the rounds in order; each cut was made at the `epoch` of its round.
+        lines: lines of points `(epochs, fitness)`. A new line starts if the model changes or was not measured.
+        kept: points `(epochs, percent of the dense FLOPs)`; each value is valid up to the next point, and the last
+            point marks the end of the training.
+        back: `(start, end)` of each part that was trained and rolled back.
         dense: fitness of the dense model.
-        limit: the lowest fitness that was allowed, if there was one.
+        limit: lowest allowed fitness, if there was a limit.
     """
 
     last: int
@@ -36,7 +37,7 @@ class History:
 
     @classmethod
     def of(cls, report: Report, limit: float | None = None) -> History:
-        """Read the series off a report."""
+        """Make the series from a report."""
         epochs = [row.epoch for row in report.epochs_log]
         return cls(
             last=max([report.epochs or 1, *epochs, *(row.epoch for row in report.rounds)]),
@@ -51,7 +52,7 @@ class History:
 
     @property
     def fitness(self) -> list[float]:
-        """Every fitness that a chart shows, but for those right after cuts, which are far below all others."""
+        """All fitness values in a chart, except those right after cuts, which are far below the others."""
         recovered = (row.fitness.recovered for row in self.rounds)
         known = (value for value in (self.dense, self.limit, *recovered) if value is not None)
         return [*known, *(value for line in self.lines for _, value in line)]
@@ -63,7 +64,7 @@ class History:
 
 
 def fitness_lines(report: Report) -> list[Line]:
-    """The fitness over the epochs, interrupted wherever the model became another one, or was not measured."""
+    """The fitness over the epochs. A new line starts if the model changes or was not measured."""
     starts = {row.epoch: first_known(row.fitness.recovered, row.fitness.cut) for row in report.rounds}
     lines: list[Line] = []
     current: Line = []
@@ -83,9 +84,9 @@ def fitness_lines(report: Report) -> list[Line]:
 
 
 def flops_kept(report: Report) -> Line:
-    """Percent of the dense FLOPs from which epoch on, and once more at the end; empty if not known.
+    """The percentage of the dense FLOPs from each change on, and again at the end; empty if it is not known.
 
-    The log says what was trained; a cut that no epoch has followed yet, only its round.
+    The epochs in the log give the cost of the trained models. A cut without an epoch after it is only in its round.
     """
     log = [(row.epoch - 1, row.flops) for row in sorted(report.epochs_log, key=lambda r: r.epoch)]
     trained = log[-1][0] + 1 if log else 0
@@ -102,7 +103,7 @@ def flops_kept(report: Report) -> Line:
 
 
 def back_until(report: Report, row: RoundRow) -> int:
-    """The epoch up to which a round that was taken back was trained."""
+    """The last epoch that was trained in a round that was rolled back."""
     later = [r.epoch for r in report.rounds if r.number > row.number]
     other = [r.epoch - 1 for r in report.epochs_log if r.epoch > row.epoch and r.flops != row.flops]
     trained = [r.epoch for r in report.epochs_log]

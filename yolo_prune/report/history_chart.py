@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A run over its epochs, drawn for `report.html` and `prune.png` alike: the fitness above, the FLOPs kept below."""
+"""The chart of a run over its epochs, for `report.html` and `prune.png`: fitness above, FLOPs kept below."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-ROOM = 26.0  # above the panels, for the names of the cuts
-LOWER = 0.28  # share of the height that the lower of two panels has
-Name = tuple[float, str, list[RoundRow]]  # where it begins, in epochs, and the rounds it stands for
+ROOM = 26.0  # height above the panels for the names of the cuts, in pixels
+LOWER = 0.28  # height of the lower of two panels, as a share of their height
+Name = tuple[float, str, list[RoundRow]]  # left edge in epochs, text, and the rounds that it names
 
 
 def history_chart(history: History, *, width: float, height: float) -> Markup:
     """The chart for a page.
 
     Args:
-        history: with something to draw.
-        width: in pixels where it is not scaled.
-        height: likewise.
+        history: the series of a run; at least one must have data.
+        width: width in pixels, before the page scales the chart.
+        height: height in pixels, before the page scales the chart.
     """
     with svg.default_style():
         figure = svg.blank(width, height)
@@ -42,7 +42,7 @@ def history_chart(history: History, *, width: float, height: float) -> Markup:
             panels[0] if history.measured else None, panels[-1] if history.kept else None, history, svg.PAGE, svg.SIZE
         )
         figure.align_ylabels()
-        svg.settle(figure)
+        svg.fix_layout(figure)
         name_cuts(panels[0], history, svg.PAGE, svg.SIZE)
         return svg.element(figure, "Fitness and FLOPs over the epochs of the run")
 
@@ -50,17 +50,17 @@ def history_chart(history: History, *, width: float, height: float) -> Markup:
 def draw_history(
     above: Axes | None, below: Axes | None, history: History, colours: Mapping[str, str], size: float
 ) -> list[Artist]:
-    """Draw the fitness above, the FLOPs kept below, or the one of them that is known.
+    """Draw the fitness above and the FLOPs kept below, or only one of them if the other is not known.
 
     Args:
         above: axes for the fitness.
         below: axes for the FLOPs.
-        history: what to draw.
-        colours: by the names that `svg.PAGE` has.
-        size: of text, in points.
+        history: the series of a run.
+        colours: colours by name, with the names of `svg.PAGE`.
+        size: size of text, in points.
 
     Returns:
-        What a legend tells apart; it has labels.
+        The labelled artists for a legend.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -68,7 +68,7 @@ def draw_history(
     for axes in (above, below):
         if axes is None:
             continue
-        svg.plain(axes, colours, size)
+        svg.plain_axes(axes, colours, size)
         axes.set_xlim(0, history.last)
         draw = _fitness if axes is above else _flops
         bands = _bands(axes, history, colours)
@@ -84,8 +84,8 @@ def draw_history(
 
 
 def _bands(axes: Axes, history: History, colours: Mapping[str, str]) -> list[Artist]:
-    """Cuts as lines, and what was taken back as bands."""
-    look: dict[str, Any] = {"color": colours["back-soft"], "linewidth": 0, "zorder": 0, "label": "taken back"}
+    """Draw cuts as lines, and epochs that were rolled back as bands."""
+    look: dict[str, Any] = {"color": colours["back-soft"], "linewidth": 0, "zorder": 0, "label": "rolled back"}
     bands: list[Artist] = [axes.axvspan(start, end, **look) for start, end in history.back]
     for row in history.rounds:
         line = axes.axvline(row.epoch, color=_colour(row, colours), linewidth=1.0, linestyle=(0, (3, 3)), zorder=1)
@@ -94,9 +94,9 @@ def _bands(axes: Axes, history: History, colours: Mapping[str, str]) -> list[Art
 
 
 def _fitness(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> list[Artist]:
-    """The fitness; between a cut and the epoch before it the line is interrupted."""
+    """Draw the fitness. Between a cut and the epoch before it, the line is interrupted."""
     known = history.fitness or [0.0]
-    axes.set_ylim(*svg.span([*known, 0.9 * max(known)], margin=0.15))  # small changes look small
+    axes.set_ylim(*svg.span([*known, 0.9 * max(known)], margin=0.15))  # so that small changes look small
     svg.round_ticks(axes.yaxis, most=5)
     axes.set_ylabel("fitness", fontsize=size, color=colours["quiet"], weight="bold")
     handles: list[Artist] = []
@@ -117,7 +117,7 @@ def _fitness(axes: Axes, history: History, colours: Mapping[str, str], size: flo
 
 
 def _marks(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> list[Artist]:
-    """The fitness right after the cuts, and where recovery brought it."""
+    """Draw the fitness right after the cuts, and after recovery."""
     low = axes.get_ylim()[0]
     handles: list[Artist] = []
     for key, label, marker, fill in (
@@ -131,12 +131,15 @@ def _marks(axes: Axes, history: History, colours: Mapping[str, str], size: float
         for mark, (row, value) in zip(marks, known, strict=True):
             svg.tip(mark, f"round {row.number}, {label}: fitness {fitness(value)}")
         handles += marks[:1]
-    _write_low_ones(axes, history, colours, size)
+    _label_low_values(axes, history, colours, size)
     return handles
 
 
-def _write_low_ones(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> None:
-    """Values right after cuts would squeeze all others: those at the foot say how low they are, where there is room."""
+def _label_low_values(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> None:
+    """Write fitness values right after cuts that are below the axis as numbers, if there is room.
+
+    The axis does not reach down to these values, because the other values would then be too close together.
+    """
     low, room = axes.get_ylim()[0], 5 * size * axes.figure.dpi / 72
     place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": size, "color": colours["quiet"]}
     ends = [*(row.epoch for row in history.rounds[1:]), history.last]
@@ -147,7 +150,7 @@ def _write_low_ones(axes: Axes, history: History, colours: Mapping[str, str], si
 
 
 def _flops(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> list[Artist]:
-    """The FLOPs of the model, in percent of the dense one, as steps at the cuts and at ways back."""
+    """Draw the FLOPs of the model, in percent of the dense model, as steps at cuts and rollbacks."""
     axes.set_ylim(0, 105)
     axes.set_yticks((0, 50, 100), labels=("0 %", "50 %", "100 %"))
     axes.set_ylabel("FLOPs kept", fontsize=size, color=colours["quiet"], weight="bold")
@@ -164,7 +167,7 @@ def _flops(axes: Axes, history: History, colours: Mapping[str, str], size: float
 
 
 def name_cuts(axes: Axes, history: History, colours: Mapping[str, str], size: float) -> None:
-    """Write above axes, whose place is final, which rounds the cuts are."""
+    """Write the names of the cuts above the axes. The layout must be final."""
     from matplotlib.font_manager import FontProperties
 
     canvas: Any = axes.figure.canvas
@@ -176,27 +179,30 @@ def name_cuts(axes: Axes, history: History, colours: Mapping[str, str], size: fl
         return float(renderer.get_text_width_height_descent(text, font, False)[0]) * pixel
 
     for left, text, rows in names_of_cuts(history.rounds, wide, end, 4 * pixel):
-        taken_back = all(row.held is False for row in rows)
+        rolled_back = all(row.held is False for row in rows)
         place: dict[str, Any] = {
             "xycoords": axes.get_xaxis_transform(),
             "textcoords": "offset points",
             "weight": "bold",
         }
-        colour = colours["back" if taken_back else "ink"]
+        colour = colours["back" if rolled_back else "ink"]
         label = axes.annotate(text, (left, 1.0), (0, 6), color=colour, fontsize=size, annotation_clip=False, **place)
-        svg.tip(label, "\n".join(_story(row) for row in rows))
+        svg.tip(label, "; ".join(_story(row) for row in rows))
 
 
 def names_of_cuts(rounds: Sequence[RoundRow], wide: Callable[[str], float], end: float, gap: float) -> list[Name]:
-    """Names that do not overlap: where each begins, the name, and the rounds it stands for.
+    """Names of cuts that do not overlap.
 
-    Each cut has its own, as long as fits; where not even short ones fit, neighbours share one.
+    Each cut has its own name, in the longest form that fits. If even short names do not fit, neighbours share a name.
 
     Args:
-        rounds: in order.
-        wide: how many epochs a text covers.
-        end: that no name reaches beyond, in epochs.
-        gap: by which a name begins before its cut and ends before the next, in epochs.
+        rounds: the rounds in order.
+        wide: returns the width of a text, in epochs.
+        end: right edge for all names, in epochs.
+        gap: distance by which a name starts before its cut, and ends before the next name, in epochs.
+
+    Returns:
+        For each name: its left edge in epochs, its text, and the rounds that it names.
     """
     for text in (_with_unit, _with_target, _short):
         names = _shared(rounds, text, wide, end, gap)
@@ -244,8 +250,8 @@ def _colour(row: RoundRow, colours: Mapping[str, str]) -> str:
 
 
 def _story(row: RoundRow) -> str:
-    """A round in a line."""
-    name = f"round {row.number}" + (", taken back" if row.held is False else "")
+    """The description of a round in one line."""
+    name = f"round {row.number}" + (", rolled back" if row.held is False else "")
     target = target_text(row)
     around = row.fitness
     parts = [f"to keep {target}" if target else ""]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`bench.json`: how long exported models take, and how well they agree with the checkpoint, as plain data.
+"""`bench.json`: the latency of exported models, and their differences from the checkpoint, as plain data.
 
 Times are milliseconds, boxes are pixels of the image that the model sees, FLOPs are 2 x MACs of one image.
 """
@@ -24,24 +24,24 @@ FORMAT = 1
 BENCH = "bench.json"
 FILE = JsonFile(
     "a measurement",
-    missing="There is no measurement at {path}.",
-    unreadable="The measurement {path} cannot be read: {why}.",
+    missing="There is no measurement at {path}. Pass a file that 'yolo-prune bench ... save=bench.json' wrote.",
+    unreadable="The measurement {path} cannot be read: {why}. Check the path and its permissions.",
     broken="{path} is not complete JSON: {why}. Measure again.",
     wrong="{path} is not a measurement: {why}. Measure again.",
 )
 _Real = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PRECISIONS = {None: "fp32", 32: "fp32", 16: "fp16", 8: "int8"}
-"""What Ultralytics calls `quantize`, in words."""
+"""The precision for each value of Ultralytics' argument `quantize`."""
 
 
 class Tolerance(_Row):
-    """The largest differences that an export is allowed; None: any.
+    """The largest allowed differences of an export. None allows any difference.
 
     Attributes:
-        outputs: of any raw output, as a share of the largest of its kind (boxes, scores, ...).
-        boxes: of any side of a detection's box, in pixels.
-        scores: of any detection's score.
-        quality: by which the mAP may be lower or higher.
+        outputs: difference of a raw output, relative to the largest output of its kind (boxes, scores, ...).
+        boxes: difference of a side of a detected box, in pixels.
+        scores: difference of the score of a detection.
+        quality: difference of the mAP, lower or higher.
     """
 
     outputs: _Float = None
@@ -56,7 +56,7 @@ TOLERANCES = {
     "bf16": Tolerance(outputs=0.15, boxes=4.0, scores=0.15, quality=0.01),
     "int8": Tolerance(outputs=0.6, boxes=16.0, scores=0.5, quality=0.03),
 }
-"""By the precision that is computed in: several times what rounding alone does to trained models."""
+"""The tolerance for each precision of the computation: several times the effect of rounding on trained models."""
 NAMES = {"outputs": "raw outputs", "boxes": "boxes", "scores": "scores", "quality": "mAP"}
 UNITS = {"outputs": " of their scale", "boxes": " pixels", "scores": "", "quality": ""}
 
@@ -65,17 +65,17 @@ class Parity(_Row):
     """Largest differences between an exported model and its checkpoint in torch, over the same images.
 
     Attributes:
-        images: how many.
-        precision: fp32, fp16, bf16 or int8, what the tolerance goes by.
-        outputs: of raw outputs (boxes and scores apart), relative to the largest of each; None where their order may
-            differ.
-        boxes: of boxes of the detections in torch, in pixels; None where there was no detection.
-        scores: of their scores.
-        detections: in how many detections this was looked at.
-        finite: no output is infinite or no number where that of the other is.
-        quality_torch: mAP of the checkpoint, with `rect=False`; what Ultralytics calls fitness for other tasks.
+        images: number of images.
+        precision: fp32, fp16, bf16 or int8; it selects the tolerance.
+        outputs: difference of raw outputs, relative to the largest one, for boxes and scores separately; None if the
+            order of the outputs may differ.
+        boxes: difference of the boxes of detections in torch, in pixels; None without detections.
+        scores: difference of the scores of these detections.
+        detections: number of detections that were compared.
+        finite: whether all differences are finite numbers.
+        quality_torch: mAP of the checkpoint, with `rect=False`; for tasks without mAP, Ultralytics' fitness.
         quality: mAP of the exported model.
-        tolerance: what is allowed.
+        tolerance: the largest allowed differences.
     """
 
     images: _Count
@@ -91,19 +91,19 @@ class Parity(_Row):
 
     @property
     def differences(self) -> dict[str, float | None]:
-        """What was measured, under the names of the tolerance."""
+        """The measured differences, with the names of `Tolerance`."""
         change = None if self.change is None else abs(self.change)
         return {"outputs": self.outputs, "boxes": self.boxes, "scores": self.scores, "quality": change}
 
     @property
     def change(self) -> float | None:
-        """By how much the export has a better mAP than the checkpoint."""
+        """The mAP of the export minus the mAP of the checkpoint."""
         known = self.quality is not None and self.quality_torch is not None
         return self.quality - self.quality_torch if known else None  # type: ignore[operator]
 
     @property
     def failures(self) -> list[str]:
-        """What is beyond the tolerance, for people."""
+        """One text for each difference that exceeds the tolerance."""
         broken = [] if self.finite else ["outputs are not finite numbers"]
         return broken + [
             f"{NAMES[name]} differ by {value:.2g}{UNITS[name]} (allowed: {limit:g})"
@@ -116,24 +116,24 @@ class TimingRow(_Row):
     """One model in one format.
 
     Attributes:
-        model: its name, as in the table.
-        format: as Ultralytics calls it, or torch.
-        precision: that was exported: fp32, fp16, int8.
-        computed: precision that the runtime computes in, where it says so.
-        runtime: and its version.
-        flops: of one image.
-        params: parameters.
-        size_mb: of the exported file or folder, in 1e6 bytes.
-        times_ms: of every round; those of one format belong together, round by round.
-        median_ms: of these.
-        quartiles_ms: first and third.
-        ratio: to the first model: median over the rounds, 1 for the first.
-        ratio_interval: 95 % confidence interval of it; smallest and largest of fewer than six rounds.
-        flops_ratio: to the first model.
-        convolutions: in the exported graph; None where it cannot be read.
-        aligned: those of them whose channel counts are multiples of 8.
-        weights: fingerprint of the checkpoint's weights, `subjects.fingerprint`.
-        parity: how it agrees with the checkpoint.
+        model: name of the model, as in the table.
+        format: name of the format in Ultralytics, or torch.
+        precision: precision of the export: fp32, fp16 or int8.
+        computed: precision in which the runtime computes, if it is known.
+        runtime: name and version of the runtime.
+        flops: FLOPs of one image.
+        params: number of parameters.
+        size_mb: size of the exported file or folder, in 1e6 bytes.
+        times_ms: time in each round. The times of the same round in one format are compared.
+        median_ms: median of the times.
+        quartiles_ms: first and third quartile of the times.
+        ratio: latency ratio to the first model: median over the rounds; 1 for the first model.
+        ratio_interval: 95 % confidence interval of the ratio; with fewer than six rounds, smallest and largest ratio.
+        flops_ratio: FLOPs ratio to the first model.
+        convolutions: number of convolutions in the exported graph; None if the graph cannot be read.
+        aligned: number of convolutions whose channel counts are multiples of 8.
+        weights: fingerprint of the weights of the checkpoint (`subjects.fingerprint`).
+        parity: differences from the checkpoint.
     """
 
     model: str
@@ -157,19 +157,19 @@ class TimingRow(_Row):
 
 
 class Measurement(_Row):
-    """The content of `bench.json`; prints as tables.
+    """The content of `bench.json`. `print` shows it as tables.
 
     Attributes:
         hardware: name of the CPU or GPU.
         threads: CPU threads of each runtime; None on a GPU.
-        busy: cores that other programs used before the first round; None if that is unknown.
+        busy: number of cores that other programs used before the first round; None if it is unknown.
         rounds: number of rounds, for each format.
         failed: formats that could not be measured, with the reason.
 
     Example:
         >>> import yolo_prune
-        >>> found = yolo_prune.bench(["best.pt", "pruned.pt"], format="onnx", imgsz=640, threads=1)
-        >>> [(row.model, row.median_ms, row.ratio) for row in found.rows]
+        >>> measurement = yolo_prune.bench(["best.pt", "pruned.pt"], format="onnx", imgsz=640, threads=1)
+        >>> [(row.model, row.median_ms, row.ratio) for row in measurement.rows]
         [(...), (...)]
     """
 
@@ -196,8 +196,8 @@ class Measurement(_Row):
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> found.models
+            >>> measurement = Measurement.load("bench.json")
+            >>> measurement.models
             ['best.pt', 'pruned.pt']
         """
         return list(dict.fromkeys(row.model for row in self.rows))
@@ -208,8 +208,8 @@ class Measurement(_Row):
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> [row.model for row in found.formats["onnx"]]
+            >>> measurement = Measurement.load("bench.json")
+            >>> [row.model for row in measurement.formats["onnx"]]
             ['best.pt', 'pruned.pt']
         """
         names = dict.fromkeys(row.format for row in self.rows)
@@ -217,12 +217,14 @@ class Measurement(_Row):
 
     @property
     def ends(self) -> tuple[TimingRow, TimingRow] | None:
-        """The first and the last model, in the first format in which both were measured; None if there is no such one.
+        """The rows of the first and the last model, in the first format in which all models were measured.
+
+        None if there is no such format, or only one model.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> first, last = found.ends
+            >>> measurement = Measurement.load("bench.json")
+            >>> first, last = measurement.ends
             >>> first.model, last.model
             ('best.pt', 'pruned.pt')
         """
@@ -234,26 +236,26 @@ class Measurement(_Row):
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> found.renamed(["dense", "half"]).models
+            >>> measurement = Measurement.load("bench.json")
+            >>> measurement.renamed(["dense", "half"]).models
             ['dense', 'half']
         """
-        found = self.model_copy(deep=True)
+        copy = self.model_copy(deep=True)
         new = dict(zip(self.models, names, strict=True))
-        for row in found.rows:
+        for row in copy.rows:
             row.model = new[row.model]
-        return found
+        return copy
 
     def row(self, model: str, format: str) -> TimingRow:
-        """The row of a model in a format. The name is that in the table.
+        """The row of a model in a format. `model` is the name of the model in the table.
 
         Raises:
-            KeyError: If there is none.
+            KeyError: If there is no such row.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> found.row("pruned.pt", "onnx").flops_ratio < 1
+            >>> measurement = Measurement.load("bench.json")
+            >>> measurement.row("pruned.pt", "onnx").flops_ratio < 1
             True
         """
         for row in self.rows:
@@ -266,13 +268,13 @@ class Measurement(_Row):
 
         Raises:
             BenchError: If a format could not be measured.
-            ParityError: If an export does not agree. The message names the model, the format and the number, and its
-                attribute `measurement` is this object.
+            ParityError: If an export does not agree with its checkpoint. The message names the model, the format and
+                the difference. The attribute `measurement` of the error is this object.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> found.check()  # passes, or raises ParityError or BenchError
+            >>> measurement = Measurement.load("bench.json")
+            >>> measurement.check()  # passes, or raises ParityError or BenchError
         """
         judged = [(f"{r.model} as {r.format} ({r.precision})", r.parity) for r in self.rows if r.parity]
         wrong = [f"{name}: {failure}" for name, parity in judged for failure in parity.failures]
@@ -284,64 +286,69 @@ class Measurement(_Row):
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write this as JSON. The file appears whole or not at all.
+        """Write the measurement as JSON. The file is never incomplete.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> path = found.save("bench.json")
+            >>> measurement = Measurement.load("bench.json")
+            >>> path = measurement.save("bench.json")
         """
         return write_text(path, json.dumps(_plain(self.model_dump()), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Measurement:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            PruneError: If the file is missing, cut short, or something else.
+            PruneError: If the file is missing, incomplete, or not a measurement.
 
         Example:
             >>> from yolo_prune.report.measurement import Measurement
-            >>> found = Measurement.load("bench.json")
-            >>> print(found)
+            >>> measurement = Measurement.load("bench.json")
+            >>> print(measurement)
             imgsz ...
         """
         return FILE.load(path, cls)
 
 
-def render(found: Measurement) -> str:
-    """All of a measurement as text: where, then a table per format, then what to know about it."""
-    where = [f"imgsz {found.imgsz}", f"batch {found.batch}", found.hardware]
-    if found.threads:
-        where.append(f"{found.threads} of {found.cores} cores" if found.cores else f"{found.threads} threads")
-    where += [f"{name} {version}" for name, version in found.versions.items() if name != "python"]
-    parts = [", ".join(where)]
-    for format, rows in found.formats.items():
-        parts.append(_timing_table(rows, found.rounds.get(format, 0)))
+def render(measurement: Measurement) -> str:
+    """A measurement as text: the machine and the settings, a table for each format, and notes."""
+    setting = [f"imgsz {measurement.imgsz}", f"batch {measurement.batch}", measurement.hardware]
+    if measurement.threads:
+        setting.append(
+            f"{measurement.threads} of {measurement.cores} cores"
+            if measurement.cores
+            else f"{measurement.threads} threads"
+        )
+    setting += [f"{name} {version}" for name, version in measurement.versions.items() if name != "python"]
+    parts = [", ".join(setting)]
+    for format, rows in measurement.formats.items():
+        parts.append(_timing_table(rows, measurement.rounds.get(format, 0)))
         if any(row.parity for row in rows):
             parts.append(_parity_table([row for row in rows if row.parity]))
-    if not found.rows:
+    if not measurement.rows:
         return "Nothing could be measured."
     parts.append(
-        "Times are of the model alone, without pre- and postprocessing. latency and FLOPs: ratio to the first model, "
-        "over\nthe same rounds (with its 95 % interval); the models took turns."
+        "Times are for the model alone, without pre- and postprocessing. latency and FLOPs are ratios to the first "
+        "model.\nThe models took turns in each round; latency is the median ratio over the rounds, with its 95 % "
+        "interval."
     )
-    parts += filter(None, [busy_note(found)])
+    parts += filter(None, [busy_note(measurement)])
     return "\n\n".join(parts)
 
 
-def busy_note(found: Measurement) -> str:
-    """That others kept the machine busy meanwhile; empty where they hardly did."""
-    if found.busy is None or not found.cores or found.busy <= 0.25 * found.cores:
+def busy_note(measurement: Measurement) -> str:
+    """A note that other programs kept the machine busy; empty if they hardly used it."""
+    if measurement.busy is None or not measurement.cores or measurement.busy <= 0.25 * measurement.cores:
         return ""
-    shown = f"Other programs kept {found.busy:.1f} of {found.cores} cores busy"
+    shown = f"Other programs kept {measurement.busy:.1f} of {measurement.cores} cores busy"
     return f"{shown}: times are longer than on an idle machine."
 
 
 def _timing_table(rows: Sequence[TimingRow], rounds: int) -> str:
     head = ["model", "median ms", "quartiles", "latency", "95 % interval", "FLOPs", "GFLOPs", "M params", "MB"]
     aligned = any(row.convolutions for row in rows)
-    table = [[*head, "convs of 8s"] if aligned else head]
+    table = [[*head, "multiple-of-8 convs"] if aligned else head]
     for index, row in enumerate(rows):
         table.append([
             row.model,

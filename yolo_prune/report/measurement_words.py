@@ -1,61 +1,72 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What pages say of a measurement, beside its tables."""
+"""The texts about a measurement on a page, beside its tables."""
 
 from __future__ import annotations
 
 from yolo_prune.report.measurement import Measurement, TimingRow, busy_note
 
-FEW = 6  # rounds that allow an interval, at least
+FEW = 6  # fewest rounds that allow a confidence interval
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def facts(found: Measurement) -> list[tuple[str, str]]:
-    """How everything was measured: `(what, value)`."""
-    said = [("image", f"{found.imgsz} {TIMES} {found.imgsz}"), ("batch", str(found.batch)), ("on", found.hardware)]
-    if found.threads:
-        said.append(("threads", f"{found.threads} on {found.cores} cores" if found.cores else str(found.threads)))
-    return said + [(name, version) for name, version in found.versions.items() if name != "python"]
+def facts(measurement: Measurement) -> list[tuple[str, str]]:
+    """The settings of the measurement: `(name, value)`."""
+    rows = [
+        ("image", f"{measurement.imgsz} {TIMES} {measurement.imgsz}"),
+        ("batch", str(measurement.batch)),
+        ("on", measurement.hardware),
+    ]
+    if measurement.threads:
+        rows.append(
+            (
+                "threads",
+                f"{measurement.threads} on {measurement.cores} cores"
+                if measurement.cores
+                else str(measurement.threads),
+            )
+        )
+    return rows + [(name, version) for name, version in measurement.versions.items() if name != "python"]
 
 
 def precision(row: TimingRow) -> str:
-    """Of an export, and of its arithmetic where that is another one."""
+    """The precision of an export, and the precision of its computation if it is different."""
     return row.precision if row.computed in (None, row.precision) else f"{row.precision} run in {row.computed}"
 
 
-def ran(found: Measurement, row: TimingRow) -> str:
-    """What a format ran in, and how often."""
-    rounds = found.rounds.get(row.format, 0)
+def runtime_and_rounds(measurement: Measurement, row: TimingRow) -> str:
+    """The runtime of a format, and the number of rounds."""
+    rounds = measurement.rounds.get(row.format, 0)
     return f"{row.runtime}, {rounds} round{'s' * (rounds != 1)}"
 
 
-def checked(found: Measurement) -> list[list[TimingRow]]:
-    """The rows of each format that were compared with torch."""
-    kept = ([row for row in rows if row.parity] for rows in found.formats.values())
+def checked(measurement: Measurement) -> list[list[TimingRow]]:
+    """The rows of each format whose exports were compared with torch."""
+    kept = ([row for row in rows if row.parity] for rows in measurement.formats.values())
     return [rows for rows in kept if rows]
 
 
-def notes(found: Measurement) -> list[str]:
-    """What to know before the figures are believed."""
-    said = [f"format={name} could not be measured: {why}" for name, why in found.failed.items()]
-    if any(found.rounds.get(format, 0) < FEW for format in found.formats):
-        said.append("Where there are fewer than six rounds, the interval is the smallest and the largest ratio.")
-    if not checked(found) and set(found.formats) - {"torch"}:
-        said.append("Whether the exports agree with their checkpoints was not looked at: there was no dataset.")
-    return [*said, *filter(None, [busy_note(found)])]
+def notes(measurement: Measurement) -> list[str]:
+    """Notes about the figures: failed formats, few rounds, missing checks, a busy machine."""
+    texts = [f"format={name} could not be measured: {why}" for name, why in measurement.failed.items()]
+    if any(measurement.rounds.get(format, 0) < FEW for format in measurement.formats):
+        texts.append("With fewer than six rounds, the interval is from the smallest to the largest ratio.")
+    if not checked(measurement) and set(measurement.formats) - {"torch"}:
+        texts.append("The exports were not compared with their checkpoints, because there was no dataset.")
+    return [*texts, *filter(None, [busy_note(measurement)])]
 
 
-def failures(found: Measurement) -> list[str]:
-    """What exports do not agree in with their checkpoints."""
-    rows = [(f"{row.model} as {row.format} ({row.precision})", row.parity) for row in found.rows if row.parity]
+def failures(measurement: Measurement) -> list[str]:
+    """One text for each difference between an export and its checkpoint that exceeds the tolerance."""
+    rows = [(f"{row.model} as {row.format} ({row.precision})", row.parity) for row in measurement.rows if row.parity]
     return [f"{name}: {failure}." for name, parity in rows for failure in parity.failures]
 
 
-def threads(found: Measurement) -> str:
-    """How many of them a runtime had, where that was said."""
-    return f", {found.threads} thread{'s' * (found.threads > 1)}" if found.threads else ""
+def threads(measurement: Measurement) -> str:
+    """The number of threads of the runtimes, as the end of a label; empty if it is unknown."""
+    return f", {measurement.threads} thread{'s' * (measurement.threads > 1)}" if measurement.threads else ""
 
 
 def runtime(row: TimingRow) -> str:
-    """The name of what ran a model, and its format where that says more."""
+    """The name of the runtime of a row, or its format if that is more precise."""
     name = row.runtime.split()[0] if row.runtime else row.format
     return row.format if row.format == "torchscript" else name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`report.html`: what a run did, on one page that needs nothing but itself."""
+"""`report.html`: the report of a run, on one page that needs no other file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ from yolo_prune.report.table import MISSING, difference, fitness, number, percen
 
 PAGE = "report.html"
 MINUS = "\N{MINUS SIGN}"
-WIDE, NARROW = 1040.0, 350.0  # widths of plots, for desks and for phones
+WIDE, NARROW = 1040.0, 350.0  # widths of charts, for large screens and for phones
 
 
 @dataclass(frozen=True)
 class Card:
-    """A figure of the summary: after, before, and how much of it was kept (a share, for a bar) or what changed.
+    """A figure of the summary.
 
-    Where there is no pruned model (yet), `value` is of the dense one and `before` is empty.
+    `value` is the figure after pruning and `before` the one before pruning. `kept` is the share that was kept, for a
+    bar, and `note` says the same or the change in words. If there is no pruned model (yet), `value` is that of the
+    dense model and `before` is empty.
     """
 
     label: str
@@ -50,7 +52,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Bar:
-    """A layer: its name within its module, its channels, and what of the bars they fill, in percent."""
+    """A layer in the chart: its name within its module, its channels, and the lengths of its two bars in percent."""
 
     name: str
     dense: int
@@ -62,14 +64,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A class and the AP that each model has on it; None where it was not validated."""
+    """A class, and its AP for each model; None if the class was not validated."""
 
     name: str
     values: tuple[float | None, ...]
 
     @property
     def change(self) -> str:
-        """The last model against the first."""
+        """AP of the last model minus AP of the first model, as text."""
         return difference(self.values[-1], self.values[0]).replace("-", MINUS)
 
     @property
@@ -85,17 +87,17 @@ def render(
     photos: Sequence[Photo] = (),
     folder: str | Path | None = None,
     names: Sequence[str] = ("dense", "pruned"),
-    found: Measurement | None = None,
+    measurement: Measurement | None = None,
 ) -> str:
-    """The page of a run; parts whose data is missing are left out.
+    """The page of a run. Parts whose data is missing are left out.
 
     Args:
-        report: of the run.
-        front: the models that a run with a limit has been at.
-        photos: images with what two models found, before and after.
-        folder: of the run, for the command that reproduces it.
-        names: of these two models.
-        found: how long they take, under these names.
+        report: the report of the run.
+        front: all models of a run with a limit on the drop.
+        photos: images with the detections of two models, before and after pruning.
+        folder: the folder of the run, for the command that repeats it.
+        names: names of the two models.
+        measurement: the latencies of the two models, under these names.
     """
     least = None if front is None else front.reference - front.limit
     history = History.of(report, least)
@@ -104,7 +106,7 @@ def render(
         title=title(report),
         report=report,
         facts=_facts(report),
-        cards=_cards(report, found),
+        cards=_cards(report, measurement),
         history=history,
         plots=_charts(history),
         searched=_search(front, least),
@@ -112,13 +114,13 @@ def render(
         cut=any(row.fitness.cut is not None for row in report.rounds),
         recovered=any(row.fitness.recovered is not None for row in report.rounds),
         judged=any(row.held is not None for row in report.rounds),
-        taken_back=sum(row.held is False for row in report.rounds),
+        rolled_back=sum(row.held is False for row in report.rounds),
         modules=_modules(report.layers),
         protected=report.protected,
         classes=class_rows([report.dense.classes, report.pruned.classes]),
         photos=photos,
         names=names,
-        bench=found,
+        bench=measurement,
         legend=legend(photos),
         command=command(report, folder),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False) if report.recipe else "",
@@ -127,7 +129,7 @@ def render(
 
 
 def write(template: str, **content: Any) -> str:
-    """A template filled in; everything in it is escaped."""
+    """Render a template. All content is escaped."""
     return _environment().get_template(template).render(version=__version__, **content)
 
 
@@ -151,7 +153,7 @@ def _environment() -> Environment:
 
 
 def class_rows(classes: Sequence[Mapping[str, float]]) -> list[ClassRow]:
-    """Every class that a model was validated on, in order; empty where only one model, or none, was."""
+    """The classes of the models, in order; empty if fewer than two models have class accuracies."""
     if sum(map(bool, classes)) < min(2, len(classes)):
         return []
     names = dict.fromkeys(name for one in classes for name in one)
@@ -160,11 +162,11 @@ def class_rows(classes: Sequence[Mapping[str, float]]) -> list[ClassRow]:
 
 def legend(photos: Iterable[Photo]) -> list[tuple[int, str]]:
     """`(number, name)` of the classes that occur in photos."""
-    return sorted({(m.kind, m.name) for photo in photos for marks in photo.found for m in marks})
+    return sorted({(m.kind, m.name) for photo in photos for marks in photo.detections for m in marks})
 
 
 def command(report: Report, folder: str | Path | None) -> str:
-    """What to type to do the run again."""
+    """The command that repeats the run."""
     recipe = Path(folder, "prune.yaml") if folder else Path("prune.yaml")
     values = {"model": report.model, "data": report.data, "epochs": report.epochs, "imgsz": report.imgsz}
     given = {k: v for k, v in {**values, **report.arguments}.items() if v not in (None, "")}
@@ -182,7 +184,7 @@ def _facts(report: Report) -> list[str]:
     return [fact for fact in facts if fact]
 
 
-def _cards(report: Report, found: Measurement | None) -> list[Card]:
+def _cards(report: Report, measurement: Measurement | None) -> list[Card]:
     dense, pruned = report.dense, report.pruned
     cards = []
     if dense.fitness is not None or pruned.fitness is not None:
@@ -191,20 +193,21 @@ def _cards(report: Report, found: Measurement | None) -> list[Card]:
         value = fitness(pruned.fitness if pruned.fitness is not None else dense.fitness)
         note = "" if change == MISSING else change.replace("-", MINUS)
         cards.append(Card("Fitness", value, "", _before(dense.fitness, pruned.fitness), note, None, tone))
-    ratio, where = report.timed.ratio if report.timed else None, report.timed.runtime if report.timed else ""
-    if found and found.ends:
-        ratio, where = found.ends[1].ratio, measurement_words.runtime(found.ends[1]) + measurement_words.threads(found)
+    ratio, runtime = report.timed.ratio if report.timed else None, report.timed.runtime if report.timed else ""
+    if measurement and measurement.ends:
+        last = measurement.ends[1]
+        ratio, runtime = last.ratio, measurement_words.runtime(last) + measurement_words.threads(measurement)
     for label, unit, before, after, scale in (
         ("FLOPs", "G", dense.flops, pruned.flops, 1e9),
         ("Parameters", "M", dense.params, pruned.params, 1e6),
         ("Checkpoint", "MB", dense.size_mb, pruned.size_mb, 1.0),
-        (f"Latency{where and f', {where}'}", "ms", dense.latency_ms, pruned.latency_ms, 1.0),
+        (f"Latency{runtime and f', {runtime}'}", "ms", dense.latency_ms, pruned.latency_ms, 1.0),
     ):
         if before is None and after is None:
             continue
         kept = after / before if after is not None and before else None
         if kept and unit == "ms":
-            kept = ratio or kept  # round by round, which the medians of all rounds are not
+            kept = ratio or kept  # the ratio compares the same rounds, so it is more exact than the ratio of medians
         note = "" if kept is None else f"{percent(kept, 1)} kept"
         shown = after if after is not None else before
         cards.append(Card(label, number(shown, scale), unit, _before(before, after, scale), note, kept))
@@ -218,7 +221,7 @@ def _before(dense: float | None, pruned: float | None, scale: float = 0.0) -> st
 
 
 def _charts(history: History) -> list[Markup]:
-    """For wide and for narrow screens."""
+    """The chart of a run, once for wide and once for narrow screens."""
     if not history.epochs or not (history.measured or history.kept):
         return []
     return [history_chart(history, width=WIDE, height=430.0), history_chart(history, width=NARROW, height=380.0)]
@@ -228,9 +231,9 @@ def _search(front: Front | None, least: float | None) -> list[Markup]:
     dots = front_dots(front) if front else []
     if len(dots) < 2 or front is None:
         return []
-    what = "FLOPs" if cost_metric(front) == "flops_kept" else "parameters"
-    look: dict[str, Any] = {"title": f"Fitness against {what} of the models that were tried", "up": "fitness"}
-    look |= {"across": f"{what} kept, %", "limit": least}
+    cost = "FLOPs" if cost_metric(front) == "flops_kept" else "parameters"
+    look: dict[str, Any] = {"title": f"Fitness against {cost} of the models that were tried", "up": "fitness"}
+    look |= {"across": f"{cost} kept, %", "limit": least}
     return [
         scatter(dots, width=WIDE, height=380.0, **look),
         scatter(dots, width=NARROW, height=320.0, **look),
@@ -243,7 +246,7 @@ def _rounds(report: Report) -> list[dict[str, Any]]:
         {
             "number": row.number,
             "epoch": row.epoch + 1,
-            "target": (target_text(row) or MISSING) + _came_to(row),
+            "target": (target_text(row) or MISSING) + _reached(row),
             "gflops": number(row.flops, 1e9),
             "flops_kept": percent(row.flops, dense.flops),
             "params": number(row.params, 1e6),
@@ -257,8 +260,8 @@ def _rounds(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _came_to(row: RoundRow) -> str:
-    return f", came to {percent(row.latency.ratio, 1)}" if row.latency and row.latency.ratio else ""
+def _reached(row: RoundRow) -> str:
+    return f", reached {percent(row.latency.ratio, 1)}" if row.latency and row.latency.ratio else ""
 
 
 def _proof(row: RoundRow) -> str:
@@ -267,7 +270,7 @@ def _proof(row: RoundRow) -> str:
 
 
 def _modules(layers: Sequence[LayerRow]) -> list[tuple[str, list[Bar]]]:
-    """Bars of the layers by top-level module, in the order of the architecture."""
+    """The bars of the layers for each top-level module, in the order of the architecture."""
     widest = max((row.dense for row in layers), default=1) or 1
     return [
         (name, [_bar(row, name, widest) for row in rows]) for name, rows in groupby(layers, lambda r: _module(r.name))
@@ -275,7 +278,7 @@ def _modules(layers: Sequence[LayerRow]) -> list[tuple[str, list[Bar]]]:
 
 
 def _module(name: str) -> str:
-    """`model.23` for `model.23.cv2.0.2`; of other names the first part."""
+    """`model.23` for `model.23.cv2.0.2`; for other names, their first part."""
     parts = name.split(".")
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 

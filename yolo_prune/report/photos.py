@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Images of a dataset with what models found in them, as plain data for a page."""
+"""Images with the detections of models, as plain data for a page."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Something a model found; points are fractions of the image's width and height.
+class Detection:
+    """A detection of a model. Points are fractions of the width and the height of the image.
 
     Attributes:
-        name: its class.
-        kind: the number of its class.
-        score: the confidence.
+        name: name of the class.
+        kind: number of the class.
+        score: confidence.
         outline: the corners of a box, rotated box or mask.
         dots: keypoints.
     """
@@ -30,27 +30,27 @@ class Mark:
 
 @dataclass(frozen=True)
 class Photo:
-    """An image, scaled down, and for each model what it found there.
+    """An image, scaled down, with the detections of each model.
 
     Attributes:
-        name: of the file.
+        name: name of the file.
         jpeg: the encoded image.
-        width: in pixels.
-        height: in pixels.
-        found: one tuple of marks for each model.
+        width: width in pixels.
+        height: height in pixels.
+        detections: one tuple of detections for each model.
     """
 
     name: str
     jpeg: bytes
     width: int
     height: int
-    found: tuple[tuple[Mark, ...], ...]
+    detections: tuple[tuple[Detection, ...], ...]
 
     @property
     def base64(self) -> str:
         """The image as text for a data URL."""
         return base64.b64encode(self.jpeg).decode("ascii")
 
-    def corners(self, mark: Mark) -> str:
-        """The outline of a mark in pixels, as an SVG polygon wants it."""
-        return " ".join(f"{x * self.width:.1f},{y * self.height:.1f}" for x, y in mark.outline)
+    def corners(self, detection: Detection) -> str:
+        """The outline of a detection in pixels, in the format of an SVG polygon."""
+        return " ".join(f"{x * self.width:.1f},{y * self.height:.1f}" for x, y in detection.outline)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`prune.png`: what a run took out of each layer, and what that did to the fitness, on one 1600 x 900 slide.
+"""`prune.png`: the channels that a run removed from each layer, and the fitness over the run, in 1600 x 900 pixels.
 
-Drawn on a Figure of its own: pyplot's figures and settings, which Ultralytics uses too, are never touched.
+The picture has its own Figure, because Ultralytics uses the figures of pyplot. The settings of matplotlib are replaced
+while the picture is drawn, and restored after that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from yolo_prune.env.files import write_bytes
 from yolo_prune.report.data import LayerRow, Report
 from yolo_prune.report.history import History
 from yolo_prune.report.history_chart import draw_history, name_cuts
-from yolo_prune.report.svg import default_style, plain
+from yolo_prune.report.svg import default_style, plain_axes
 from yolo_prune.report.table import MISSING, difference, fitness, number, percent
 
 if TYPE_CHECKING:
@@ -26,20 +27,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT, DPI = 16.0, 9.0, 100  # inches, inches, pixels per inch
-LEFT, RIGHT = 0.055, 0.945  # of the figure, shared by both panels
+LEFT, RIGHT = 0.055, 0.945  # edges of both panels, as fractions of the width of the figure
 
-# Blue and vermilion (after Okabe & Ito, 2008) differ in every common colour blindness; the rest is grey.
+# Blue and vermilion (after Okabe & Ito, 2008) look different with every common colour blindness. The rest is grey.
 DENSE, PRUNED, PROTECTED = "#bcd4e6", "#0a5c94", "#8c8c8c"
 INK, QUIET, FAINT, BAND = "#222222", "#666666", "#d9d9d9", "#f5f5f5"
 COLOURS = {"ink": INK, "quiet": QUIET, "faint": FAINT, "sheet": "#ffffff", "dense": DENSE, "pruned": PRUNED}
 COLOURS |= {"cost": "#d55e00", "cost-soft": "#d55e0018", "back": "#a33b00", "back-soft": "#d55e0017"}
 
-GAP = 1.2  # between the convolutions of two modules, in bars
-DIGIT = 0.64  # width over font size of a digit in DejaVu Sans
+GAP = 1.2  # between the convolutions of two modules, in widths of a bar
+DIGIT = 0.64  # width of a digit in DejaVu Sans, as a fraction of the font size
 
 
 def draw(report: Report, path: str | Path) -> Path:
-    """Draw `report` to the PNG file `path`, which appears whole or not at all; None values leave gaps."""
+    """Draw `report` into the PNG file `path`, which is never incomplete. None values leave gaps."""
     buffer = io.BytesIO()
     with default_style():
         compose(report).savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
@@ -47,7 +48,7 @@ def draw(report: Report, path: str | Path) -> Path:
 
 
 def compose(report: Report) -> Figure:
-    """The picture of `report`, not yet drawn."""
+    """The picture of `report` as a Figure, not yet rendered."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,7 +89,7 @@ def _tile(label: str, before: float | None, after: float | None, scale: float) -
 
 
 def title(report: Report) -> str:
-    """What the run did to which model, in a few words."""
+    """A short title of a run: the model, and the share that was kept."""
     name = _shorten(model_name(report.model), 24)
     if report.status == "failed":
         return f"{name}: run failed"
@@ -124,7 +125,7 @@ def _shorten(text: str, length: int) -> str:
 
 @dataclass(frozen=True)
 class _Module:
-    """A top-level module: its label, and its slot and the centres of its bars, in bar widths."""
+    """A top-level module: its label, the edges of its slot, and the centres of its bars, in widths of a bar."""
 
     label: str
     left: float
@@ -137,12 +138,12 @@ def _layers(axes: Axes, layers: Sequence[LayerRow]) -> None:
     if not layers:
         axes.set_xticks([])
         axes.set_yticks([])
-        _say(axes, "no layers recorded")
+        _write_in_the_middle(axes, "no layers recorded")
         return
     modules = _arrange(layers)
     centres = [centre for module in modules for centre in module.centres]
     axes.set_xlim(modules[0].left, modules[-1].right)
-    # Square roots: from zero, like any bar, and yet 16 channels show beside 1024.
+    # A scale of square roots starts at zero, as bars should, and still shows 16 channels beside 1024.
     axes.set_yscale("function", functions=(_root, _square))
     top = max(2, *(max(row.dense, row.pruned or 0) for row in layers))
     axes.set_ylim(0, top * 1.06)
@@ -189,7 +190,7 @@ def _bars(axes: Axes, centres: Sequence[float], layers: Sequence[LayerRow]) -> N
 
 
 def _arrange(layers: Sequence[LayerRow]) -> list[_Module]:
-    """Places for the bars: the runs of a module side by side, every slot wide enough for its label."""
+    """Places for the bars. Consecutive layers of a module share a slot, which is wide enough for its label."""
     runs: list[tuple[str, int]] = []
     for row in layers:
         label = _module_label(row.name)
@@ -197,14 +198,14 @@ def _arrange(layers: Sequence[LayerRow]) -> list[_Module]:
             runs[-1] = (label, runs[-1][1] + 1)
         else:
             runs.append((label, 1))
-    # Widening a slot shrinks the bars, which widens the slots (in bars): a few steps reach the fixed point.
+    # A wider slot makes all bars narrower, so that labels need more widths of a bar. A few steps reach the fixed point.
     panel = (RIGHT - LEFT) * WIDTH * 72  # points
     total = sum(count + GAP for _, count in runs)
     for _ in range(20):
         character = DIGIT * 9 * total / panel
         needed = [max(count + GAP, (len(label) + 0.9) * character) for label, count in runs]
         total = sum(needed)
-        if total > 6 * len(layers):  # a model of many long names: let the labels shrink instead
+        if total > 6 * len(layers):  # a model with many long names: smaller labels instead
             break
     modules, left = [], 0.0
     for (label, count), width in zip(runs, needed, strict=True):
@@ -221,7 +222,7 @@ def _module_label(name: str) -> str:
 
 
 def _label_size(modules: Sequence[_Module]) -> float:
-    """The font size, in points and at most 10, at which every label fits its slot."""
+    """The font size in points, at most 10, with which every label fits into its slot."""
     point = (RIGHT - LEFT) * WIDTH * 72 / modules[-1].right
     fits = ((module.right - module.left) / (len(module.label) + 0.5) for module in modules)
     return min(10.0, min(fits) * point / DIGIT)
@@ -239,7 +240,7 @@ def _history(figure: Figure, report: Report) -> None:
     if above is None and below is None:
         _panel(top, "Fitness while training, and FLOPs kept")
         top.set(xticks=[], yticks=[])
-        _say(top, "nothing recorded")
+        _write_in_the_middle(top, "nothing recorded")
         return
     handles = draw_history(above, below, history, COLOURS, 10)
     words = "Fitness while training, and FLOPs kept" if above else "FLOPs kept (fitness was not measured)"
@@ -252,7 +253,7 @@ def _history(figure: Figure, report: Report) -> None:
 
 
 def _panel(axes: Axes, title: str, pad: float = 0.0) -> None:
-    plain(axes, COLOURS, 10)
+    plain_axes(axes, COLOURS, 10)
     _headline(axes, title, pad)
 
 
@@ -261,7 +262,7 @@ def _headline(axes: Axes, title: str, pad: float) -> None:
 
 
 def _legend(axes: Axes, handles: Sequence[Artist], pad: float) -> None:
-    """A legend in one line, `pad` points above the panel, where there is no data to cover."""
+    """A legend in one line, `pad` points above the panel, so that it covers no data."""
     if handles:
         anchor = (1.0, 1.0 + pad / (72 * HEIGHT * axes.get_position().height))
         place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": anchor, "borderaxespad": 0.0}
@@ -269,5 +270,5 @@ def _legend(axes: Axes, handles: Sequence[Artist], pad: float) -> None:
         axes.legend(handles=list(handles), **place, **look)
 
 
-def _say(axes: Axes, text: str) -> None:
+def _write_in_the_middle(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=13, color=QUIET)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Accuracy against cost: what a search went through, or several models side by side."""
+"""Charts of accuracy against cost: the models of a search, or several models that are compared."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 RADIUS = 6.5  # of a dot, in pixels
-AWAY = RADIUS + 4  # from the middle of a dot to its name
-RINGS = 5  # of that width in which a name may find room
+AWAY = RADIUS + 4  # distance from the middle of a dot to its name
+RINGS = 5  # number of distances (multiples of AWAY) at which a name is tried
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A model: its cost and accuracy, its look, a short name to stand beside it, and more to tell on demand.
+    """A model in a chart: its cost and accuracy, its look, a short name beside it, and a text for its tooltip.
 
-    `look` is `delivered`, `held`, `back`, or the name of a colour of the style sheet.
+    `look` is `delivered`, `held`, `back`, or the name of a colour in the style sheet.
     """
 
     x: float
@@ -47,22 +47,22 @@ def scatter(
     up: str,
     limit: float | None = None,
 ) -> Markup:
-    """Dots over axes, with a line through those that no other dot beats in both.
+    """A chart of models as dots, with a line through the best dots: no other dot is both cheaper and more accurate.
 
     Args:
-        dots: at least one.
-        width: in pixels where it is not scaled.
-        height: likewise.
-        title: for those who cannot see it.
-        across: what the horizontal axis shows.
-        up: what the vertical axis shows.
-        limit: an accuracy to draw a line at.
+        dots: at least one dot.
+        width: width in pixels, before the page scales the chart.
+        height: height in pixels, before the page scales the chart.
+        title: description for screen readers.
+        across: label of the horizontal axis.
+        up: label of the vertical axis.
+        limit: accuracy at which a line is drawn.
     """
     colours = svg.PAGE
     with svg.default_style():
         figure = svg.blank(width, height)
         axes = figure.subplots()
-        svg.plain(axes, colours)
+        svg.plain_axes(axes, colours)
         axes.set_xlim(*svg.span([dot.x for dot in dots], margin=0.12))
         heights = [*(dot.y for dot in dots), *([] if limit is None else [limit])]
         axes.set_ylim(*svg.span(heights, margin=0.15, least=0.02))
@@ -79,8 +79,8 @@ def scatter(
             look = _look(dot.look, colours)
             (drawn,) = axes.plot([dot.x], [dot.y], marker="o", markersize=2 * RADIUS, zorder=3, **look)
             svg.tip(drawn, dot.tip or dot.name)
-        svg.settle(figure)
-        _name(axes, dots, colours)
+        svg.fix_layout(figure)
+        _write_names(axes, dots, colours)
         return svg.element(figure, title)
 
 
@@ -93,10 +93,11 @@ def _look(look: str, colours: Mapping[str, str]) -> dict[str, Any]:
     return {"color": colours[fill], "markeredgecolor": colours[edge], "markeredgewidth": 1.6}
 
 
-def _name(axes: Axes, dots: Sequence[Dot], colours: Mapping[str, str]) -> None:
-    """Write each name at the nearest place where it covers no dot and no other name; a far one gets a line.
+def _write_names(axes: Axes, dots: Sequence[Dot], colours: Mapping[str, str]) -> None:
+    """Write each name at the nearest place where it covers no dot and no other name.
 
-    One for which there is no room is left out: its dot says it where the pointer rests, and tables have it.
+    A name far from its dot gets a line to the dot. A name without room is left out: the tooltip of its dot and the
+    tables show it.
     """
     from matplotlib.transforms import Bbox
 
@@ -115,7 +116,7 @@ def _name(axes: Axes, dots: Sequence[Dot], colours: Mapping[str, str]) -> None:
 
 
 def _place(axes: Axes, label: Annotation, taken: list[Bbox]) -> tuple[float, float] | None:
-    """Move a label to the nearest free place around its dot, and say how far that is from it; None if none is free."""
+    """Move a label to the nearest free place around its dot. Returns its offset; None if there is no free place."""
     canvas: Any = axes.figure.canvas
     area, right = axes.bbox, axes.figure.bbox.x1
     for ring in range(1, RINGS + 1):
@@ -134,7 +135,7 @@ def _place(axes: Axes, label: Annotation, taken: list[Bbox]) -> tuple[float, flo
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats: none costs as little or less and is better. Cheapest first."""
+    """The best points, cheapest first: there is no other point that costs no more and is at least as accurate."""
     best: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
         if not best or point[1] > best[-1][1]:
@@ -143,7 +144,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def front_dots(front: Front) -> list[Dot]:
-    """The points of a search, in percent of the dense model; those that were not measured are left out."""
+    """The points of a search as dots, in percent of the dense model. Points without a measurement are left out."""
     metric = cost_metric(front)
     dots = []
     for point in front.points:
@@ -157,5 +158,5 @@ def front_dots(front: Front) -> list[Dot]:
 
 
 def cost_metric(front: Front) -> str:
-    """What is known of the cost of all models: FLOPs where possible."""
+    """The cost that is known for all models: FLOPs if possible, else parameters."""
     return "flops_kept" if all(p.flops_kept is not None for p in front.points) else "params_kept"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Charts of matplotlib as elements of a page: they take its fonts and its colours, in light and in dark.
+"""Matplotlib charts as elements of a page. They use the fonts and the colours of the page, in light and dark mode.
 
-Only Figures of their own are drawn, in matplotlib's default style: pyplot and a user's settings are never touched.
+Each chart has its own Figure, in matplotlib's default style. pyplot is not used. The settings of the user are replaced
+while a chart is drawn, and restored after that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-SIZE = 12.0  # of all text on a page, in pixels; matplotlib draws SVG with as many units to the inch as points
+SIZE = 12.0  # of all text on a page, in pixels; in matplotlib's SVG, a pixel is as large as a point
 DPI = 72
 TIP = "tip: "
+UNPRINTABLE = {"Cc", "Cs", "Cn"}  # control characters, surrogates, and what is no character
 
-# Names of colours in the style sheet. While matplotlib draws, each is a colour that occurs nowhere else.
+# Names of colours in the style sheet. While matplotlib draws, a unique colour stands for each name.
 NAMES = (
     *("ink", "quiet", "faint", "sheet", "dense", "pruned", "cost", "cost-soft", "back", "back-soft"),
     *(f"m{number}" for number in range(1, 9)),
@@ -36,7 +39,7 @@ PAGE: Mapping[str, str] = {name: f"#0000{index:02x}" for index, name in enumerat
 
 @contextmanager
 def default_style(**settings: Any) -> Iterator[None]:
-    """Matplotlib's own defaults for a while, whatever the user's are; `__` in names of settings stands for a dot."""
+    """Inside, matplotlib uses its default style instead of the user's. `__` in the name of a setting means a dot."""
     from matplotlib import style
 
     with style.context(["default", {name.replace("__", "."): value for name, value in settings.items()}]):
@@ -44,7 +47,7 @@ def default_style(**settings: Any) -> Iterator[None]:
 
 
 def blank(width: float, height: float) -> Figure:
-    """A figure of a size in pixels, which finds the room for its labels itself, until it is `settle`d."""
+    """An empty figure of a size in pixels. It makes room for its labels until `fix_layout` is called."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -54,24 +57,24 @@ def blank(width: float, height: float) -> Figure:
     return figure
 
 
-def settle(figure: Figure) -> None:
-    """Give the axes their final places, so that what follows can be put where there is room."""
+def fix_layout(figure: Figure) -> None:
+    """Give the axes their final places, so that later labels can be placed exactly."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
 def tip(artist: Artist, text: str) -> None:
-    """Let a page show a text where the pointer rests on something."""
+    """Give an artist a tooltip on the page."""
     artist.set_gid(TIP + printable(text))
 
 
 def printable(text: str) -> str:
-    """A text as XML can hold it: without control characters, which names of files may have."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    """A text without control characters: file names may contain them, but XML may not."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(letter) in UNPRINTABLE else letter for letter in text)
 
 
-def plain(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:
-    """Axes without a frame and without marks at their ticks, over faint lines."""
+def plain_axes(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:
+    """Style axes: no frame, no tick marks, and faint horizontal lines."""
     axes.patch.set_visible(False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -82,12 +85,14 @@ def plain(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:
 
 
 def span(values: Sequence[float], margin: float = 0.1, least: float = 0.0) -> tuple[float, float]:
-    """The ends of an axis around values; it begins at 0 where that costs little, and at no less if no value does.
+    """The two ends of an axis around values.
+
+    The axis starts at 0 if this needs little room. It never starts below 0 unless a value is negative.
 
     Args:
-        values: at least one.
+        values: at least one value.
         margin: room beyond the values, as a share of their spread.
-        least: that the axis spans, so that noise does not look like a difference.
+        least: smallest length of the axis, so that noise does not look like a difference.
     """
     low, high = min(values), max(values)
     foot = 0.0 if low >= 0 else -math.inf
@@ -99,7 +104,7 @@ def span(values: Sequence[float], margin: float = 0.1, least: float = 0.0) -> tu
 
 
 def round_ticks(axis: Axis, most: int) -> None:
-    """Ticks at round values, written out, that divide an axis into no more than `most` parts."""
+    """Set ticks at round values, without exponents, that divide an axis into at most `most` parts."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     written_out = ScalarFormatter(useOffset=False)
@@ -112,13 +117,13 @@ def element(figure: Figure, label: str) -> Markup:
     """A figure as an `svg` element.
 
     Args:
-        figure: drawn in the colours of `PAGE`, with text of one size.
-        label: what it shows, for those who cannot see it; no other drawing of this width on a page may have it.
+        figure: the figure, drawn in the colours of `PAGE`, with text of one size.
+        label: description for screen readers; each chart of the same width on a page needs another one.
     """
     for artist in figure.findobj():
         artist.set_clip_on(False)
     buffer = io.StringIO()
-    salt = f"{label} {figure.bbox.width:.0f}"  # the same drawing is the same text; two on a page share no ids
+    salt = f"{label} {figure.bbox.width:.0f}"  # the same chart gives the same text; two charts share no ids
     with default_style(svg__fonttype="none", svg__hashsalt=salt):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
@@ -127,13 +132,13 @@ def element(figure: Figure, label: str) -> Markup:
             if _name(child.tag) in ("metadata", "style"):
                 parent.remove(child)
     for part in root.iter():
-        _adopt(part)
+        _convert(part)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
     return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
 
 
-def _adopt(part: ElementTree.Element) -> None:
-    """Make an element of a drawing one of a page."""
+def _convert(part: ElementTree.Element) -> None:
+    """Convert an element of matplotlib's SVG into an element of the page: names, colours, fonts and tooltips."""
     part.tag = _name(part.tag)
     known = part.attrib.get("id", "")
     if part.tag == "g":
@@ -151,14 +156,14 @@ def _adopt(part: ElementTree.Element) -> None:
 
 
 def _weight(font: re.Match[str]) -> str:
-    return "font-weight: 600" if font[1] else ""  # bold, as the page's own headings are
+    return "font-weight: 600" if font[1] else ""  # bold, as the headings of the page
 
 
 def _name(name: str) -> str:
-    """A name of XML without its namespace."""
+    """An XML name without its namespace."""
     return name.rpartition("}")[2]
 
 
 def _short(value: str) -> str:
-    """Coordinates with no more digits than one can see."""
+    """Coordinates with at most two decimals."""
     return re.sub(r"(\.\d\d)\d+", r"\1", value)

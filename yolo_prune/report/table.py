@@ -57,10 +57,10 @@ HELD = {True: "yes", False: "no", None: MISSING}
 
 
 def rounds_table(report: Report) -> str:
-    """One line per round: what was asked and kept, and the fitness around the cut.
+    """One line for each round: its target, the cost that was kept, and the fitness before and after the cut.
 
-    `epoch` is the epoch that began with the cut, 1-based as in results.csv; the dense model comes first. Where there
-    was a limit on the drop, the last column says whether the round held.
+    `epoch` is the epoch that began with the cut, 1-based as in results.csv. The dense model comes first. If there was a
+    limit on the drop, the last column says whether the round held.
     """
     rows = [
         ["", "", "", "", "", "", "", "fitness", "", "", ""],
@@ -78,7 +78,7 @@ def rounds_table(report: Report) -> str:
 
 
 def target_text(row: RoundRow, unit: bool = True) -> str:
-    """What the round was asked to keep, as in `65 % FLOPs` or `65 %`; empty when the report does not say."""
+    """The target of a round, as in `65 % FLOPs` or `65 %`; empty if the report has no target."""
     names = {"flops": "FLOPs"}
     parts = (f"{100 * keep:.3g} % {names.get(name, name) if unit else ''}" for name, keep in row.target.items())
     return ", ".join(map(str.strip, parts))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""When, inside an Ultralytics run?"""
+"""The pruning run: what happens at each event of an Ultralytics run."""

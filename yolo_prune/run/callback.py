@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""When things happen during an Ultralytics run."""
+"""The callback: what this package does at each event of an Ultralytics run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from yolo_prune.run.state import PruningTrainer, run_of
 class PruneCallback:
     """`callbacks=prune`: cuts the model in rounds while it trains.
 
-    Holds only what the user asked for, so that it can be pickled and shared; the state of a run is on its trainer.
+    It holds only the recipe and the name of the model, so that it can be pickled and shared. The state of a run is on
+    its trainer.
     """
 
     EVENTS = (
@@ -31,11 +32,11 @@ class PruneCallback:
     )
 
     def __init__(self, recipe: Recipe, source: str = "") -> None:
-        """Remember what to do.
+        """Make a callback for a recipe.
 
         Args:
             recipe: the resolved recipe.
-            source: the model the user named, for the report.
+            source: the model that the user named; the report shows it.
         """
         self.recipe = recipe
         self.source = source
@@ -46,45 +47,45 @@ class PruneCallback:
             callbacks[event].append(getattr(self, event))
 
     def detach(self, callbacks: dict[str, list[Any]]) -> None:
-        """Take this callback out again: the next run is another one."""
+        """Remove this callback, because it belongs to one run only."""
         for event in self.EVENTS:
             callbacks[event].remove(getattr(self, event))
 
     def on_pretrain_routine_end(self, trainer: PruningTrainer) -> None:
-        """Everything is set up, nothing is trained yet: fix the rounds, or refuse."""
+        """The run is set up but not yet trained: fix its rounds, or refuse the run."""
         trainer.pruning = start(trainer, self.recipe, self.source)
 
     def on_train_epoch_start(self, trainer: PruningTrainer) -> None:
-        """No batch is in flight: cut, if a round is due."""
+        """No batch is being processed at this point: cut the model if a round is due."""
         run = run_of(trainer)
         journal.untrack(trainer)
-        trainer.cadence.epoch_starts(trainer)
+        trainer.accumulation.epoch_starts(trainer)
         if run.exact:
             resume.seed_epoch(trainer)
         if (early := run.recipe.recover.rewind) and not run.done:
-            live.keep_early(trainer, early.epoch)
+            live.save_early_weights(trainer, early.epoch)
         if run.recipe.limit is not None and not trainer.epoch and not run.due(0):
-            verdict.take_reference(trainer)
+            verdict.measure_reference(trainer)
         while due := run.due(trainer.epoch):
             if rounds.perform(trainer, run, due):
                 break
         if due and run.exact:
             resume.seed_epoch(trainer)
         trainer.warm_up.epoch_starts(trainer)
-        if run.done and run.recipe.recover.refit and run.recipe.recover.average:  # there is something to remember
+        if run.done and run.recipe.recover.refit and run.recipe.recover.average:  # refitted weights are worth averaging
             share = run.recipe.recover.average
-            live.average_over(trainer, share * run.stage(trainer.epochs))  # each time: NaN recovery makes a new one
+            live.average_over(trainer, share * run.stage(trainer.epochs))  # in each epoch: NaN recovery resets the EMA
 
     def on_train_batch_end(self, trainer: PruningTrainer) -> None:
-        """One more batch since the optimizer's last step, or none."""
-        trainer.cadence.batch_ends()
+        """Count the batches since the last step of the optimizer."""
+        trainer.accumulation.batch_ends()
 
     def on_train_epoch_end(self, trainer: PruningTrainer) -> None:
-        """An epoch was trained; `on_fit_epoch_end` follows once it is validated."""
+        """An epoch was trained. `on_fit_epoch_end` follows after its validation."""
         run_of(trainer).epoch_open = True
 
     def on_fit_epoch_end(self, trainer: PruningTrainer) -> None:
-        """An epoch was validated: take it down. After the final validation this fires once more; that is no epoch."""
+        """An epoch was validated: log it. Ultralytics also calls this after the final validation, which is no epoch."""
         run = run_of(trainer)
         if ranks.first():
             if run.epoch_open:
@@ -93,10 +94,10 @@ class PruneCallback:
         run.epoch_open = False
 
     def on_train_end(self, trainer: PruningTrainer) -> None:
-        """The run is over: check what it delivers and write the report."""
+        """The run is over: check the delivered checkpoint and write the report."""
         finish(trainer, run_of(trainer))
         trainer.tidy()  # integrations upload the folder after this
 
     def teardown(self, trainer: PruningTrainer) -> None:
-        """The run is over, well or badly."""
+        """The run is over, with or without an error."""
         journal.fail(trainer, sys.exc_info()[1])

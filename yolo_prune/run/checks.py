@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What is refused before a run begins, with the reason and the way round. Nothing is written yet."""
+"""Checks before a run begins, when nothing is written yet. A refusal names the reason and an alternative."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings that pruning does not work with.
 
     Raises:
-        RunError: Names the setting, the reason and the way round.
+        RunError: If a setting does not work with pruning. The message names the setting, the reason and an alternative.
     """
     refused = {
         "compile": (
@@ -54,53 +54,55 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if wrong:
             raise RunError(f"{key}={settings[key]!r} does not work with callbacks=prune: {why}. Instead, {remedy}.")
     if settings.get("save") is False:
-        raise RunError("save=False does not work with callbacks=prune: the pruned model would be lost. Leave it out.")
+        raise RunError("save=False does not work with callbacks=prune: the pruned model would be lost. Leave save out.")
 
 
 def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Refuse a limit on the drop in a run that does not validate."""
     if recipe.limit is not None and settings.get("val") is False:
-        raise RunError("A limit on the drop (max_drop) needs validation after each epoch: leave val=False out.")
+        raise RunError("A limit on the drop (max_drop) needs validation after each epoch. Leave val=False out.")
 
 
 def check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
-    """Refuse a distillation that Ultralytics would only find impossible once the run has begun."""
+    """Refuse a distillation that cannot work. Ultralytics would refuse it too, but only after the run has begun."""
     teacher = settings.get("distill_model")
     if not (recipe.recover.distill or teacher):
         return
     if "distill_model" not in DEFAULT_CFG_DICT:
-        raise RunError(f"Distillation needs a later Ultralytics than {ULTRALYTICS}: pip install -U ultralytics.")
+        raise RunError(
+            f"Distillation needs a newer release of Ultralytics than {ULTRALYTICS}: pip install -U ultralytics."
+        )
     key = "recover.distill" if recipe.recover.distill else "distill_model"
     if not _levels(model.model):
-        raise RunError(f"{key} needs a model with a detection head, and this one is for {model.task}. Leave it out.")
+        raise RunError(f"{key} needs a model with a detection head; this model is for {model.task}. Leave {key} out.")
     if recipe.recover.distill and teacher:
         raise RunError(f"recover.distill and distill_model={teacher} both name a teacher. Leave one of them out.")
     if recipe.recover.distill and not origin(model):
         raise RunError(
-            "recover.distill uses the checkpoint that the run starts from as teacher, and this model comes from no "
-            "file. Save it and start from the .pt, or leave recover.distill out."
+            "recover.distill uses the checkpoint that the run starts from as teacher, and this model was not loaded "
+            "from a file. Save the model and start from the .pt file, or leave recover.distill out."
         )
-    if teacher and Path(str(teacher)).is_file():  # else Ultralytics may know where to download it from
+    if teacher and Path(str(teacher)).is_file():  # otherwise Ultralytics may download the teacher
         levels = [_levels(module) for module in (model.model, load_checkpoint(teacher)[0])]
         if levels[0] != levels[1]:
             raise RunError(
-                f"distill_model={teacher} cannot teach this model: it detects on {levels[1]} levels, the model on "
-                f"{levels[0]}. Pass a checkpoint of the same family."
+                f"distill_model={teacher} cannot teach this model: the teacher detects on {levels[1]} levels, the "
+                f"model on {levels[0]}. Pass a checkpoint of the same family."
             )
     elif teacher and Path(str(teacher)).suffix != ".pt":
-        raise RunError(f"distill_model='{teacher}' is no checkpoint. Pass the path of a .pt file.")
+        raise RunError(f"distill_model='{teacher}' is not a checkpoint. Pass the path of a .pt file.")
 
 
 def _levels(module: Any) -> int:
-    """Levels on which a model detects; 0 without a detection head."""
+    """Number of levels on which a model detects; 0 without a detection head."""
     return next((len(layer.f) for layer in module.model if isinstance(layer, Detect)), 0)
 
 
 def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -> None:
-    """Try the whole recipe on the model that was named, before a run folder exists."""
+    """Try the whole recipe on the model before a run folder exists, to refuse a recipe that does not fit."""
     imgsz = settings["imgsz"]
     size = max(imgsz) if isinstance(imgsz, list | tuple) else int(imgsz)
-    step = stride(module)  # Ultralytics rounds up to it, too
+    step = stride(module)  # Ultralytics also rounds the image size up to a multiple of the stride
     freeze = settings.get("freeze")
     frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
     names = [f"model.{layer}" for layer in frozen]
@@ -109,40 +111,41 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
         graph = planner.survey(module, recipe, size, names)
         present = search.trial(module, graph, recipe, size).present
     except NothingToRemoveError as e:
-        raise RunError(f"{e} Otherwise train without callbacks=prune: a pruned model stays pruned.") from e
+        raise RunError(f"{e} Or train without callbacks=prune: a pruned model keeps its structure.") from e
     schedule.rounds(recipe, int(settings["epochs"]), present)
 
 
 def check_keeps_structure(model: Any, settings: Mapping[str, Any]) -> None:
-    """Refuse weights that would replace a pruned structure by the dense one, or the other way round."""
+    """Refuse weights that would replace a pruned structure by a dense one, or a dense structure by a pruned one."""
     pretrained = settings.get("pretrained", True)
     if is_pruned(model.model):
         if pretrained not in (True, None):
             raise RunError(
-                f"pretrained={pretrained!r} would rebuild the dense model and lose the pruned structure. Leave it out, "
-                "or start from the dense checkpoint."
+                f"pretrained={pretrained!r} would rebuild the dense model and lose the pruned structure. Leave "
+                "pretrained out, or start from the dense checkpoint."
             )
     elif isinstance(pretrained, str | Path) and Path(pretrained).exists():
         weights, _ = load_checkpoint(pretrained)
         if is_pruned(weights):
             raise RunError(
-                f"pretrained={pretrained} is a pruned model; copied into the dense one, its structure would be lost. "
-                f"Pass it as the model instead: model={pretrained}."
+                f"pretrained={pretrained} is a pruned model. Copying its weights into the dense model would lose the "
+                f"pruned structure. Pass it as the model instead: model={pretrained}."
             )
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:
-    """Refuse several devices where Ultralytics does not hand callbacks to their processes."""
+    """Refuse several devices if this release of Ultralytics does not pass callbacks to their processes."""
     device = settings.get("device")
     several = len(device) > 1 if isinstance(device, list | tuple) else "," in str(device)
     if several and not shares_callbacks():
         raise RunError(
-            f"Ultralytics {ULTRALYTICS} does not hand callbacks to the processes of a run on several devices, so that "
-            "they would neither prune nor keep a pruned structure. Train on one device, or pip install -U ultralytics."
+            f"Ultralytics {ULTRALYTICS} does not pass callbacks to the processes of a run on several devices. These "
+            "processes would neither prune nor keep a pruned structure. Train on one device, or pip install -U "
+            "ultralytics."
         )
 
 
 def origin(model: Any) -> Path | None:
-    """The file that a model was loaded from."""
+    """The file that a model was loaded from; None if it was not loaded from a file."""
     path = Path(str(getattr(model.model, "pt_path", None) or ""))
     return path.resolve() if path.is_file() else None

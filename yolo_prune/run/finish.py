@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How a run ends: what it delivers is checked, and its report, picture and page are written."""
+"""The end of a run: the delivered checkpoint is checked, and the report, the picture and the page are written."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def finish(trainer: PruningTrainer, run: RunState) -> None:
             f"{delivered} has not reached the target. Train longer, or give the schedule fewer rounds."
         )
     model = student_of(load_checkpoint(delivered)[0])
-    wanted, found = read_record(live.model_of(trainer)), read_record(model)
-    if not (wanted and wanted.plan and found and found.plan) or found.plan.hash != wanted.plan.hash:
+    expected, record = read_record(live.model_of(trainer)), read_record(model)
+    if not (expected and expected.plan and record and record.plan) or record.plan.hash != expected.plan.hash:
         raise RunError(
-            f"{delivered} does not have the structure of the last round. Do not use it; please report this with "
-            f"{trainer.save_dir / FILE_NAME}."
+            f"{delivered} does not have the structure of the last round. Do not use this checkpoint. Please report "
+            f"this error with {trainer.save_dir / FILE_NAME}."
         )
-    surgery.check_applied(model, found.plan)
-    journal.complete(trainer, run, model, found.plan)
-    journal.log_if_untrained(run.report, trainer.batch_size, live.batches_per_step(trainer))
-    journal.write_front(trainer, run, wanted)
-    _spare("prune.png could not be drawn", lambda: draw(run.report, trainer.save_dir / "prune.png"))
+    surgery.check_applied(model, record.plan)
+    journal.complete(trainer, run, model, record.plan)
+    journal.log_if_no_epoch_helped(run.report, trainer.batch_size, live.batches_per_step(trainer))
+    journal.write_front(trainer, run, expected)
+    _warn_on_failure("prune.png could not be drawn", lambda: draw(run.report, trainer.save_dir / "prune.png"))
     for aside in trainer.wdir.glob("round*.pt"):
         trainer.strip(aside)
-    _spare(f"{PAGE} could not be written", lambda: _write_page(trainer, run.report))
+    _warn_on_failure(f"{PAGE} could not be written", lambda: _write_page(trainer, run.report))
     LOGGER.info(f"\n{rounds_table(run.report)}\n\n{summary_table(run.report)}")
     LOGGER.info(f"{PREFIX}pruned model {colorstr('bold', delivered)}, report {colorstr('bold', trainer.save_dir)}")
 
@@ -59,8 +59,8 @@ def _write_page(trainer: PruningTrainer, report: Report) -> None:
     run_page.at_end(Path(trainer.save_dir), report, dataset=shown, device=trainer.device)
 
 
-def _spare(failure: str, make: Callable[[], object]) -> None:
-    """Make what shows a finished run, which must not be lost for it."""
+def _warn_on_failure(failure: str, make: Callable[[], object]) -> None:
+    """Make a picture or a page. An error becomes a warning, because the finished run must not be lost."""
     try:
         make()
     except Exception as e:

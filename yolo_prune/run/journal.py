@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a pruning run writes down: its report, lines in the log, and figures for experiment trackers."""
+"""The records of a pruning run: its report, its log lines, and its figures for experiment trackers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import EpochRow, Figures, LayerRow, ProtectedRow, Report, RoundRow
 from yolo_prune.report.data import FILE_NAME
-from yolo_prune.report.front import front
+from yolo_prune.report.front import make_front
 from yolo_prune.run import guard, live
 from yolo_prune.run.guard import Stage
 from yolo_prune.run.state import PruningTrainer, RunState
 
 TRACKED = "prune/"
-APART = ("model", "data", "imgsz", "epochs", "task", "mode", "name", "project", "exist_ok", "save_dir", "resume")
-"""Arguments that a report has a key for, or that say where a run lies and not what it does."""
+NOT_LISTED = ("model", "data", "imgsz", "epochs", "task", "mode", "name", "project", "exist_ok", "save_dir", "resume")
+"""Arguments that a report does not list: the report has keys for them, or they only say where the run is stored."""
 
 
 def save(trainer: PruningTrainer, report: Report) -> None:
-    """Write the report; a disk or viewer that does not allow it must not cost a night of training."""
+    """Write the report. An error becomes a warning: a full disk or a locked file must not end a long training."""
     if not ranks.first():
         return
     try:
@@ -41,7 +41,7 @@ def save(trainer: PruningTrainer, report: Report) -> None:
 
 
 def fail(trainer: PruningTrainer, error: BaseException | None) -> None:
-    """Close the report of a run that did not end by itself."""
+    """Mark the report of a run that has failed or was interrupted."""
     run = trainer.pruning
     if run and run.report.status == "running":
         run.report.status = "failed"
@@ -49,8 +49,8 @@ def fail(trainer: PruningTrainer, error: BaseException | None) -> None:
         save(trainer, run.report)
 
 
-def open_new(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
-    """The report of a run that begins; `plan` is what it would do at once."""
+def new_report(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
+    """The report of a new run. `plan` is a trial plan that applies the recipe in one cut."""
     forecast = plan.predicted
     whole = forecast.present(recipe.target.metric) == 1.0
     return Report(
@@ -64,9 +64,9 @@ def open_new(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -
     )
 
 
-def reopen(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> Report:
-    """The report of the run that is resumed, as of its checkpoint; rebuilt from the record where the file is gone."""
-    report = _old(trainer)
+def resumed_report(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> Report:
+    """The report of a resumed run, as it was at the checkpoint. A missing report is made from the record."""
+    report = _saved_report(trainer)
     if report is None:
         flops, params = planner.dense_cost(live.model_of(trainer), record.plan, trainer.args.imgsz)
         report = Report(**_identity(trainer, recipe, source), dense=Figures(flops=flops, params=params))
@@ -82,13 +82,13 @@ def reopen(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record)
     return report
 
 
-def _old(trainer: PruningTrainer) -> Report | None:
+def _saved_report(trainer: PruningTrainer) -> Report | None:
     if not (trainer.save_dir / FILE_NAME).exists():
         return None
     try:
         report = Report.load(trainer.save_dir)
     except PruneError as e:
-        LOGGER.warning(f"{PREFIX}{e} It is begun anew.")
+        LOGGER.warning(f"{PREFIX}{e} A new report is started.")
         return None
     report.status, report.error = "running", None
     return report
@@ -105,22 +105,22 @@ def _identity(trainer: PruningTrainer, recipe: Recipe, source: str) -> dict[str,
         "arguments": {
             key: value
             for key, value in vars(trainer.args).items()
-            if key in DEFAULT_CFG_DICT and key not in APART and value != DEFAULT_CFG_DICT[key]
+            if key in DEFAULT_CFG_DICT and key not in NOT_LISTED and value != DEFAULT_CFG_DICT[key]
         },
     }
 
 
 def log_epoch(trainer: PruningTrainer, run: RunState, number: int) -> None:
-    """Take down an epoch, counted from 1, that was trained and validated."""
+    """Add an epoch that was trained and validated to the report. `number` is counted from 1."""
     flops, params = run.cost
     row = EpochRow(epoch=number, fitness=trainer.fitness, flops=flops, params=params)
-    kept = [r for r in run.report.epochs_log if r.epoch < number]  # an epoch that is redone is written anew
+    kept = [r for r in run.report.epochs_log if r.epoch < number]  # a repeated epoch replaces its old row
     run.report.epochs_log = [*kept, row]
     save(trainer, run.report)
 
 
 def track(trainer: PruningTrainer, run: RunState) -> None:
-    """Add the run's figures to what Ultralytics' integrations (TensorBoard, MLflow, W&B, ...) are about to log."""
+    """Add the figures of the run to the metrics that Ultralytics' integrations (TensorBoard, W&B, ...) log next."""
     flops, params = run.cost
     figures: dict[str, Any] = {"round": run.done}
     if run.report.dense.flops and run.report.dense.params:
@@ -132,19 +132,19 @@ def track(trainer: PruningTrainer, run: RunState) -> None:
 
 
 def untrack(trainer: PruningTrainer) -> None:
-    """Take them out again: results.csv keeps its columns."""
+    """Remove these figures again, so that the columns of results.csv stay the same."""
     trainer.metrics = {k: v for k, v in (trainer.metrics or {}).items() if not k.startswith(TRACKED)}
 
 
 def log_start(trainer: PruningTrainer, report: Report, fitness: float | None) -> None:
-    """Take down how good the model was before the first cut of the run, if that was the dense one."""
+    """Add the fitness before the first cut of the run to the report, if the model was dense then."""
     if not report.rounds and report.dense.size_mb is not None:
         measured = trainer.validator.metrics if fitness is not None and ranks.first() else None
         report.dense = report.dense.model_copy(update={"fitness": fitness, "classes": class_ap(measured)})
 
 
 def log_round(trainer: PruningTrainer, run: RunState, row: RoundRow) -> None:
-    """Take down a round that was performed."""
+    """Add a round that was performed to the report, and log it."""
     report = run.report
     report.rounds = [*(r for r in report.rounds if r.number < row.number), row]
     close_rounds(report, None)
@@ -160,13 +160,13 @@ def log_round(trainer: PruningTrainer, run: RunState, row: RoundRow) -> None:
     )
 
 
-def log_if_untrained(report: Report, batch: int, per_step: int) -> None:
-    """Say so if no epoch after the last cut was as good as what was recovered before any training.
+def log_if_no_epoch_helped(report: Report, batch: int, per_step: int) -> None:
+    """Tell the user if no epoch after the last cut reached the fitness right after recovery.
 
     Args:
-        report: of the run.
+        report: the report of the run.
         batch: images in a batch.
-        per_step: batches whose gradients are gathered for a step of the optimizer.
+        per_step: batches for each step of the optimizer.
     """
     if not report.rounds:
         return
@@ -174,31 +174,39 @@ def log_if_untrained(report: Report, batch: int, per_step: int) -> None:
     since = [e.fitness for e in report.epochs_log if e.fitness is not None and e.epoch > (last.epoch or 0)]
     recovered = last.fitness.recovered
     if recovered is not None and since and max(since) < recovered:
-        more = "Longer training may go beyond it."
+        advice = "Longer training may improve it."
         if per_step > 1:
-            more += f" So may more steps: the optimizer takes one in {per_step} batches, with nbs={batch} one in each."
+            advice += (
+                f" More optimizer steps may also improve it: now there is one step for each {per_step} batches; with "
+                f"nbs={batch} there is one step for each batch."
+            )
         LOGGER.info(
-            f"{PREFIX}no epoch after the last cut came up to the fitness of {recovered:.3f} that was recovered before "
-            f"any training (the best: {max(since):.3f}), so best.pt is that model. {more}"
+            f"{PREFIX}training after the last cut did not improve the model: its fitness was {recovered:.3f} right "
+            f"after recovery and at most {max(since):.3f} in the epochs after that. best.pt is the recovered model. "
+            f"{advice}"
         )
 
 
 def log_verdict(trainer: PruningTrainer, run: RunState, facts: RoundFacts, good: Stage) -> None:
-    """Take down whether a round has held."""
+    """Add the verdict on a round to the report, and log it."""
     row = run.report.rounds[-1]
     row.held, row.fitness.end = facts.held, facts.end
     save(trainer, run.report)
-    end, reference = guard.known(facts.end), guard.known(facts.reference)
+    end, reference = guard.recorded(facts.end, "end"), guard.recorded(facts.reference, "reference")
     fell = f"fitness {end:.4f}, {abs(reference - end):.4f} {'below' if reference > end else 'above'} {reference:.4f}"
     back = f"round {good.number}" if good.number else "the start"
     LOGGER.info(
-        f"{PREFIX}round {row.number} {'held' if row.held else 'cost too much'} ({fell}; limit {run.recipe.limit:g})"
-        + ("" if row.held else f": back to {back}, {good.keep:.3f} of the dense model")
+        f"{PREFIX}round {row.number} {'held' if row.held else 'exceeded the limit'} ({fell}; limit "
+        f"{run.recipe.limit:g})" + ("" if row.held else f": rolled back to {back}, {good.keep:.3f} of the dense model")
     )
 
 
 def close_rounds(report: Report, final: float | None) -> None:
-    """A round's end is what the next one starts from, the last one's the delivered model; where it was judged, that."""
+    """Set the final fitness of the rounds that were not judged.
+
+    The final fitness of a round is the fitness before the next cut. For the last round, it is `final`, the fitness of
+    the delivered model.
+    """
     starts = [*(r.fitness.before for r in report.rounds[1:]), final]
     for row, end in zip(report.rounds, starts, strict=False):
         if row.held is None:
@@ -206,7 +214,7 @@ def close_rounds(report: Report, final: float | None) -> None:
 
 
 def complete(trainer: PruningTrainer, run: RunState, model: nn.Module, plan: Plan) -> None:
-    """Fill in what only the delivered model can tell, and close the report."""
+    """Add the measurements of the delivered model to the report, and mark the report as finished."""
     report = run.report
     flops, params = planner.present_cost(model, run.imgsz(trainer))
     fitness = float(trainer.validator.metrics.fitness)
@@ -227,7 +235,9 @@ def write_front(trainer: PruningTrainer, run: RunState, record: Record) -> None:
     start: dict[str, float] = {run.recipe.target.metric: record.start}
     if record.start == 1.0:
         start = {"flops": 1.0, "params": 1.0}
-    front(run.report, run.recipe.limit, guard.known(record.rounds[0].reference), start).save(trainer.save_dir)
+    make_front(run.report, run.recipe.limit, guard.recorded(record.rounds[0].reference, "reference"), start).save(
+        trainer.save_dir
+    )
 
 
 def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:

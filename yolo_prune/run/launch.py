@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What happens around `YOLO.train`: read our arguments, refuse what cannot work, choose the trainer."""
+"""The new `YOLO.train`: reads the arguments of this package, refuses runs that cannot work, chooses the trainer."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.report import Report
 from yolo_prune.run import checks, journal, schedule
 from yolo_prune.run.callback import PruneCallback
-from yolo_prune.run.settings import further, said, unchosen, without
+from yolo_prune.run.settings import as_arguments, fine_tuning, not_chosen, recommended
 from yolo_prune.run.trainer import KeepStructure, prune_trainer
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `train` was asked for.
+    """The arguments of a call of `train`, resolved.
 
     Attributes:
-        ours: the arguments that are this package's: `callbacks`, `recipe`, `recipe.<field>`.
-        stock: the arguments that are Ultralytics' own.
-        settings: of the run, as `Model.train` is about to resolve them.
-        explicit: keys of the settings that somebody chose.
-        prunes: `callbacks=prune` was passed.
+        ours: the arguments of this package: `callbacks`, `recipe`, `recipe.<field>`.
+        stock: the arguments of Ultralytics.
+        settings: all settings of the run, resolved in the same way as `Model.train` resolves them.
+        explicit: keys of the settings that the user chose.
+        prunes: whether `callbacks=prune` was passed.
     """
 
     ours: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Request:
 
     @classmethod
     def of(cls, model: Any, arguments: Mapping[str, Any]) -> Request:
-        """Resolve arguments as Ultralytics does: defaults, then `cfg=` or the model's own, then what was passed."""
+        """Resolve arguments as Ultralytics does: defaults, then `cfg=` or the model's overrides, then `arguments`."""
         stock = _keys.without_pruning_keys(arguments)
         ours = {key: value for key, value in arguments.items() if key not in stock}
         cfg = stock.get("cfg")
@@ -59,17 +59,17 @@ class Request:
 
     @property
     def recipe_keys(self) -> list[str]:
-        """Our keys but for `callbacks`."""
+        """The keys of this package, except `callbacks`."""
         return [key for key in self.ours if key != "callbacks"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is started that keeps a pruned structure.
+    """How to start a run that keeps a pruned structure.
 
     Attributes:
         callback: cuts the model while it trains; None if this run only keeps the structure.
-        settings: what to pass to Ultralytics beside what the user passed.
+        settings: arguments for Ultralytics, in addition to those of the user.
     """
 
     callback: PruneCallback | None = None
@@ -77,13 +77,13 @@ class Launch:
 
 
 def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
-    """`YOLO.train` with pruning: the stock one, given a prepared trainer class and callbacks.
+    """`YOLO.train` with pruning: calls Ultralytics' own `train` with a prepared trainer class and callbacks.
 
     Args:
         model: the `YOLO` object.
         stock_train: Ultralytics' own `Model.train`.
-        trainer: the trainer class the user passed, or None.
-        arguments: what the user passed to `train`.
+        trainer: the trainer class that the user passed, or None.
+        arguments: the arguments that the user passed to `train`.
 
     Raises:
         PruneError: Before anything is written, if an argument is wrong or the recipe does not fit the model or the run;
@@ -96,7 +96,7 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
     elif request.prunes:
         launch = _prune(model, request)
     else:
-        launch = _keep(model, request)
+        launch = _keep_structure(model, request)
     if launch is None:
         return stock_train(model, trainer=trainer, **request.stock)
     checks.check_devices(request.settings)
@@ -104,21 +104,21 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
 
 
 def _run(model: Any, stock_train: Callable[..., Any], trainer: Any, request: Request, launch: Launch) -> Any:
-    """Train; if that fails, the model is as it was, so that the run can be started once more."""
-    held = model.model, model.ckpt
+    """Train. If training fails, restore the model, so that the run can be started again."""
+    before = model.model, model.ckpt
     if is_pruned(model.model) and not model.ckpt:
-        model.ckpt = {"model": model.model}  # pruned in memory: train it, do not build it anew from YAML
+        model.ckpt = {"model": model.model}  # the model was pruned in memory: do not train a new one from its YAML
     if launch.callback:
         launch.callback.attach(model.callbacks)
     try:
         return stock_train(model, trainer=trainer, **{**request.stock, **launch.settings})
     except BaseException as e:
-        model.model, model.ckpt = held
+        model.model, model.ckpt = before
         ran = model.trainer if isinstance(model.trainer, KeepStructure) else None
         if ran:
             journal.fail(ran, e)
         if ran and isinstance(e, subprocess.CalledProcessError) and getattr(ran, "ddp", False):
-            raise RunError(_failed_worker(ran)) from e  # this process only started those that train
+            raise RunError(_failed_worker(ran)) from e  # this process only started the processes that train
         raise
     finally:
         if launch.callback:
@@ -130,12 +130,12 @@ def _failed_worker(trainer: Any) -> str:
         reason = Report.load(trainer.save_dir).error
     except PruneError:
         reason = None
-    return f"Training on {trainer.world_size} devices failed: {reason or 'see what the processes printed above'}"
+    return f"Training on {trainer.world_size} devices failed: {reason or 'see the output of the processes above'}"
 
 
 def _trainer_class(given: Any, model: Any) -> Any:
     if given is not None and not isinstance(given, type):
-        raise RunError(f"trainer={given!r} is not a class. Pass a subclass of a trainer of Ultralytics.")
+        raise RunError(f"trainer={given!r} is not a class. Pass a subclass of an Ultralytics trainer.")
     return given or model._smart_load("trainer")
 
 
@@ -153,8 +153,8 @@ def _prune(model: Any, request: Request) -> Launch:
     if recipe.recover.distill:
         added["distill_model"] = str(checks.origin(model))
     if model.ckpt and settings.get("pretrained") is not False:
-        gentle = unchosen(recipe, settings, request.explicit)
-        LOGGER.info(f"{PREFIX}the model is trained already, so these settings are used: {said(gentle)}")
+        gentle = recommended(recipe, settings, request.explicit)
+        LOGGER.info(f"{PREFIX}the model is trained already, so these settings are used: {as_arguments(gentle)}")
         added |= gentle
     return Launch(PruneCallback(recipe, str(settings.get("model") or model.model_name)), added)
 
@@ -164,18 +164,18 @@ def _warn(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
         LOGGER.warning(f"{PREFIX}{warning}")
     if (record := read_record(model.model)) and record.active and (model.ckpt or {}).get("optimizer"):
         LOGGER.warning(
-            f"{PREFIX}{settings.get('model')} is of an unfinished pruning run; this begins a new one from it. To "
-            "finish that one, use 'yolo train resume model=...'."
+            f"{PREFIX}{settings.get('model')} belongs to an unfinished pruning run, and this command starts a new run "
+            "from it. To finish the old run instead, use 'yolo train resume model=...'."
         )
     if schedule.sparsity(recipe) and recipe.schedule.start == 0:
         LOGGER.warning(
-            f"{PREFIX}criterion.sparsity: with schedule.start 0 the first cut comes before any sparse training. Give a "
-            "later start, or leave it out."
+            f"{PREFIX}criterion.sparsity: with schedule.start 0 the first cut comes before any sparse training. Set a "
+            "later schedule.start, or leave schedule.start out."
         )
 
 
-def _keep(model: Any, request: Request) -> Launch | None:
-    """A run without our keys: None unless the model is pruned, and then its structure is kept."""
+def _keep_structure(model: Any, request: Request) -> Launch | None:
+    """A run without our keys. A pruned model keeps its structure; for a model that is not pruned, returns None."""
     if request.recipe_keys:
         raise ArgumentError(
             f"'{request.recipe_keys[0]}' has no effect by itself. Add callbacks='prune' to prune while training."
@@ -186,34 +186,36 @@ def _keep(model: Any, request: Request) -> Launch | None:
         return None
     epochs = request.settings["epochs"]
     if isinstance(epochs, int) and not request.explicit & {"optimizer", "lr0", "time"}:
-        better = said(without(request.explicit, further(epochs)))
+        better = as_arguments(not_chosen(request.explicit, fine_tuning(epochs)))
         LOGGER.info(f"{PREFIX}the model is pruned and already trained. Settings that keep its accuracy: {better}")
     return Launch()
 
 
 def _resume(model: Any, request: Request) -> Launch | None:
-    """A run that was interrupted: it goes on with the recipe in its checkpoint, if it was pruning."""
+    """Resume an interrupted run. If the run was pruning, it continues with the recipe in its checkpoint."""
     settings = request.settings
     last = getattr(model.trainer, "last", None)
     if settings["resume"] is True and last and last.exists() and not (model.ckpt or {}).get("optimizer"):
-        raise RunError(f"'{model.ckpt_path}' is not the run that was interrupted. Resume that with YOLO('{last}').")
+        raise RunError(
+            f"'{model.ckpt_path}' is not the checkpoint of the interrupted run. Resume that run with YOLO('{last}')."
+        )
     source = _resume_source(model, settings)
     record = read_record(source)
     if record is None or not record.active:
         if request.prunes or request.recipe_keys:
             raise RunError(
-                "The checkpoint to resume is not of a run that was pruning, so pruning cannot be added to it. Start a "
-                "new run from it instead: leave out resume."
+                "The checkpoint to resume belongs to a run without pruning, and pruning cannot be added to that run. "
+                "Leave out resume: this starts a new run from the checkpoint."
             )
         return Launch() if is_pruned(source) else None
     if request.recipe_keys:
         raise RunError(
-            f"A resumed run keeps the recipe that it began with: leave out {', '.join(request.recipe_keys)}."
+            f"A resumed run keeps the recipe that it began with. Leave out {', '.join(request.recipe_keys)}."
         )
     if settings["resume"] is True and not (model.ckpt or {}).get("optimizer"):
         raise RunError(
-            f"'{model.ckpt_path}' is of a run that has ended; there is nothing to resume. Leave out resume to train "
-            "the pruned model further."
+            f"'{model.ckpt_path}' belongs to a run that has ended, so there is nothing to resume. Leave out resume to "
+            "train the pruned model further."
         )
     checks.check_settings(request.stock)
     recipe = Recipe.model_validate(record.recipe)
@@ -226,6 +228,6 @@ def _resume_source(model: Any, settings: Mapping[str, Any]) -> nn.Module:
     resume = settings["resume"]
     module: nn.Module = model.model
     if isinstance(resume, str | Path):
-        path = resume if Path(resume).exists() else get_latest_run()  # as Ultralytics goes on to
+        path = resume if Path(resume).exists() else get_latest_run()  # the same file that Ultralytics uses
         module = load_checkpoint(path)[0] if path else module
     return module

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What this package does to a running Ultralytics trainer."""
+"""Operations on a running Ultralytics trainer: cut, roll back, validate, save, draw training images."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ from yolo_prune.run.state import PruningTrainer
 
 
 def model_of(trainer: PruningTrainer) -> nn.Module:
-    """The module that is trained, without wrappers; of a distillation, the student."""
+    """The live model: the module that is trained, without wrappers. In a distillation this is the student."""
     return _student(unwrap_model(trainer.model))
 
 
 def average_of(trainer: PruningTrainer) -> nn.Module:
-    """The moving average of `model_of`: what is validated, saved and delivered."""
+    """The moving average (EMA) of the live model. This model is validated, saved and delivered."""
     return _student(trainer.ema.ema)
 
 
 def _student(model: nn.Module) -> nn.Module:
-    for name in ("_teacher_feats", "_student_feats"):  # of the last batch, and with them its graph
+    for name in ("_teacher_feats", "_student_feats"):  # these features keep the autograd graph of the last batch
         getattr(model, name, {}).clear()
     return student_of(model)
 
 
-def keep_record(trainer: PruningTrainer, record: Record) -> None:
-    """Put the record into the live model and its average."""
+def store_record(trainer: PruningTrainer, record: Record) -> None:
+    """Store the record in the live model and in its average."""
     write_record(model_of(trainer), record)
     average_of(trainer).yaml = model_of(trainer).yaml
 
 
 def frozen_modules(trainer: PruningTrainer) -> tuple[str, ...]:
-    """Names of the modules that this run does not train (`freeze=`); the box distribution never is."""
+    """Names of the modules that this run does not train (`freeze=`), without the DFL layer, which is never trained."""
     return tuple(
         name
         for name, module in model_of(trainer).named_modules()
@@ -68,30 +68,30 @@ def frozen_modules(trainer: PruningTrainer) -> tuple[str, ...]:
 
 def cut(trainer: PruningTrainer, plan: Plan) -> None:
     """Apply a plan to the live model, its average and the optimizer, between two batches."""
-    with _making_parameters_anew(trainer):
-        _cut_and_follow(trainer, plan, model_of(trainer), average_of(trainer))
+    with _replacing_parameters(trainer):
+        _cut_with_average(trainer, plan, model_of(trainer), average_of(trainer))
         if projection := _projection(trainer, plan):
-            _cut_and_follow(trainer, projection, unwrap_model(trainer.model).projector, trainer.ema.ema.projector)
+            _cut_with_average(trainer, projection, unwrap_model(trainer.model).projector, trainer.ema.ema.projector)
 
 
 @contextmanager
-def _making_parameters_anew(trainer: PruningTrainer) -> Iterator[None]:
-    """Let go of what holds the old parameters."""
+def _replacing_parameters(trainer: PruningTrainer) -> Iterator[None]:
+    """Inside, parameters may be replaced. References to the old parameters are removed before and after."""
     trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.loss = None  # holds the last batch's graph
+    trainer.loss = None  # it holds the autograd graph of the last batch
     yield
-    trainer.ema._pairs = None  # caches the old tensors; left alone, the average would silently freeze
+    trainer.ema._pairs = None  # a cache of the old tensors; with it, the average would no longer be updated
     _wrap_again(trainer)
 
 
-def _cut_and_follow(trainer: PruningTrainer, plan: Plan, model: nn.Module, averaged: nn.Module) -> None:
+def _cut_with_average(trainer: PruningTrainer, plan: Plan, model: nn.Module, averaged: nn.Module) -> None:
     replaced = surgery.apply(model, plan)
     surgery.apply_to_optimizer(trainer.optimizer, replaced, model, plan)
     surgery.apply(averaged, plan)
 
 
 def _projection(trainer: PruningTrainer, plan: Plan) -> Plan | None:
-    """For `distill_model=`: the layers between student and teacher read what the student's head reads."""
+    """The plan for the projection layers of `distill_model=`: they read the same channels as the student's head."""
     whole = unwrap_model(trainer.model)
     keep: Keep = {}
     shapes: Shapes = {}
@@ -104,7 +104,7 @@ def _projection(trainer: PruningTrainer, plan: Plan) -> Plan | None:
 
 
 def _wrap_again(trainer: PruningTrainer) -> None:
-    """A wrapper for several devices knows the parameters it was made with: make it anew, with the same settings."""
+    """Make the wrapper for several devices again, with the same settings, because it still uses the old parameters."""
     old = trainer.model
     if not isinstance(old, DistributedDataParallel):
         return
@@ -115,26 +115,26 @@ def _wrap_again(trainer: PruningTrainer) -> None:
         "static_graph": old.static_graph,
         buffers: getattr(old, buffers),
     }
-    old._remove_autograd_hooks()  # type: ignore[no-untyped-call]  # of the parameters that stayed the same
+    old._remove_autograd_hooks()  # type: ignore[no-untyped-call]  # else unchanged parameters keep the old hooks
     trainer.model = DistributedDataParallel(old.module, **settings)
 
 
-def structure(trainer: PruningTrainer) -> str:
-    """Hash of the names and shapes of all that is trained and averaged on this rank."""
+def structure_hash(trainer: PruningTrainer) -> str:
+    """Hash of the names and shapes of all tensors of the live model and its average on this rank."""
     shapes = [(n, tuple(t.shape)) for m in (model_of(trainer), average_of(trainer)) for n, t in m.state_dict().items()]
     return hashlib.sha256(repr(shapes).encode()).hexdigest()
 
 
 def go_back(trainer: PruningTrainer, source: nn.Module, plan: Plan) -> None:
-    """Make the live model and its average what a checkpoint of this run holds; the optimizer starts anew.
+    """Roll back: replace the live model and its average by an earlier model of this run, and reset the optimizer.
 
     Args:
         trainer: between two batches.
-        source: the checkpoint's model, cut less.
-        plan: everything that was removed from the model as it is.
+        source: the model of the earlier checkpoint; fewer channels were removed from it.
+        plan: everything that was removed from the present model.
     """
     whole, other = unwrap_model(trainer.model), student_of(source)
-    with _making_parameters_anew(trainer):
+    with _replacing_parameters(trainer):
         replaced = surgery.become(model_of(trainer), other, plan)
         surgery.become(average_of(trainer), other, plan)
         if hasattr(whole, "projector"):
@@ -142,47 +142,50 @@ def go_back(trainer: PruningTrainer, source: nn.Module, plan: Plan) -> None:
             replaced |= surgery.become(whole.projector, projector, Plan({}, {}, {}))
             surgery.become(trainer.ema.ema.projector, projector, Plan({}, {}, {}))
         surgery.start_optimizer_anew(trainer.optimizer, replaced)
-    trainer.fitness = None  # was that of another model
+    trainer.fitness = None  # it belonged to the replaced model
 
 
 def put_aside(trainer: PruningTrainer, aside: Path) -> None:
-    """Move the best checkpoint so far out of the way of one with another structure.
+    """Move best.pt to the file `aside`, because the checkpoint that will replace best.pt has another structure.
 
-    What lies there already stays: a run that was killed after this may have another best checkpoint by now.
+    An existing file is kept: if the run was killed after this step, best.pt may be another checkpoint now.
     """
     if ranks.first() and trainer.best.exists() and trainer.best_fitness is not None and not aside.exists():
         trainer.best.replace(aside)
 
 
 def forget_best(trainer: PruningTrainer) -> None:
-    """Start the search for the best epoch anew: what was best so far has another structure."""
+    """Start the search for the best epoch again, because the best model so far has another structure."""
     trainer.best_fitness = None
-    _wait_from_here(trainer, 0.0)
+    _restart_patience(trainer, 0.0)
 
 
-def _wait_from_here(trainer: PruningTrainer, fitness: float) -> None:
-    """Early stopping counts from this epoch on, for epochs that do not exceed a fitness."""
+def _restart_patience(trainer: PruningTrainer, fitness: float) -> None:
+    """Early stopping counts its patience from this epoch on, and expects a fitness above the given one."""
     trainer.stopper.best_fitness, trainer.stopper.best_epoch = fitness, trainer.epoch
     trainer.stopper.possible_stop = False
 
 
 def take_for_best(trainer: PruningTrainer, path: Path, fitness: float, ended: bool) -> None:
-    """Make a checkpoint kept aside the best one, which later epochs, if the run has not ended, have to exceed."""
+    """Make a kept checkpoint the best one. If the run has not ended, later epochs must exceed its fitness."""
     if ranks.first():
         write_bytes(trainer.best, path.read_bytes())
     trainer.best_fitness = fitness
-    if not ended:  # else a resumed run has to know why
-        _wait_from_here(trainer, fitness)
+    if not ended:  # at the end, the stopper stays as it is, so that a resumed run knows why training stopped
+        _restart_patience(trainer, fitness)
 
 
 def take_average_for_best(trainer: PruningTrainer, fitness: float) -> None:
-    """What was recovered without training is the best model so far: no run delivers less. Patience is for epochs."""
+    """Make the averaged model the best one, right after its recovery, so that the run never delivers a worse model.
+
+    Early stopping does not change, because its patience counts trained epochs only.
+    """
     save_average(trainer, trainer.best)
     trainer.best_fitness = fitness
 
 
 def save_average(trainer: PruningTrainer, path: Path) -> None:
-    """Write the averaged model as a checkpoint like those of epochs, but for the optimizer."""
+    """Write the averaged model as a checkpoint, as Ultralytics does after an epoch, but without the optimizer."""
     if not ranks.first():
         return
     model = deepcopy(trainer.ema.ema).half()
@@ -201,20 +204,21 @@ def hold_early_stopping(trainer: PruningTrainer) -> float:
 
 
 def save_last(trainer: PruningTrainer, ended: bool = False) -> None:
-    """Rewrite last.pt with the present structure, as of the epoch before: recovery and resume restart this epoch.
+    """Write last.pt again with the present structure.
 
-    At epoch 0 there is nothing that could be resumed, and nothing is written.
+    At the start of an epoch, last.pt gets the number of the epoch before, so that NaN recovery and resume repeat this
+    epoch. At the start of epoch 0 nothing is written, because there is no epoch to resume.
 
     Args:
         trainer: at the start of an epoch, or after the last one.
-        ended: after the last one, which last.pt then is of.
+        ended: whether this is after the last epoch; last.pt then gets the number of the last epoch.
     """
     if (trainer.epoch == 0 and not ended) or not ranks.first():
         return
     fitness, period = trainer.fitness, trainer.save_period
     trainer.epoch -= not ended
-    trainer.fitness = trainer.fitness or 0.0  # never equal to the best fitness, None after a cut: best.pt stays
-    trainer.save_period = -1  # what was saved for that epoch stays
+    trainer.fitness = trainer.fitness or 0.0  # best_fitness is None after a cut: they differ, so best.pt is not written
+    trainer.save_period = -1  # the file that save_period wrote for that epoch must stay
     try:
         trainer.save_model()
     finally:
@@ -223,9 +227,9 @@ def save_last(trainer: PruningTrainer, ended: bool = False) -> None:
 
 
 def validate(trainer: PruningTrainer) -> float | None:
-    """Fitness of the averaged model, measured as the run itself does; the run's bookkeeping is left alone.
+    """Fitness of the averaged model, measured with the validator of the run. The state of the run does not change.
 
-    With several ranks, all of them must call it; only the first gets the fitness, the others None.
+    With several ranks, all of them must call this function. Only the first rank gets the fitness; the others get None.
     """
     ranks.share(trainer.ema.ema.buffers())
     if not hasattr(trainer, "loss_items"):  # before the first batch the validator has no names for the losses
@@ -243,12 +247,12 @@ def validate(trainer: PruningTrainer) -> float | None:
 
 
 def training_images(trainer: PruningTrainer, batches: int, seed: int) -> Iterator[Tensor]:
-    """Batches of training images as the model sees them, in an order of their own.
+    """Batches of training images, prepared as for training, in an order that depends only on `seed`.
 
     Args:
         trainer: after its set-up.
-        batches: at most this many; never more than the training set holds.
-        seed: same seed, same images.
+        batches: largest number of batches; a small training set gives fewer.
+        seed: the same seed gives the same images.
     """
     stock = trainer.train_loader
     generator, count = np.random.default_rng(seed), len(stock.dataset)
@@ -263,11 +267,11 @@ def training_images(trainer: PruningTrainer, batches: int, seed: int) -> Iterato
 
 
 def calibration(trainer: PruningTrainer, count: int) -> Calibration:
-    """Training images as validation would show them; where the trainer cannot build that, as training does.
+    """Training images, prepared as for validation, or as for training if the trainer cannot prepare them so.
 
     Args:
         trainer: after its set-up.
-        count: at most this many images.
+        count: largest number of images.
     """
     args, stock = trainer.args, trainer.train_loader
 
@@ -283,7 +287,7 @@ def calibration(trainer: PruningTrainer, count: int) -> Calibration:
             items = draw(_as_validation(trainer), stock.collate_fn, count, args.seed)
             try:
                 prepare(dict(items[0]))
-            except (KeyError, TypeError):  # of models that read texts: only their training set has them
+            except (KeyError, TypeError):  # the model reads texts, which only its training set has
                 items = draw(stock.dataset, stock.collate_fn, count, args.seed)
         return items
 
@@ -291,11 +295,11 @@ def calibration(trainer: PruningTrainer, count: int) -> Calibration:
 
 
 def _as_validation(trainer: PruningTrainer) -> Any:
-    """The training set, read as validation reads its own."""
+    """The training set, with images prepared as for validation."""
     args = trainer.args
     if not hasattr(trainer, "build_dataset"):
         return trainer.train_loader.dataset
-    cache, args.cache = args.cache, False  # or the images would be in memory twice
+    cache, args.cache = args.cache, False  # else the images would be in memory twice
     try:
         return trainer.build_dataset(getattr(trainer, "trainset", None) or trainer.data["train"], "val", 1)
     finally:
@@ -303,40 +307,40 @@ def _as_validation(trainer: PruningTrainer) -> Any:
 
 
 def average_over(trainer: PruningTrainer, epochs: float) -> None:
-    """Make the moving average reach back over some epochs.
+    """Set the decay of the moving average (EMA) so that it reaches back over `epochs` epochs.
 
-    Ultralytics' own begins with hardly any memory and takes some 2000 steps to gain one, so that in a short run it is
-    as noisy as the live model. After a refit there is something to remember.
+    The decay of Ultralytics' own EMA starts at 0 and needs about 2000 steps to rise. In a short run, that EMA is as
+    noisy as the live model. After a refit, the first weights are already good, so the EMA can include them.
     """
     decay = 1 - 1 / max(epochs * steps_per_epoch(trainer), 1)
     trainer.ema.decay = lambda updates: decay
 
 
 def steps_per_epoch(trainer: PruningTrainer) -> float:
-    """Steps that the optimizer takes in an epoch, once it is warm."""
+    """Steps of the optimizer in an epoch, after the warm-up."""
     return len(trainer.train_loader) / batches_per_step(trainer)
 
 
 def batches_per_step(trainer: PruningTrainer) -> int:
-    """Batches whose gradients the optimizer gathers for a step, once it is warm."""
+    """Batches for each step of the optimizer (gradient accumulation), after the warm-up."""
     batches: int = max(round(trainer.args.nbs / trainer.batch_size), 1)
     return batches
 
 
 def start_from_average(trainer: PruningTrainer) -> None:
-    """Make the live model what its average is, on every rank what it is on the first."""
+    """Copy the average of the first rank into the live model of every rank."""
     averaged = average_of(trainer).state_dict()
     ranks.share(averaged.values())
     model_of(trainer).load_state_dict(averaged)
 
 
-def keep_early(trainer: PruningTrainer, epoch: int) -> None:
-    """At the start of an epoch, keep the live weights for `rewind`.
+def save_early_weights(trainer: PruningTrainer, epoch: int) -> None:
+    """At the start of the given epoch, save the live weights for `rewind`.
 
-    They are taken down once: when the epoch is redone, they may be others.
+    They are saved only once, because the weights may be different if the epoch is repeated.
 
     Raises:
-        RunError: If they cannot be written.
+        RunError: If the file cannot be written.
     """
     path = Path(trainer.wdir) / EARLY
 
@@ -349,31 +353,31 @@ def keep_early(trainer: PruningTrainer, epoch: int) -> None:
         ranks.agree(keep)
 
 
-def recall_early(trainer: PruningTrainer, plan: Plan, composed: Plan) -> Early:
-    """The early weights in the structure that the model is about to get. Only the first rank holds the tensors.
+def read_early_weights(trainer: PruningTrainer, plan: Plan, composed: Plan) -> Early:
+    """Read the early weights, in the structure that the next cut gives to the model. Only the first rank has tensors.
 
     Args:
-        trainer: before the cut, so that one that cannot be recovered from is not made.
-        plan: the cut.
+        trainer: before the cut, so that there is no cut if the file cannot be read.
+        plan: plan of the cut.
         composed: everything removed so far, the cut included.
 
     Raises:
-        RunError: On every rank, if the file is missing, damaged or not of this run.
+        RunError: On every rank, if the file is missing, is damaged, or belongs to another run.
     """
     state = average_of(trainer).state_dict()
     wanted = {n: plan.shape_after(n) if n in plan.keep else tuple(t.shape) for n, t in state.items()}
-    held: list[Early] = []
+    early: list[Early] = []
 
     def recall() -> int:
-        held.append(Early.read(Path(trainer.wdir) / EARLY).thinned(composed, wanted))
-        return held[0].updates
+        early.append(Early.read(Path(trainer.wdir) / EARLY).thinned(composed, wanted))
+        return early[0].updates
 
     updates = ranks.agree(recall)
-    return held[0] if held else Early({}, updates=updates)
+    return early[0] if early else Early({}, updates=updates)
 
 
 def rewind(trainer: PruningTrainer, early: Early) -> None:
-    """After the cut: live model and average get the early weights, and the optimizer forgets what it gathered since."""
+    """After the cut, load the early weights into the live model and its average, and reset the optimizer."""
     if ranks.first():
         average_of(trainer).load_state_dict(early.tensors)
     start_from_average(trainer)
@@ -383,7 +387,7 @@ def rewind(trainer: PruningTrainer, early: Early) -> None:
 
 @contextmanager
 def own_randomness(seed: int) -> Iterator[None]:
-    """Draw random numbers from `seed` inside, and leave the run's own sequence as it was."""
+    """Inside, random numbers come from `seed`. Afterwards, the random state of the run is restored."""
     states = random.getstate(), np.random.get_state()
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = [torch.cuda.current_device()] if cuda else []

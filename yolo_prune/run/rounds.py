@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""One round of a run: judge the one before, plan, prove, cut, recover, and set the run's bookkeeping right."""
+"""One round of a run: judge the previous round, plan, prove, cut, recover, and update the records of the run."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from yolo_prune.run.verdict import check_delivers, judge
 
 @dataclass(frozen=True)
 class Decision:
-    """What a round is to do; on several ranks, all follow that of the first.
+    """The decision of a round. With several ranks, all of them follow the decision of the first rank.
 
     Attributes:
-        keep: fraction of the dense model that was aimed at.
-        plan: the cut; None if there is nothing to remove.
-        proof: that the cut is exact; None if the recipe asks for no proof.
-        latency: what the cut model was timed to, if the target is a latency.
+        keep: size to reach, as a fraction of the dense model.
+        plan: plan of the cut; None if there is nothing to remove.
+        proof: proof that the cut is exact; None if the recipe asks for no proof.
+        latency: measured latency of the cut model, if the target is a latency.
     """
 
     keep: float
@@ -50,12 +50,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a cut has left.
+    """The result of a cut.
 
     Attributes:
         composed: everything removed so far, this cut included.
-        fitness: before the cut, right after it, and recovered.
-        reference: fitness that drops are counted from, if there is a limit.
+        fitness: fitness before the cut, right after it, and after recovery.
+        reference: fitness from which drops are measured, if there is a limit.
     """
 
     composed: Plan
@@ -64,24 +64,24 @@ class Outcome:
 
 
 def perform(trainer: PruningTrainer, run: RunState, due: schedule.Round) -> bool:
-    """Perform one round: judge the one before, decide, cut, commit.
+    """Perform one round: judge the previous round, decide, cut, commit.
 
-    Deciding only reads: whatever it raises leaves the run, its model and its files as they were.
+    The decision changes nothing: if it raises an error, the run, its model and its files are as before.
 
     Returns:
-        False if nothing changed. No record is kept of a round without a cut: a resumed run finds it out again.
+        Whether the model changed. A round without a cut is not recorded, because a resumed run decides it again.
     """
     began = time.perf_counter()
     record, changed = judge(trainer, run)
     stages = guard.stages(record.start, record.rounds)
-    if due.settles or guard.is_over(run.recipe, stages):
+    if due.settles or guard.stops_on_breach(run.recipe, stages):
         check_delivers(trainer, run, stages)
         run.advance(trainer)
         return changed
     calibration = _calibration(trainer, run.recipe)
     decision = ranks.agree(lambda: _decide(trainer, run, due, record, calibration))
     if decision.plan is None:
-        why = "an earlier round went this far" if run.recipe.target.keep else "no other size is left to try"
+        why = "an earlier round removed as much" if run.recipe.target.keep else "the search has no other size to try"
         LOGGER.info(f"{PREFIX}round {due.number}: {why}; nothing to remove")
         run.advance(trainer)
         return changed
@@ -91,7 +91,7 @@ def perform(trainer: PruningTrainer, run: RunState, due: schedule.Round) -> bool
 
 
 def conclude(trainer: PruningTrainer, run: RunState) -> None:
-    """Judge what the last cut left, after the last epoch.
+    """Judge the last cut, after the last epoch.
 
     Raises:
         RunError: If no cut held.
@@ -102,7 +102,7 @@ def conclude(trainer: PruningTrainer, run: RunState) -> None:
 
 
 def _calibration(trainer: PruningTrainer, recipe: Recipe) -> Calibration | None:
-    """The training images that scores and refit look at; only the first rank reads them."""
+    """The training images for the scores and the refit. Only the first rank reads them."""
     images = max(planner.images_for(recipe), recipe.recover.refit)
     return live.calibration(trainer, images) if images and ranks.first() else None
 
@@ -115,22 +115,22 @@ def _cut(
     plan: Plan,
     calibration: Calibration | None,
 ) -> Outcome:
-    """Cut the live model, its average and the optimizer, and recover what can be without training."""
+    """Cut the live model, its average and the optimizer, then recover without training."""
     recipe = run.recipe
     before = _fitness_before(trainer, run)
     reference = verdict.reference(trainer, run, record, before)
     composed = record.plan.then(plan) if record.plan else plan
-    whole = bare_copy(live.average_of(trainer)) if recipe.recover.refit and ranks.first() else None
+    uncut = bare_copy(live.average_of(trainer)) if recipe.recover.refit and ranks.first() else None
     if recipe.limit is not None and not record.rounds and trainer.best_fitness is None:
         live.save_average(trainer, trainer.wdir / round_file(0))
-    early = live.recall_early(trainer, plan, composed) if recipe.recover.rewind else None
+    early = live.read_early_weights(trainer, plan, composed) if recipe.recover.rewind else None
     live.cut(trainer, plan)
     _compare_ranks(trainer, composed)
     run.cost = plan.predicted.flops_after, plan.predicted.params_after
     after = live.validate(trainer) if recipe.measure else None
     if early:
         live.rewind(trainer, early)
-    recovered = _recover(trainer, run, due.number, whole, plan, calibration)
+    recovered = _recover(trainer, run, due.number, uncut, plan, calibration)
     return Outcome(composed, RoundFitness(before=before, cut=after, recovered=recovered), reference)
 
 
@@ -143,7 +143,7 @@ def _commit(
     outcome: Outcome,
     seconds: float,
 ) -> None:
-    """Write down what was done: record, best checkpoint, report and last.pt, in an order that survives a kill."""
+    """Save the result of a round: record, best checkpoint, report, last.pt. A kill in between does no harm."""
     plan, metric = decision.plan, run.recipe.target.metric
     if plan is None:
         raise RunError("A round without a plan has nothing to commit.")
@@ -167,7 +167,7 @@ def _commit(
     )
     _forget_best(trainer, record)
     run.advance(trainer)
-    live.keep_record(trainer, replace(record, plan=outcome.composed, rounds=(*record.rounds, facts)))
+    live.store_record(trainer, replace(record, plan=outcome.composed, rounds=(*record.rounds, facts)))
     if outcome.fitness.recovered is not None:
         live.take_average_for_best(trainer, outcome.fitness.recovered)
     journal.log_round(trainer, run, row)
@@ -175,7 +175,10 @@ def _commit(
 
 
 def _forget_best(trainer: PruningTrainer, record: Record) -> None:
-    """What was best so far has another structure: it is kept aside, unless it is a copy of what lies there already."""
+    """Move best.pt to the file of its round, because the checkpoint that will replace best.pt has another structure.
+
+    After a rollback, best.pt is a copy of such a file, so it is deleted instead.
+    """
     last = record.rounds[-1] if record.rounds else None
     if last is None or last.held is not False:
         live.put_aside(trainer, trainer.wdir / round_file(last.number if last else 0))
@@ -188,15 +191,15 @@ def _recover(
     trainer: PruningTrainer,
     run: RunState,
     number: int,
-    whole: nn.Module | None,
+    uncut: nn.Module | None,
     plan: Plan,
     calibration: Calibration | None,
 ) -> float | None:
-    """Recover what can be without training; the fitness after it, where it is measured."""
+    """Recover the model without training. Returns the fitness after recovery, or None if it is not measured."""
     asked = run.recipe.recover
     if asked.refit:
-        if whole is not None and calibration:
-            _refit(trainer, run, number, whole, plan, calibration)
+        if uncut is not None and calibration:
+            _refit(trainer, run, number, uncut, plan, calibration)
         live.start_from_average(trainer)
     else:
         _recalibrate(trainer, run, number)
@@ -208,14 +211,14 @@ def _recover(
 def _decide(
     trainer: PruningTrainer, run: RunState, due: schedule.Round, record: Record, calibration: Calibration | None
 ) -> Decision:
-    """The plan of a round, proved; no plan if earlier rounds went this far, or if a search is over."""
+    """Make and prove the plan of a round. There is no plan if earlier rounds removed as much, or a search is over."""
     ema, recipe, stages = live.average_of(trainer), run.recipe, guard.stages(record.start, record.rounds)
     graph = planner.survey(ema, recipe, run.imgsz(trainer), run.frozen)
     searches = recipe.target.keep is None
     floor = planner.reachable(ema, graph, recipe) if searches else 0.0
     keep = guard.next_keep(stages, due.keep, floor, recipe.target.keep)
     nothing = Decision(keep)
-    if searches and guard.is_found(stages):
+    if searches and guard.search_is_over(stages):
         return nothing
     try:
         aim = Aim(keep, _present(record), guard.tolerance(stages, keep, search.TOLERANCE))
@@ -228,7 +231,13 @@ def _decide(
 
 
 class Aim(NamedTuple):
-    """What a cut is to leave, and what is there before it, of the dense model; and how near to that it has to come."""
+    """The aim of a cut. Sizes are fractions of the dense model.
+
+    Attributes:
+        keep: size to reach.
+        present: size before the cut.
+        tolerance: allowed error, as a fraction of `keep`.
+    """
 
     keep: float
     present: float
@@ -236,17 +245,17 @@ class Aim(NamedTuple):
 
 
 def _present(record: Record) -> float:
-    """Fraction of the dense model that the model is: what the last cut left that was not taken back."""
-    kept = [guard.known(r.keep) for r in record.rounds if r.held is not False]
+    """Present size of the model, as a fraction of the dense model: after the last cut that was not rolled back."""
+    kept = [guard.recorded(r.keep, "keep") for r in record.rounds if r.held is not False]
     return kept[-1] if kept else record.start
 
 
 def _plan(
     trainer: PruningTrainer, run: RunState, due: schedule.Round, graph: Graph, aim: Aim, calibration: Calibration | None
 ) -> tuple[Plan, LatencyRow | None]:
-    """The plan of a round; for a latency, corrected by what is measured."""
+    """The plan of a round. For a latency target, it is corrected with measured latencies."""
     ema, recipe = live.average_of(trainer), run.recipe
-    bar = log.bar(f"{PREFIX}round {due.number}: weighing channels")
+    bar = log.bar(f"{PREFIX}round {due.number}: scoring channels")
 
     def plan(recipe: Recipe, calibration: Calibration | None) -> tuple[Plan, LatencyRow | None]:
         if run.timing is None:
@@ -257,8 +266,8 @@ def _plan(
 
     try:
         return plan(recipe, calibration)
-    except GradientError as e:  # such a model has little to lose, and its run must not end here
-        LOGGER.warning(f"{PREFIX}{e} This round goes by magnitude.")
+    except GradientError as e:  # a model with such gradients has little accuracy to lose, so the run goes on
+        LOGGER.warning(f"{PREFIX}{e} This round uses the criterion magnitude instead.")
         return plan(planner.rehearsal(recipe), None)
 
 
@@ -266,16 +275,16 @@ def _compare_ranks(trainer: PruningTrainer, plan: Plan) -> None:
     """Make sure that every rank has the same model."""
     if not ranks.several():
         return
-    held = ranks.gather((plan.hash, live.structure(trainer)))
-    LOGGER.info(PREFIX + "; ".join(f"rank {i} holds plan {h[:12]}, model {m[:12]}" for i, (h, m) in enumerate(held)))
-    if len(set(held)) > 1:
+    hashes = ranks.gather((plan.hash, live.structure_hash(trainer)))
+    LOGGER.info(PREFIX + "; ".join(f"rank {i} holds plan {h[:12]}, model {m[:12]}" for i, (h, m) in enumerate(hashes)))
+    if len(set(hashes)) > 1:
         raise RunError("The ranks do not hold the same model after the cut. Please report this with the log above.")
 
 
 def _fitness_before(trainer: PruningTrainer, run: RunState) -> float | None:
-    """Fitness of the averaged model as it goes into the cut: known from the last epoch, else measured."""
+    """Fitness of the averaged model before the cut: that of the last epoch if it is known, else measured."""
     known = trainer.fitness if trainer.epoch > trainer.start_epoch else None
-    known = ranks.agree(lambda: None if known is None else float(known))  # later ranks do not know it
+    known = ranks.agree(lambda: None if known is None else float(known))  # only the first rank knows it
     wanted = run.recipe.measure or run.recipe.limit is not None
     before = live.validate(trainer) if known is None and wanted else known
     journal.log_start(trainer, run.report, before)
@@ -283,18 +292,18 @@ def _fitness_before(trainer: PruningTrainer, run: RunState) -> float | None:
 
 
 def _refit(
-    trainer: PruningTrainer, run: RunState, number: int, whole: nn.Module, plan: Plan, calibration: Calibration
+    trainer: PruningTrainer, run: RunState, number: int, uncut: nn.Module, plan: Plan, calibration: Calibration
 ) -> None:
-    """Fit the averaged model, layer after layer, to what it put out before the cut."""
+    """Refit the averaged model, layer by layer, to the layer outputs before the cut."""
     images = calibration.images(run.recipe.recover.refit)
     bar = log.bar(f"{PREFIX}round {number}: refitting layers")
-    used = recover.refit(whole, live.average_of(trainer), plan, images, run.frozen, bar)
+    used = recover.refit(uncut, live.average_of(trainer), plan, images, run.frozen, bar)
     if used < len(images):
-        LOGGER.warning(f"{PREFIX}memory was enough to refit on {used} images only, not on {len(images)}")
+        LOGGER.warning(f"{PREFIX}the memory was enough for a refit on {used} images, not on {len(images)}")
 
 
 def _recalibrate(trainer: PruningTrainer, run: RunState, number: int) -> None:
-    """Estimate the batch norms of the live model and of its average anew; both go on into training."""
+    """Estimate the batch norm statistics of the live model and its average again, because training uses both."""
     batches = min(run.recipe.recover.batchnorm, len(trainer.train_loader))
     seed = trainer.args.seed + number
     for model in (live.model_of(trainer), live.average_of(trainer)) if batches else ():

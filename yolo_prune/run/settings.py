@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Training settings that keep what is left of a trained model, and go up from there."""
+"""Training settings that keep the accuracy of a trained model after a cut, and improve it from there."""
 
 from __future__ import annotations
 
@@ -9,64 +9,65 @@ from typing import Any
 from yolo_prune.recipe import Recipe, Target
 
 TRAINED: dict[str, Any] = {"warmup_bias_lr": 0.0}
-"""For a trained model: in the warm-up every learning rate rises; that of biases fell from 0.1, in Ultralytics' own."""
+"""For a trained model: all learning rates rise in the warm-up. In Ultralytics, the rate of biases falls from 0.1."""
 
 GENTLE: dict[str, Any] = {**TRAINED, "cos_lr": True, "optimizer": "AdamW", "lr0": 0.001}
-"""After a refit: what goes up from it, and ends best. Found by experiment, with `benchmarks/`."""
+"""After a refit: the settings that gave the best result in experiments with `benchmarks/`."""
 
 WARM_UP = 3.0
-"""Epochs, as in Ultralytics; of four epochs, that would leave but one."""
+"""Epochs of the warm-up, as in Ultralytics. In a run of four epochs, only one epoch would follow this warm-up."""
 
 DEEP = {"flops": 0.4, "latency": 0.4, "params": 0.15}
-"""Where no more than this is to be left, there is more to learn anew: twice the learning rate ends better.
+"""Largest fraction of the dense model for which the learning rate is doubled.
 
-So it does where the size is searched for, with few epochs for each.
+A model that is cut this far has more to learn again, and twice the learning rate gave better results. The same is true
+for a search, which has few epochs for each size.
 """
 
 
-def unchosen(recipe: Recipe, settings: Mapping[str, Any], explicit: Set[str]) -> dict[str, Any]:
-    """Settings, of those nobody chose, that keep what a cut left of a trained model.
+def recommended(recipe: Recipe, settings: Mapping[str, Any], explicit: Set[str]) -> dict[str, Any]:
+    """Settings that keep the accuracy of a trained model after a cut, without those that the user chose.
 
-    Ultralytics' learning rates, of biases in the warm-up (0.1) as later, are for training from scratch and undo it. So
-    does no warm-up at all: AdamW's first steps move every weight by the whole rate. Mosaics are not what the weights
-    were refitted on.
+    Ultralytics' default learning rates are for training from scratch, in the warm-up (0.1 for biases) and later. They
+    would destroy the refitted weights. A run without a warm-up would also destroy them, because AdamW's first steps
+    move every weight by the whole learning rate. Mosaics are off, because the refit uses images without mosaics.
 
     Args:
-        recipe: of the run.
-        settings: of the run, as Ultralytics would resolve them.
-        explicit: keys of those that somebody chose.
+        recipe: the recipe of the run.
+        settings: the settings of the run, as Ultralytics would resolve them.
+        explicit: keys of the settings that the user chose.
     """
     wanted = after_refit(recipe.target, int(settings["epochs"])) if recipe.recover.refit else TRAINED
     if "optimizer" in explicit and "Adam" not in str(settings["optimizer"]):
-        explicit = explicit | {"lr0"}  # which is AdamW's
-    return without(explicit, wanted)
+        explicit = explicit | {"lr0"}  # the value in GENTLE is for AdamW only
+    return not_chosen(explicit, wanted)
 
 
 def after_refit(target: Target, epochs: int) -> dict[str, Any]:
-    """The settings of a run after whose cuts the weights are refitted.
+    """The settings of a run that refits the weights after its cuts.
 
     Args:
-        target: how much is to be left.
-        epochs: of the run.
+        target: the target of the recipe.
+        epochs: number of epochs of the run.
     """
     deep = target.keep is None or target.keep <= DEEP[target.metric]
-    return {**further(epochs), "lr0": GENTLE["lr0"] * (2 if deep else 1)}
+    return {**fine_tuning(epochs), "lr0": GENTLE["lr0"] * (2 if deep else 1)}
 
 
-def further(epochs: int) -> dict[str, Any]:
-    """The settings of a run that trains a trained model further.
+def fine_tuning(epochs: int) -> dict[str, Any]:
+    """The settings of a run that fine-tunes a trained model.
 
     Args:
-        epochs: of the run; none of them has mosaics, and no more than half of them warm up.
+        epochs: number of epochs of the run. No epoch uses mosaics, and at most half of them are warm-up.
     """
     return {**GENTLE, "warmup_epochs": min(WARM_UP, epochs / 2), "close_mosaic": epochs}
 
 
-def without(explicit: Set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that nobody chose."""
+def not_chosen(explicit: Set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the user did not choose."""
     return {key: value for key, value in settings.items() if key not in explicit}
 
 
-def said(settings: Mapping[str, Any]) -> str:
+def as_arguments(settings: Mapping[str, Any]) -> str:
     """Settings as they are written on a command line."""
     return " ".join(f"{key}={value}" for key, value in settings.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How a run begins: its rounds are fixed and its report is opened, or it goes on where its checkpoint is."""
+"""The start of a run: its rounds are fixed and its report is opened, or the run is resumed from its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ METRICS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
 
 
 def start(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
-    """Fix the rounds of a run and open its report; on resume, go on where the checkpoint is.
+    """Fix the rounds of a run and open its report, or resume the run from its checkpoint.
 
     Raises:
         PruneError: If the recipe does not fit this model or this run.
     """
     record = read_record(live.model_of(trainer))
-    run = _go_on(trainer, recipe, source, record) if trainer.resume and record else _begin(trainer, recipe, source)
+    run = _resume(trainer, recipe, source, record) if trainer.resume and record else _begin(trainer, recipe, source)
     if run.done < len(run.rounds):
         live.hold_early_stopping(trainer)
     if ranks.first():
@@ -59,40 +59,43 @@ def _aim(recipe: Recipe) -> str:
 def _begin(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
     teacher = getattr(trainer.args, "distill_model", None)
     if teacher and Path(teacher).resolve().parent == Path(trainer.wdir).resolve():
-        raise RunError(f"The teacher {teacher} lies where this run writes its checkpoints. Give the run a new name=.")
+        raise RunError(
+            f"This run would overwrite its teacher {teacher}, which is in the folder of the run. Give the run "
+            "another name=."
+        )
     model, frozen = live.model_of(trainer), live.frozen_modules(trainer)
     record = read_record(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
     plan, present, timing = ranks.agree(lambda: search.trial(model, graph, recipe, trainer.args.imgsz))
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
-    live.keep_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
+    live.store_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
     if ranks.first():
         weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
         for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
-            old.unlink(missing_ok=True)  # of an earlier run in the same folder
+            old.unlink(missing_ok=True)  # these files belong to an earlier run in the same folder
     due = schedule.rounds(recipe, trainer.epochs, present)
-    report = journal.open_new(trainer, recipe, source, plan)
+    report = journal.new_report(trainer, recipe, source, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     exact = bool(trainer.args.deterministic)
     return RunState(recipe, due, report, trainer.stopper.patience, cost, frozen, timing=timing, exact=exact)
 
 
-def _go_on(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> RunState:
+def _resume(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> RunState:
     exact = bool(trainer.args.deterministic)
     if exact:
-        resume.restore(trainer, guard.turns([r.held for r in record.rounds]), trainer.cadence)
+        resume.restore(trainer, guard.structure_changes([r.held for r in record.rounds]), trainer.accumulation)
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
     due = schedule.rounds(recipe, trainer.epochs, record.start)
     cut = record.rounds[-1].number if record.rounds else 0
-    done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # no record is kept of rounds without a cut
-    report = journal.reopen(trainer, recipe, source, record)
+    done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # the record has no rounds without a cut
+    report = journal.resumed_report(trainer, recipe, source, record)
     frozen = live.frozen_modules(trainer)
     run = RunState(recipe, due, report, trainer.stopper.patience, (0.0, 0), frozen, None, done, exact)
     run.cost = planner.present_cost(live.model_of(trainer), run.imgsz(trainer))
     run.timing = ranks.agree(lambda: find(live.model_of(trainer), recipe.target, run.imgsz(trainer)))
     cut_since = bool(record.rounds) and record.rounds[-1].epoch == trainer.start_epoch
-    if len(report.epochs_log) == trainer.start_epoch - 1 and not cut_since:  # killed between last.pt and the report
+    if len(report.epochs_log) == trainer.start_epoch - 1 and not cut_since:  # killed before writing the report
         journal.log_epoch(trainer, run, trainer.start_epoch)
     return run

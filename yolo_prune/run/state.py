@@ -16,17 +16,17 @@ from yolo_prune.run.schedule import Round
 
 
 class PruningTrainer(Protocol):
-    """A trainer of Ultralytics with `KeepStructure`: what this package reads and writes of it.
+    """An Ultralytics trainer with `KeepStructure`: the attributes that this package reads and writes.
 
     Attributes:
-        pruning: the state of the run; None if it does not prune, or is not set up yet.
-        cadence: when the optimizer steps.
-        warm_up: how long these steps are after the optimizer has started anew.
-        stopped_early: the run that is resumed had stopped, for want of progress, when it was killed.
+        pruning: the state of the run; None if the run does not prune or is not set up yet.
+        accumulation: the batches since the last step of the optimizer.
+        warm_up: the warm-up after a reset of the optimizer.
+        stopped_early: whether the resumed run had already stopped early when it was killed.
     """
 
     pruning: RunState | None
-    cadence: Any
+    accumulation: Any
     warm_up: Any
     stopped_early: bool
 
@@ -68,29 +68,29 @@ class PruningTrainer(Protocol):
         """Write last.pt, and best.pt if this epoch is the best."""
 
     def strip(self, path: Any, s: str = "", updates: Any = None) -> Any:
-        """Make a checkpoint of this run a finished one."""
+        """Remove the optimizer from a checkpoint of this run."""
 
     def tidy(self) -> None:
-        """Delete what only a resumed run needs."""
+        """Delete the files that only a resumed run needs."""
 
     def _close_dataloader_mosaic(self) -> None: ...
 
 
 @dataclass
 class RunState:
-    """The state of one pruned run; lives on the trainer as `trainer.pruning`.
+    """The state of one pruning run, stored as `trainer.pruning`.
 
     Attributes:
-        recipe: what was asked for.
-        rounds: when to cut, and how far.
-        report: what was measured so far.
+        recipe: the recipe of the run.
+        rounds: when to cut, and how much to keep.
+        report: the report of the run so far.
         patience: the early stopping patience to restore after the last round.
-        cost: FLOPs and parameters of the model as it is.
+        cost: FLOPs and parameters of the present model.
         frozen: modules that this run does not train (`freeze=`).
-        timing: what takes how long, where the target is a latency.
-        done: rounds that are finished.
-        exact: a resumed run goes on bit for bit (`deterministic=`).
-        epoch_open: an epoch was trained and is not yet in the report.
+        timing: how latency depends on widths, if the target is a latency.
+        done: number of finished rounds.
+        exact: whether the run can be resumed bit for bit (`deterministic=`).
+        epoch_open: whether an epoch was trained and is not yet in the report.
     """
 
     recipe: Recipe
@@ -105,27 +105,27 @@ class RunState:
     epoch_open: bool = False
 
     def due(self, epoch: int) -> Round | None:
-        """The next round, if its epoch has come; a round that is done never comes again."""
+        """The next round, if its epoch has come. A finished round is never returned again."""
         left = self.rounds[self.done :]
         return left[0] if left and epoch >= left[0].epoch else None
 
     def stage(self, epochs: int) -> int:
-        """Epochs from the last round that is done to the next one, or to the end of the run.
+        """Number of epochs from the last finished round to the next round, or to the end of the run.
 
         Args:
-            epochs: of the run.
+            epochs: number of epochs of the run.
         """
         begin = self.rounds[self.done - 1].epoch if self.done else 0
         return self.ahead(begin, epochs)
 
     def ahead(self, epoch: int, epochs: int) -> int:
-        """Epochs from the start of `epoch` to the next round, or to the end of the run of `epochs`."""
+        """Number of epochs from the start of `epoch` to the next round, or to the end of the run after `epochs`."""
         return (self.rounds[self.done].epoch if self.done < len(self.rounds) else epochs) - epoch
 
     @property
-    def turns(self) -> int:
+    def structure_changes(self) -> int:
         """How often the structure of the model has changed in this run."""
-        return guard.turns([row.held for row in self.report.rounds])
+        return guard.structure_changes([row.held for row in self.report.rounds])
 
     @property
     def over(self) -> bool:
@@ -133,11 +133,11 @@ class RunState:
         return self.done == len(self.rounds)
 
     def imgsz(self, trainer: PruningTrainer) -> int:
-        """The image size that the report's FLOPs are for; a run that is resumed at another one keeps it."""
+        """The image size for the FLOPs in the report. It stays the same if the run is resumed with another size."""
         return self.report.imgsz if isinstance(self.report.imgsz, int) else trainer.args.imgsz
 
     def advance(self, trainer: PruningTrainer) -> None:
-        """Finish a round; after the last one, early stopping works again."""
+        """Mark a round as finished. After the last round, early stopping works again."""
         self.done += 1
         if self.over:
             trainer.stopper.patience = self.patience
@@ -147,8 +147,11 @@ def run_of(trainer: PruningTrainer) -> RunState:
     """The state of the run that a trainer is in.
 
     Raises:
-        RunError: If the run is not set up: another callback removed it, or called ours too early.
+        RunError: If the run is not set up.
     """
     if trainer.pruning is None:
-        raise RunError("This trainer has no pruning run: it is not set up yet, or another callback removed it.")
+        raise RunError(
+            "This trainer has no pruning run: the run is not set up yet, or another callback removed it. Remove that "
+            "callback."
+        )
     return trainer.pruning

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The trainer class that keeps a pruned structure and whose checkpoints a kill cannot damage."""
+"""The trainer class that keeps a pruned structure, and writes checkpoints that a kill cannot damage."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from yolo_prune.run.sparse import SparseTraining
 from yolo_prune.run.state import PruningTrainer, RunState
 from yolo_prune.run.warmup import RestartWarmUp
 
-if TYPE_CHECKING:  # a protocol has no place among the base classes: its methods would hide Ultralytics' own
+if TYPE_CHECKING:  # at run time the protocol cannot be a base class: its methods would hide those of Ultralytics
     _Base = PruningTrainer
 else:
     _Base = object
 
 
 class KeepStructure(_Base):
-    """Mixin over any Ultralytics trainer: a pruned model is trained as it is instead of being rebuilt from its YAML.
+    """Mixin for any Ultralytics trainer. It trains a pruned model as it is, and does not rebuild it from its YAML.
 
     Attributes:
-        pruning: the state of the run; None if it does not prune, or is not set up yet.
-        cadence: when the optimizer steps; a resumed run takes it up where it was.
-        warm_up: how long these steps are after the optimizer has started anew.
-        sparse: what shrinks beside these steps.
-        stopped_early: the run that is resumed had stopped, for want of progress, when it was killed.
+        pruning: the state of the run; None if the run does not prune or is not set up yet.
+        accumulation: the batches since the last step of the optimizer, which a resumed run restores.
+        warm_up: the warm-up after a reset of the optimizer.
+        sparse: sparse training, after each step of the optimizer.
+        stopped_early: whether the resumed run had already stopped early when it was killed.
     """
 
     data: Any
@@ -56,13 +56,13 @@ class KeepStructure(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
-        self.cadence = resume.Cadence()
+        self.accumulation = resume.GradientAccumulation()
         self.warm_up = RestartWarmUp()
         self.sparse = SparseTraining()
         self._stripped: Path | None = None
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """The model to train: a copy of `weights` if it is pruned, else what the stock trainer builds."""
+        """The model to train: a copy of `weights` if it is pruned, else the model that Ultralytics' trainer builds."""
         if not isinstance(weights, nn.Module) or not is_pruned(weights):
             return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
         if any("YOLOEPE" in cls.__name__ for cls in type(self).__mro__):
@@ -71,11 +71,11 @@ class KeepStructure(_Base):
                 "prune; or fine-tune the pruned model with the default trainer."
             )
         model: Any = deepcopy(weights).float()
-        strip_qat(model)  # a resumed quantize=8 run puts its quantizers in again
-        model.criterion = None  # built anew for this run's arguments
+        strip_qat(model)  # a resumed quantize=8 run inserts its quantizers again
+        model.criterion = None  # made again, with the arguments of this run
         self._fit_to_data(model)
-        model.requires_grad_(True)  # checkpoints are saved frozen
-        _take_over_dropout(self._stock_model(model), model)  # built also for what else the trainer sets up then
+        model.requires_grad_(True)  # the parameters in a checkpoint do not require gradients
+        _copy_dropout(self._stock_model(model), model)  # building the stock model also sets up the trainer
         return model
 
     def _fit_to_data(self, model: Any) -> None:
@@ -102,60 +102,66 @@ class KeepStructure(_Base):
             model.yaml["nc"] = data["nc"]
 
     def _stock_model(self, model: Any, **data: Any) -> nn.Module:
-        """What the stock trainer builds in place of a pruned model, with some facts of the dataset replaced."""
-        held = self.data
-        self.data = {**held, **data}
+        """The dense model that Ultralytics' trainer builds for this run, with some values of the dataset replaced."""
+        before = self.data
+        self.data = {**before, **data}
         try:
             return super().get_model(deepcopy(model.yaml), None, verbose=False)  # type: ignore[misc,no-any-return]
         finally:
-            self.data = held
+            self.data = before
 
     def _setup_scheduler(self, *args: Any) -> None:
-        """Stock; its function of the epoch, which the warm-up reads as well, follows the rounds where that is asked."""
+        """As in Ultralytics, but the schedule of the learning rate restarts at each cut if the recipe asks for it.
+
+        The warm-up also reads the schedule from `self.lf`.
+        """
         super()._setup_scheduler(*args)  # type: ignore[misc]
         stock = self.lf
 
         def lf(epoch: int) -> float:
-            run = self.pruning  # there once all is set up
+            run = self.pruning  # None until the run is set up
             if run is None or run.recipe.recover.learning_rate == "run":
                 return float(stock(epoch))
-            return float(schedule.rewound(epoch, run.rounds, self.epochs, stock))
+            return float(schedule.learning_rate_factor(epoch, run.rounds, self.epochs, stock))
 
         self.lf = lf
         self.scheduler.lr_lambdas = [lf for _ in self.optimizer.param_groups]
 
     def preprocess_batch(self, batch: Any) -> Any:
-        """Stock; the loop calls it after a warm-up has said how often to step, and before it asks whether to step."""
-        self.cadence.batch_starts(self)
+        """As in Ultralytics. A batch starts here: after the warm-up sets `accumulate`, before the loop reads it."""
+        self.accumulation.batch_starts(self)
         return super().preprocess_batch(batch)  # type: ignore[safe-super]
 
     def optimizer_step(self) -> None:
-        """Stock; counted, short after a restart, and beside it sparse training, where the criterion asks for that."""
-        with self.warm_up.short_steps(self.optimizer), self.sparse.beside(self):
+        """As in Ultralytics, with the warm-up after a reset and with sparse training. The step is counted."""
+        with self.warm_up.short_steps(self.optimizer), self.sparse.after_step(self):
             super().optimizer_step()  # type: ignore[misc]
-        self.cadence.stepped()
+        self.accumulation.stepped()
 
     def save_model(self) -> Any:
-        """Stock, but files appear whole, and last.pt after the state that belongs to it."""
+        """As in Ultralytics, but files are never incomplete, and the state for last.pt is written before last.pt."""
         run = self.pruning
         if run and run.exact:
-            resume.save(self, run.turns, self.cadence)
+            resume.save(self, run.structure_changes, self.accumulation)
         saved = super().save_model()  # type: ignore[safe-super]
         if run:
-            resume.forget(self, run.turns)
+            resume.delete_old_states(self, run.structure_changes)
         return saved
 
     def resume_training(self, ckpt: Any) -> None:
-        """Stock, which refuses a checkpoint of the last epoch; a run killed after that one can be completed, too."""
+        """As in Ultralytics, but a run that was killed after its last epoch can be completed.
+
+        Ultralytics refuses the checkpoint of the last epoch.
+        """
         complete = bool(self.resume and ckpt and ckpt.get("epoch", -1) + 1 == self.epochs)
         self.epochs += complete
         super().resume_training(ckpt)  # type: ignore[misc]
         self.epochs -= complete
         if self.resume and ckpt:
             self.fitness = (ckpt.get("train_metrics") or {}).get("fitness")
-            resume.bring_along(self)
+            resume.copy_moved_files(self)
             if ranks.first() and self.fitness is not None and self.fitness == ckpt.get("best_fitness"):
-                write_bytes(self.best, Path(self.args.resume).read_bytes())  # killed before this was written
+                write_bytes(self.best, Path(self.args.resume).read_bytes())  # killed before writing best.pt
 
     def _setup_train(self, *args: Any) -> None:
         super()._setup_train(*args)  # type: ignore[misc]
@@ -163,14 +169,14 @@ class KeepStructure(_Base):
             raise _AllTrained
 
     def final_eval(self) -> None:
-        """Stock, on checkpoints that are replaced when they are complete, last.pt at the very end of the run."""
+        """As in Ultralytics, but only complete files replace checkpoints. last.pt is replaced at the end of the run."""
         if self.pruning:
             rounds.conclude(self, self.pruning)
         with _stripped_by(self.strip, self.wdir):
             super().final_eval()  # type: ignore[misc]
 
     def _do_train(self, *args: Any) -> None:
-        """Stock; where all epochs are trained already, only what comes after them."""
+        """As in Ultralytics. If all epochs are trained already, only the steps after the last epoch follow."""
         try:
             super()._do_train(*args)  # type: ignore[misc]
         except _AllTrained:
@@ -183,17 +189,17 @@ class KeepStructure(_Base):
         self.tidy()
 
     def tidy(self) -> None:
-        """The run is complete: nothing in its folder is for resuming any more."""
+        """The run is complete: delete the files that only a resumed run needs."""
         if self._stripped and self._stripped.exists():
             os.replace(self._stripped, self.last)
         if ranks.first() and self.pruning:
-            resume.forget(self)
+            resume.delete_old_states(self)
 
     def strip(self, path: Any, s: str = "", updates: Any = None) -> Any:
-        """Ultralytics' `strip_optimizer` for a file of this run; it is replaced once the new one is complete."""
+        """Ultralytics' `strip_optimizer` for a file of this run. The new file replaces the old one when complete."""
         target = Path(s or path)
         temporary = target.with_name(f".{target.name}.stripped.tmp")
-        with _called(LOGGER, str(temporary), str(target)):
+        with _renamed_in_log(LOGGER, str(temporary), str(target)):
             result = strip_optimizer(path, s=str(temporary), **({"updates": updates} if updates else {}))
         if target == self.last:
             self._stripped = temporary
@@ -204,14 +210,15 @@ class KeepStructure(_Base):
 
 @contextmanager
 def _stripped_by(strip: Callable[..., Any], folder: Path) -> Iterator[None]:
-    """Inside, Ultralytics strips the checkpoints in one folder by `strip`, and all others as ever.
+    """Inside, Ultralytics strips the checkpoints in `folder` with `strip`, and all others with its own function.
 
-    `final_eval` calls a function of its own module and leaves no other way to replace it; the contract test names it.
+    `final_eval` calls a function of its own module, so this function has to be replaced in that module. The contract
+    test checks that it exists.
     """
     stock = engine.strip_optimizer
 
     def strip_optimizer(f: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = Path(f).resolve().parent == folder.resolve()
+        ours = Path(f).parent.resolve() == folder.resolve()
         return (strip if ours else stock)(f, *args, **kwargs)
 
     engine.strip_optimizer = strip_optimizer
@@ -222,11 +229,11 @@ def _stripped_by(strip: Callable[..., Any], folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _called(logger: logging.Logger, name: str, instead: str) -> Iterator[None]:
-    """Let a file be called by the name that it is about to get."""
+def _renamed_in_log(logger: logging.Logger, temporary: str, final: str) -> Iterator[None]:
+    """Inside, log lines show the final name of a file instead of its temporary name."""
 
     def rename(record: logging.LogRecord) -> bool:
-        record.msg = str(record.msg).replace(name, instead)
+        record.msg = str(record.msg).replace(temporary, final)
         return True
 
     logger.addFilter(rename)
@@ -237,20 +244,20 @@ def _called(logger: logging.Logger, name: str, instead: str) -> Iterator[None]:
 
 
 class _AllTrained(Exception):
-    """Every epoch of a resumed run was trained, or it had stopped early, before it was killed."""
+    """Raised if a resumed run needs no epoch: all were trained, or training had stopped early, before the kill."""
 
 
 @cache
 def prune_trainer(base: type[BaseTrainer]) -> type[BaseTrainer]:
-    """`base` with `KeepStructure`; the name has "Trainer" in it, by which Ultralytics knows trainers."""
+    """`base` with `KeepStructure`. The name of the class contains "Trainer", because Ultralytics checks this."""
     if issubclass(base, KeepStructure):
         return base
     name = f"Prune{base.__name__}"
     return type(name, (KeepStructure, base), {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__})
 
 
-def _take_over_dropout(stock: nn.Module, model: nn.Module) -> None:
-    """`dropout=` of this run."""
+def _copy_dropout(stock: nn.Module, model: nn.Module) -> None:
+    """Copy the dropout of this run (`dropout=`) from the stock model into the pruned model."""
     wanted = {name: layer.p for name, layer in stock.named_modules() if isinstance(layer, nn.Dropout)}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Dropout) and name in wanted:

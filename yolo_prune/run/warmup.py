@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The first steps of an optimizer that starts anew in the middle of a run."""
+"""The warm-up after a reset of the optimizer in the middle of a run."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from yolo_prune.run import live
 
 
 class RestartWarmUp:
-    """A warm-up of its own: before AdamW knows how gradients vary, it moves every weight by the whole learning rate.
+    """A second warm-up, after a reset of the optimizer.
 
-    A few such steps undo a model that is trained or refitted. As a run begins, Ultralytics' own warm-up sees to them;
-    this one is for an optimizer that starts anew later: where weights are taken back, or after a NaN.
+    The first steps of AdamW move every weight by the whole learning rate, because AdamW has no statistics of the
+    gradients yet. A few such steps destroy a trained or refitted model. At the start of a run, Ultralytics' own warm-up
+    prevents this. This warm-up is for a later reset: after a rollback, a rewind or a NaN.
 
     Attributes:
-        steps: taken since then.
-        total: steps in which the learning rate rises to what it is otherwise; 0 where nothing was started anew.
+        steps: number of steps since the reset.
+        total: number of steps of the warm-up, in which the learning rate rises; 0 if the optimizer was not reset.
     """
 
     def __init__(self) -> None:
         self.steps = self.total = 0
 
     def epoch_starts(self, trainer: Any) -> None:
-        """If the optimizer is new: warm up for as many epochs as the run, and for no more than half of those to come.
+        """Start the warm-up if the optimizer was reset.
+
+        It takes `warmup_epochs`, but at most half of the epochs until the next cut or the end of the run.
 
         Args:
-            trainer: at the start of an epoch, when the cuts that are due are made.
+            trainer: at the start of an epoch, after the cuts that are due.
         """
         if trainer.epoch == 0 or not is_new(trainer.optimizer):
             return
@@ -39,7 +42,7 @@ class RestartWarmUp:
 
     @contextmanager
     def short_steps(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Inside, the learning rates are what they may be for this step, which is counted."""
+        """Inside, the learning rates are reduced for one step of the warm-up. The step is counted."""
         if self.steps >= self.total:
             yield
             return
@@ -55,5 +58,5 @@ class RestartWarmUp:
 
 
 def is_new(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it has yet to gather momenta; SGD without momentum never does."""
+    """Whether the optimizer has no momentum yet. SGD without momentum is never new, because it has no state."""
     return not optimizer.state and any(group.get("momentum", 1.0) for group in optimizer.param_groups)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import datasets
 import models
 import pytest
+import small_data
 import torch
-from quick import QUICK
+from small_runs import RECIPES, RUNS
 from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
@@ -19,27 +19,11 @@ from yolo_prune.graph import Graph, trace
 from yolo_prune.run.sparse import scales_of, shrink
 
 SPARSITY = 0.5
-RUN: dict[str, Any] = {
-    "epochs": 4,
-    "imgsz": 32,
-    "batch": 4,
-    "nbs": 8,  # two batches a step
-    **QUICK,
-    "val": False,
-    "lr0": 0.01,
-    "warmup_epochs": 1.0,
-    "exist_ok": True,
-    "name": "run",
-    "callbacks": "prune",
-}
+RUN = RUNS["sparse"]
 RECIPE: dict[str, Any] = {
-    "target": {"flops": 0.6},
+    **RECIPES["sparse"],
     "criterion": {"name": "bn_scale", "sparsity": SPARSITY},
-    "schedule": {"rounds": 2},
-    "channels": {"round_to": 2, "min": 2},
     "protect": ["model.4"],
-    "recover": {"batchnorm": 0, "average": 0},
-    "measure": False,
 }
 
 
@@ -76,11 +60,11 @@ def test_only_scales_of_channels_that_may_be_cut_are_chosen() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return datasets.tiny(tmp_path_factory.mktemp("sparsity"), train=12)
+    return small_data.tiny(tmp_path_factory.mktemp("sparsity"), train=12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+@pytest.mark.parametrize("optimizer", ["SGD", pytest.param("AdamW", marks=pytest.mark.long), "MuSGD"])
 def test_the_scales_of_a_run_shrink_up_to_its_last_cut(optimizer: str, folder: Path, tmp_path: Path) -> None:
     stepped: dict[str, Tensor] = {}
     found: list[tuple[int, list[str]]] = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import models
 import numpy as np
 import pytest
-from datasets import IMGSZ
+from small_data import IMGSZ
 from torch import nn
 
 from yolo_prune.latency import probe, search, target

@@ -35,6 +35,11 @@ SHORT: dict[str, Any] = {
     ],
 }
 """A YOLO11 with what makes up one, but a third of its layers: for what does not depend on the architecture."""
+SHORT_C2F: dict[str, Any] = {
+    part: [[*layer[:2], "C2f", layer[3][:1]] if layer[2] == "C3k2" else layer for layer in layers]
+    for part, layers in SHORT.items()
+}
+"""Another one of that size."""
 
 
 def tiny(folder: Path, train: int, val: int = 4, **fields: Any) -> Path:

@@ -7,32 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from quick import QUICK
+import small_data
+from small_runs import FINE, RUNS
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolo_prune
-from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.recipe import load_recipe
 from yolo_prune.run import settings
 
-RUN: dict[str, Any] = {
-    "imgsz": 32,
-    "epochs": 2,
-    "batch": 4,
-    **QUICK,
+RUN = RUNS["gentle_settings"]
+PRUNE: dict[str, Any] = {
+    "callbacks": "prune",
+    "recipe.schedule.rounds": 1,
+    "recipe.criterion": "magnitude",
+    **{f"recipe.channels.{key}": value for key, value in FINE["channels"].items()},
 }
-PRUNE: dict[str, Any] = {"callbacks": "prune", "recipe.schedule.rounds": 1, "recipe.criterion": "magnitude"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gentle")
-    make_dataset(folder / "scenes", train=8, val=4, imgsz=64)
-    torch.manual_seed(0)
-    YOLO("yolo11n.yaml").save(folder / "dense.pt")
-    return folder
+    return small_data.tiny(tmp_path_factory.mktemp("gentle"), train=8)
 
 
 def chosen(folder: Path, tmp_path: Path, model: str, **settings: Any) -> dict[str, Any]:
@@ -82,8 +77,8 @@ def test_the_less_is_left_the_faster_it_learns(target: dict[str, float], rate: f
     ],
 )
 def test_optimizer_and_learning_rate_fit_one_another(mine: dict[str, Any], missing: set[str]) -> None:
-    whole = settings.unchosen(load_recipe(), dict(DEFAULT_CFG_DICT), set())
-    found = settings.unchosen(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
+    whole = settings.recommended(load_recipe(), dict(DEFAULT_CFG_DICT), set())
+    found = settings.recommended(load_recipe(), {**DEFAULT_CFG_DICT, **mine}, set(mine))
     assert whole.keys() - found.keys() == missing
     assert found.items() <= whole.items()
 
@@ -94,7 +89,9 @@ def test_training_a_pruned_checkpoint_on_says_what_would_be_gentle(
 ) -> None:
     places = {"data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
     model = YOLO(folder / "dense.pt")
-    yolo_prune.apply(model, yolo_prune.plan(model, {"target": {"flops": 0.8}, "criterion": "magnitude"}, imgsz=32))
+    yolo_prune.apply(
+        model, yolo_prune.plan(model, {"target": {"flops": 0.8}, "criterion": "magnitude", **FINE}, imgsz=32)
+    )
     model.train(**{**RUN, "epochs": 1}, **places, cos_lr=True)
     better = "warmup_bias_lr=0.0 optimizer=AdamW lr0=0.001 warmup_epochs=0.5 close_mosaic=1"
     assert f"Settings that keep its accuracy: {better}" in caplog.text

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+import small_data
 import torch
 import yaml
 from models import build, plan_of, scaled
 from PIL import Image
-from quick import QUICK
+from small_runs import FINE, PLAIN, RUNS
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
@@ -23,15 +23,7 @@ import yolo_prune
 from yolo_prune.cut import heads, surgery
 from yolo_prune.cut.record import Record, read_record, write_record
 
-RUN: dict[str, Any] = {
-    "epochs": 1,
-    "imgsz": 64,
-    "batch": 4,
-    "nbs": 4,
-    **QUICK,
-    "optimizer": "AdamW",
-    "lr0": 1e-6,
-}
+RUN = RUNS["heads"]
 MODELS = {
     "yolov8n": "DetectionModel",
     "yolo26n": "DetectionModel",
@@ -124,12 +116,12 @@ def thin(name: str, folder: Path, **data: Any) -> Path:
     torch.manual_seed(0)
     path = folder / f"{name}-thin.yaml"
     family, _, task = name.partition("-")
-    config = scaled(f"{family}{f'-{task}' if task else ''}", "n", 0.33, 0.25)
+    config = scaled(f"{family}{f'-{task}' if task else ''}", "n", 0.33, 0.125)
     path.write_text(yaml.safe_dump({**config, **data}))
     model = YOLO(path)
     if "nc" in data:
         model.model.names = dict(enumerate("abcdefgh"[: data["nc"]]))
-    yolo_prune.apply(model, yolo_prune.plan(model, imgsz=64))
+    yolo_prune.apply(model, yolo_prune.plan(model, {"target": {"flops": 0.5}, **FINE}, imgsz=64))
     model.save(folder / f"{name}.pt")
     return folder / f"{name}.pt"
 
@@ -138,7 +130,7 @@ def check(run: Path, start: Path) -> nn.Module:
     """The delivered model is pruned like the one it began with, and can be pruned further."""
     best, before = load_checkpoint(run / "weights/best.pt")[0], load_checkpoint(start)[0]
     assert yolo_prune.is_pruned(best)
-    record, plan = read_record(best), yolo_prune.plan(best, imgsz=64, **{"target.flops": 0.4})
+    record, plan = read_record(best), yolo_prune.plan(best, {"target": {"flops": 0.4}, **FINE}, imgsz=64)
     assert record.plan.keep == read_record(before).plan.keep
     assert plan.predicted.flops_kept <= 0.4
     assert plan.predicted.dense_flops > plan.predicted.flops_before
@@ -150,7 +142,7 @@ def check(run: Path, start: Path) -> nn.Module:
 
 @pytest.mark.slow
 def test_a_pruned_model_trains_on_other_classes(tmp_path: Path) -> None:
-    data = datasets.make("detect", tmp_path)
+    data = small_data.make("detect", tmp_path)
     start = thin("yolo26", tmp_path, nc=8)
     YOLO(start).train(data=str(data), project=str(tmp_path), **RUN)
     best = check(tmp_path / "train", start)
@@ -160,7 +152,7 @@ def test_a_pruned_model_trains_on_other_classes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pruned_model_trains_on_other_keypoints(tmp_path: Path) -> None:
-    data = datasets.make("pose", tmp_path)
+    data = small_data.make("pose", tmp_path)
     start = thin("yolo26-pose", tmp_path)  # 17 keypoints, of three values each
     YOLO(start).train(data=str(data), project=str(tmp_path), **RUN)
     best = check(tmp_path / "train", start)
@@ -169,7 +161,7 @@ def test_a_pruned_model_trains_on_other_keypoints(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pruned_model_trains_on_grey_images(tmp_path: Path) -> None:
-    source = datasets.make("detect", tmp_path)
+    source = small_data.make("detect", tmp_path)
     grey = tmp_path / "grey"
     shutil.copytree(source.parent, grey, ignore=shutil.ignore_patterns("*.cache"))
     for path in (grey / "images").rglob("*.*"):
@@ -184,10 +176,10 @@ def test_a_pruned_model_trains_on_grey_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pruned_model_is_pruned_further_on_other_classes(tmp_path: Path) -> None:
-    data = datasets.make("detect", tmp_path)
+    data = small_data.make("detect", tmp_path)
     start = thin("yolo11", tmp_path, nc=3)
-    arguments = {"recipe.target.flops": 0.4, "recipe.schedule.rounds": 1, "recipe.recover.batchnorm": 1}
-    YOLO(start).train(data=str(data), project=str(tmp_path), callbacks="prune", **RUN, **arguments)
+    recipe = {**PLAIN, **FINE, "target": {"flops": 0.4}, "schedule": {"rounds": 1}}
+    YOLO(start).train(data=str(data), project=str(tmp_path), callbacks="prune", recipe=recipe, **RUN)
     report = yolo_prune.report.Report.load(tmp_path / "train")
     assert report.status == "finished"
     assert report.pruned.flops <= 0.4 * report.dense.flops
