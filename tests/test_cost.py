@@ -124,5 +124,5 @@ def test_a_latency_that_was_not_measured_is_told_as_such() -> None:
             ask()
     forecast = Forecast(64, 2.0, 2.0, 1.0, 4, 4, 3)
     for share in (forecast.present, forecast.kept):
-        with pytest.raises(PlanError, match="This plan was not made for a latency"):
+        with pytest.raises(PlanError, match="This plan has no latency"):
             share("latency")

@@ -271,7 +271,7 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
     ("arguments", "kind", "message"),
     [
         ({"recipe": "half"}, RecipeError, "no recipe 'half'. Did you mean 'half-flops'"),
-        ({"recipe.target.flops": 0.01}, TargetError, r"0\.01 of the dense model cannot be reached.*Ask for at least"),
+        ({"recipe.target.flops": 0.01}, TargetError, r"0\.01 of the dense model cannot be reached.*Set the target to"),
         ({"recipe.protect": "backbone"}, RecipeError, "protect: 'backbone' matches no module"),
         (
             {"recipe.recover.refit": 0, "epochs": 2},

@@ -194,7 +194,7 @@ def test_a_damaged_file_is_measured_anew(damage: bytes, tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_written_to_costs_no_more_than_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(RuntimeWarning, match="What was measured could not be kept in"):
+    with pytest.warns(RuntimeWarning, match="The measured losses could not be written to"):
         found = measure(Toy(), toys(tmp_path / "file" / "folder"))
     assert found == measure(Toy(), toys())
 
