@@ -63,7 +63,7 @@ def test_a_reader_that_leaves_early_is_no_error(clean_cwd: Path) -> None:
         (["plan", "model=yolo11n.yaml", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
         (["plan", "model=yolo11n.yaml", "recipe=ege"], "Did you mean 'edge'?"),
         (["plan", "model=yolo11n.yaml", "recipe.target.flops=0.02"], "cannot be reached"),
-        (["apply", "model=a.pt", "save=a.pt"], "would overwrite the model"),
+        (["apply", "model=a.pt", "save=a.pt"], "would overwrite the model itself"),
         (["apply", "model=a.pt", "save=b.onnx"], "the name must end in .pt"),
         (["apply", "model=a.pt", "plan=p.json", "recipe=edge"], "plan= and recipe= exclude one another"),
         (["doctor", "now"], "'now' is not of the form key=value"),
