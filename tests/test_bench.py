@@ -307,7 +307,7 @@ def test_parity_says_what_it_cannot_compare(folder: Path, exported: Path, tmp_pa
         yolo_prune.parity(folder / "cut.pt", "nothing.onnx", images)
     with pytest.raises(BenchError, match="is not an export that can be compared"):
         yolo_prune.parity(folder / "cut.pt", folder / "dense.pt", images)
-    with pytest.raises(yolo_prune.PruneError, match="there is none"):
+    with pytest.raises(yolo_prune.PruneError, match="there are none"):
         yolo_prune.parity(folder / "cut.pt", exported, tmp_path, imgsz=IMGSZ)
     (tmp_path / "broken.onnx").write_bytes(exported.read_bytes()[:5000])
     with pytest.raises(BenchError, match=r"Loading 'broken\.onnx' as onnx failed"):
