@@ -173,7 +173,7 @@ def test_a_model_that_diverged_is_refused_naming_the_layer(value: float) -> None
 
 def test_a_criterion_that_gives_too_few_scores_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CRITERIA, "one", lambda: lambda tensors, channels: torch.ones(1, dtype=torch.float64))
-    with pytest.raises(PruneError, match=r"gave \(1,\) scores for 'model\.0', not 8"):
+    with pytest.raises(PruneError, match=r"scores of shape \(1,\) for 'model\.0', not of shape \(8,\)"):
         plan(models.shared("yolov8-tiny"), target_flops=0.5, criterion="one")
 
 
