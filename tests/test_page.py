@@ -568,7 +568,7 @@ def test_a_few_images_from_all_over_a_dataset() -> None:
         (["report", "nowhere", "dat=x.yaml"], "Did you mean 'data'?"),
         (["compare", "a.pt", "data=x.yaml"], "pass two or more checkpoints to compare. Usage: yolo-prune compare"),
         (["compare", "a.pt", "b.pt"], "data= is missing: pass the dataset to validate on"),
-        (["compare", "a.pt", "a.pt", "data=x.yaml"], "'a.pt' was given twice"),
+        (["compare", "a.pt", "a.pt", "data=x.yaml"], "'a.pt' is named twice"),
         (["compare", "a.pt", "b.pt", "data=x.yaml"], "The model 'a.pt' does not exist"),
         (["compare", "a.pt", "b.onnx", "data=x.yaml", "imgsz=7"], "imgsz=7: must be a multiple of 32"),
     ],
