@@ -106,7 +106,7 @@ def test_a_pruned_model_distils_in_a_second_stage(taught: tuple[Path, dict[str, 
         ("yolo26n.yaml", {"recipe.recover.distill": True}, "this model was not loaded from a file"),
         ("yolo26n-cls.yaml", {"distill_model": "dense.pt"}, "distill_model needs a model with a detection head"),
         ("dense.pt", {"recipe.recover.distill": True, "distill_model": "x.pt"}, "both name a teacher"),
-        ("dense.pt", {"distill_model": "dense.onnx"}, "is no checkpoint"),
+        ("dense.pt", {"distill_model": "dense.onnx"}, "is not a checkpoint"),
     ],
 )
 def test_a_teacher_that_cannot_be_is_refused_at_once(
