@@ -37,7 +37,7 @@ from ultralytics.nn.tasks import yaml_model_load
 import yolo_prune
 from yolo_prune.planning import planner
 from yolo_prune.recipe import load_recipe
-from yolo_prune.run import live as control_room
+from yolo_prune.run import live as live_trainer
 from yolo_prune.run import settings as run_settings
 
 KEEPS = (0.75, 0.5, 0.25)
@@ -183,7 +183,7 @@ def dense(ask: dict[str, str]) -> Iterator[list[Any]]:
     """The model itself, trained further as pruned ones are."""
 
     def average(trainer: Any) -> None:
-        control_room.average_over(trainer, load_recipe().recover.average * trainer.epochs)
+        live_trainer.average_over(trainer, load_recipe().recover.average * trainer.epochs)
 
     found, began, epochs = [], time.perf_counter(), int(ask["epochs"] or 30)
     for seed in map(int, ask["seeds"].split(",")):

@@ -19,7 +19,7 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.cfg import smart_value
 
-from yolo_prune.run import live as control
+from yolo_prune.run import live as live_trainer
 
 STEPS = (1, 3, 6, 13, 26, 39)
 
@@ -34,7 +34,7 @@ class Watch:
         """Print a line, if this made the next of the steps; the average has followed each."""
         if self.left and trainer.ema.updates == self.left[0]:
             steps = self.left.pop(0)
-            live, average = (self.accuracy(of(trainer)) for of in (control.model_of, control.average_of))
+            live, average = (self.accuracy(of(trainer)) for of in (live_trainer.model_of, live_trainer.average_of))
             rate = trainer.optimizer.param_groups[0]["lr"]
             print(f"| {steps} | {rate:.6f} | {live:.3f} | {average:.3f} |", flush=True)
         trainer.stop = not self.left

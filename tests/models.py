@@ -22,7 +22,8 @@ from yolo_prune.cut import surgery
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, read_record, write_record
 from yolo_prune.graph import Graph, trace
-from yolo_prune.planning.cost import Cost, measure
+from yolo_prune.planning import cost
+from yolo_prune.planning.cost import Cost
 from yolo_prune.planning.planner import ROUND_TO, build_plan
 from yolo_prune.planning.select import Constraints, Goal, select
 from yolo_prune.recipe import Recipe, load_recipe
@@ -66,7 +67,7 @@ def graph_of(name: str, imgsz: int = IMGSZ) -> Graph:
 
 @functools.cache
 def cost_of(name: str, imgsz: int = IMGSZ) -> Cost:
-    return measure(shared(name), graph_of(name, imgsz))
+    return cost.cost_of(shared(name), graph_of(name, imgsz))
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def test_an_allocation_is_registered_once_and_asked_for_by_a_name_that_is_there(
 
 def test_sensitivity_asks_for_images_where_there_are_none() -> None:
     what = allocation.Prunable(nn.Identity(), (), {}, None, iter)
-    with pytest.raises(RecipeError, match="allocation sensitivity looks at training images, and there are none"):
+    with pytest.raises(RecipeError, match="allocation: sensitivity needs training images, but there are none"):
         allocation.create("sensitivity", {})(what)
 
 

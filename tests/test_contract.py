@@ -314,7 +314,7 @@ def test_resume_draws_what_these_draw() -> None:
     assert "self.optimizer.load_state_dict" in state
 
 
-def test_control_finds_the_student_and_what_leads_to_the_teacher() -> None:
+def test_the_live_trainer_finds_the_student_and_what_leads_to_the_teacher() -> None:
     source = inspect.getsource(DistillationModel)
     for name in (
         "self.student_model",

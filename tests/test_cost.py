@@ -17,7 +17,7 @@ from yolo_prune.cut import surgery
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.errors import PlanError, PruneError
 from yolo_prune.graph import trace
-from yolo_prune.planning.cost import Cost, measure
+from yolo_prune.planning.cost import Cost, cost_of
 from yolo_prune.planning.planner import dense_cost, present_cost
 
 
@@ -44,7 +44,7 @@ def test_flops_of_other_architectures_are_those_ultralytics_prints(name: str) ->
     model = zoo.build(name).eval()
     for key in [k for k in model.model[-1]._modules if k.startswith("one2one_")]:
         setattr(model.model[-1], key, None)
-    cost = measure(model, trace(model, imgsz=640))
+    cost = cost_of(model, trace(model, imgsz=640))
     assert cost.flops() == pytest.approx(get_flops(model, 640) * 1e9, rel=2e-3 if name == "rtdetr-l" else 1e-9)
 
 
@@ -64,7 +64,7 @@ def test_a_layer_by_hand() -> None:
         nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),  # 8 x 1 x 3 x 3 at 16 x 16
         nn.Conv2d(8, 4, 1, bias=False),  # 4 x 8 at 16 x 16
     )
-    cost = measure(model, trace(model, imgsz=32))
+    cost = cost_of(model, trace(model, imgsz=32))
     assert cost.flops() == 2 * 256 * (8 * 27 + 8 * 4 + 8 * 9 + 32)
     assert cost.parameters() == (8 * 27 + 8) + 16 + 8 * 9 + 32
     smaller = {"0.weight": (6, 3, 3, 3), "3.weight": (4, 6, 1, 1)}
@@ -75,7 +75,7 @@ def test_a_layer_by_hand() -> None:
 def test_attention_by_hand() -> None:
     """q'k and v'a: positions squared, for every channel of k and of v."""
     model = models.shared("yolo11n")
-    cost = measure(model, trace(model, imgsz=640))
+    cost = cost_of(model, trace(model, imgsz=640))
     layers = sum(
         w * math.prod(cost.shapes[t]) for t, w in cost.macs.items() if not t.endswith(("qkv.bn.weight", "pe.bn.weight"))
     )
@@ -103,7 +103,7 @@ def test_measuring_reads_the_model() -> None:
     model = models.build("yolo26n").eval()
     before, random = models.snapshot(model), torch.get_rng_state()
     attributes = {n: set(vars(m)) for n, m in model.named_modules()}
-    measure(model, trace(model, imgsz=320))
+    cost_of(model, trace(model, imgsz=320))
     assert models.same_bits(models.snapshot(model), before)
     assert not any(m.training for m in model.modules())
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
@@ -124,5 +124,5 @@ def test_a_latency_that_was_not_measured_is_told_as_such() -> None:
             ask()
     forecast = Forecast(64, 2.0, 2.0, 1.0, 4, 4, 3)
     for share in (forecast.present, forecast.kept):
-        with pytest.raises(PlanError, match="This plan was not made for a latency"):
+        with pytest.raises(PlanError, match="This plan has no latency"):
             share("latency")

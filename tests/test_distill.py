@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_data
 import torch
-import yaml
-from models import scaled
 from small_runs import RECIPES, RUNS
 from ultralytics import YOLO
 from ultralytics.nn.distill_model import DistillationModel
@@ -18,7 +17,6 @@ from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
 from yolo_prune.cut.record import is_pruned
-from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
 
@@ -28,12 +26,7 @@ PRUNE: dict[str, Any] = {"callbacks": "prune", "recipe": RECIPES["distill"]}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distill")
-    make_dataset(folder / "scenes", train=16, val=4, imgsz=64)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**scaled("yolo26", "n", 0.33, 0.125), "nc": 5}))
-    torch.manual_seed(0)
-    YOLO(folder / "tiny.yaml").save(folder / "dense.pt")
-    return folder
+    return small_data.tiny(tmp_path_factory.mktemp("distill"), train=16, end2end=True, reg_max=1)
 
 
 def places(folder: Path, name: str) -> dict[str, str]:

@@ -287,7 +287,7 @@ def test_the_dataset_of_a_run_that_has_other_classes_is_left_out(folder: Path, r
         (["format=ncnn", "quantize=8"], "does not export format=ncnn with quantize=8"),
         (["format=torch", "imgsz=50"], "imgsz=50: must be a multiple of 32"),
         (["format=torch", "batch=0"], "batch=0: must be a whole number"),
-        (["format=torch", "half=True", "quantize=8"], "half=True is quantize=16"),
+        (["format=torch", "half=True", "quantize=8"], "half=True means quantize=16"),
         (["imgsz=64"], "imgsz= is for measuring, and format= is missing"),
         (["threads=1"], "threads= is for measuring, and format= is missing"),
         (["format=torch", "model=gone.pt"], "The model 'gone.pt' does not exist"),

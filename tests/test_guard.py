@@ -148,11 +148,11 @@ def test_a_model_becomes_again_what_it_was() -> None:
 
 
 def test_limits_that_exclude_one_another_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"  guard.max_drop: target.max_drop is a limit already"):
+    with pytest.raises(RecipeError, match=r"  guard.max_drop: target.max_drop already sets a limit"):
         load_recipe({"target": {"max_drop": 0.01}, "guard": {"max_drop": 0.01}})
     with pytest.raises(RecipeError, match="give exactly one of flops, params, latency and max_drop"):
         load_recipe({"target": {"max_drop": 0.01, "flops": 0.5}})
-    with pytest.raises(RecipeError, match=r"target.max_drop: how small the model can get is found while training"):
+    with pytest.raises(RecipeError, match=r"target\.max_drop: a training run .* finds how small the model can get"):
         yolo_prune.plan(models.shared("yolo11-tiny"), {"target": {"max_drop": 0.01}, "criterion": "magnitude"})
 
 
@@ -394,7 +394,7 @@ def test_the_layers_that_lead_to_a_teacher_go_back_as_well(folder: Path, tmp_pat
     assert 0.69 < kept(tmp_path / "run", "best.pt") <= 0.7
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_drop_counts_from_the_model_that_the_run_starts_from(folder: Path, tmp_path: Path) -> None:
     schedule = {"rounds": 1, "start": 0}
     first = train(folder, tmp_path / "first", {"target": {"flops": 0.8}, "schedule": schedule}, epochs=1)
@@ -411,3 +411,9 @@ def test_a_drop_counts_from_the_model_that_the_run_starts_from(folder: Path, tmp
     assert front["reference"] - 0.2 <= delivered["flops_kept"] < 0.75
     assert kept(tmp_path / "second/run", "best.pt") == pytest.approx(delivered["flops_kept"], abs=1e-6)
     assert kept(tmp_path / "second/run", "round0.pt") == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_record_without_what_a_verdict_needs_is_refused() -> None:
+    judged = RoundFacts(1, "a", keep=None, reference=0.6, end=0.6, held=True)
+    with pytest.raises(RunError, match=r"record of this run is damaged: a round has no 'keep'.*start the run again"):
+        guard.stages(1.0, [judged])

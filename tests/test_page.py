@@ -394,6 +394,12 @@ def test_names_that_xml_cannot_hold_are_shown_as_far_as_they_can_be() -> None:
     assert "a$b^$c: 2.00 GFLOPs, 0.600" in Page(comparison("a$b^$c")).text
 
 
+def test_no_tooltip_of_a_page_has_a_character_that_stands_for_another() -> None:
+    for name in PAGES:
+        assert "\N{REPLACEMENT CHARACTER}" not in PAGES[name]()
+    assert svg.printable("a\N{NO-BREAK SPACE}b\N{IDEOGRAPHIC SPACE}c") == "a\N{NO-BREAK SPACE}b\N{IDEOGRAPHIC SPACE}c"
+
+
 def test_a_crowd_of_models_leaves_out_names_rather_than_heap_them() -> None:
     sizes: dict[str, Any] = {"width": 350, "height": 320, "title": "many", "across": "FLOPs kept, %", "up": "fitness"}
     drawing = scatter([Dot(50 + i % 7, 0.5 + 0.001 * i, "held", f"round {i}") for i in range(150)], **sizes)

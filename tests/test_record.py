@@ -125,6 +125,7 @@ def test_a_later_version_is_refused_with_what_to_install() -> None:
         lambda y: y[KEY].update(rounds=3),
         lambda y: y[KEY].update(rounds=[3]),
         lambda y: y[KEY].update(rounds=[{"number": 1}]),
+        lambda y: y[KEY].update(rounds=[{"number": 1, "plan": None}]),
         lambda y: y[KEY].update(start="half"),
         lambda y: y[KEY].update(plan=[1]),
         lambda y: y[KEY]["plan"].pop("keep"),

@@ -146,9 +146,9 @@ def test_without_the_early_weights_a_resumed_run_stops_before_the_cut(folder: Pa
     early = run / "weights/rewind.pt"
     whole = early.read_bytes()
     for damage, message in (
-        (early.unlink, r"rewind\.pt', is missing\. Put the file of this run back, or start the run anew"),
+        (early.unlink, r"rewind\.pt', is missing\. Restore the file of this run, or start the run again"),
         (lambda: early.write_bytes(whole[: len(whole) // 2]), r"rewind\.pt', is damaged"),
-        (lambda: Early({"a": torch.ones(1)}).write(early), r"are not of this run's model"),
+        (lambda: Early({"a": torch.ones(1)}).write(early), r"are not those of this run's model"),
     ):
         damage()
         with pytest.raises(RunError, match=message):

@@ -14,7 +14,7 @@ from ultralytics.utils.torch_utils import one_cycle
 
 from yolo_prune.errors import ScheduleError
 from yolo_prune.recipe import Schedule, load_recipe
-from yolo_prune.run import schedule as agenda
+from yolo_prune.run import schedule as run_schedule
 from yolo_prune.run.schedule import lay_out, learning_rate_factor
 
 Curve = Literal["linear", "cubic"]
@@ -90,7 +90,7 @@ def test_rounds_that_do_not_fit_are_refused_with_what_would(schedule: Schedule, 
 def test_what_has_to_come_before_the_first_cut_does() -> None:
     def first(epochs: int, **fields: object) -> int:
         recipe = load_recipe("half-flops", {"schedule.rounds": 2, **fields})
-        return agenda.rounds(recipe, epochs)[0].epoch
+        return run_schedule.rounds(recipe, epochs)[0].epoch
 
     assert first(40) == 0
     assert first(40, **{"recover.rewind.epoch": 3}) == 10
@@ -177,4 +177,4 @@ def test_an_interval_fits_or_the_one_that_is_named_does(count: int, start: int, 
     ],
 )
 def test_how_many_rounds_there_are_where_the_recipe_does_not_say(fields: dict[str, Any], wanted: list[int]) -> None:
-    assert [r.epoch for r in agenda.rounds(load_recipe("half-flops", fields), 30)] == wanted
+    assert [r.epoch for r in run_schedule.rounds(load_recipe("half-flops", fields), 30)] == wanted

@@ -194,7 +194,7 @@ def test_a_damaged_file_is_measured_anew(damage: bytes, tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_written_to_costs_no_more_than_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(RuntimeWarning, match="What was measured could not be kept in"):
+    with pytest.warns(RuntimeWarning, match="The measured losses could not be written to"):
         found = measure(Toy(), toys(tmp_path / "file" / "folder"))
     assert found == measure(Toy(), toys())
 
@@ -292,7 +292,7 @@ def test_a_measured_rise_is_that_of_the_pruned_model(folder: Path, memory: Path)
     assert [share for share, _ in found] == [0.5]
     kept = {s.name: tuple(range(s.size // 2, s.size)) for s in group.sets}
     pruned = calibration.twin(module)
-    surgery.apply(pruned, planner.build_plan(graph, cost.measure(module, graph), kept, {}))
+    surgery.apply(pruned, planner.build_plan(graph, cost.cost_of(module, graph), kept, {}))
 
     def loss(twin: Any) -> float:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from yolo_prune.cut import surgery
 from yolo_prune.cut.proof import prove
 from yolo_prune.errors import UnsupportedModelError
 from yolo_prune.graph import Graph, trace
-from yolo_prune.planning.cost import measure
+from yolo_prune.planning.cost import cost_of
 from yolo_prune.planning.planner import build_plan
 
 C = 16  # channels of the layer that the block is put behind
@@ -188,7 +188,7 @@ def model_with(block: type[Block]) -> Any:
 
 def halved(model: Any, graph: Graph) -> Any:
     kept = {s.name: tuple(range(s.size))[1::2] for g in graph.groups if not g.protected and g.grain > 1 for s in g.sets}
-    return build_plan(graph, measure(model, graph), kept, {})
+    return build_plan(graph, cost_of(model, graph), kept, {})
 
 
 @pytest.mark.parametrize("block", BLOCKS)

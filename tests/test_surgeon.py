@@ -397,5 +397,5 @@ def test_gradients_that_are_not_finite_are_an_error_with_a_remedy(name: str) -> 
     model.b.weight.data *= 1e38
     criterion: Any = create(name, {"images": 1})
     criterion.observe(model, pixels(1e10), iter)
-    with pytest.raises(GradientError, match="are not finite, so that no channel can be judged by them"):
+    with pytest.raises(GradientError, match="are not finite, so no channel can be scored by them"):
         criterion(model.state_dict(), SET)

@@ -271,7 +271,7 @@ def test_a_plan_for_another_architecture_is_refused() -> None:
 
 
 def test_a_plan_for_another_scale_is_refused_with_both_shapes() -> None:
-    message = r"another model: 'model\.\S+' has shape \(\d+.*\) here and \(\d+.*\) in the plan\. Make a new plan"
+    message = r"another model: 'model\.\S+' has shape \(\d+.*\) here but \(\d+.*\) in the plan\. Make a new plan"
     refused(models.build("yolo26n"), plan(), message)
 
 
@@ -293,7 +293,7 @@ def test_a_plan_with_an_impossible_index_is_refused_before_anything_is_cut() -> 
 def test_a_plan_for_a_missing_tensor_is_refused_before_anything_is_cut() -> None:
     wrong = with_keep("model.99.conv.weight", {0: (0,)})
     wrong = replace(wrong, shapes={**wrong.shapes, "model.99.conv.weight": (2, 2)})
-    refused(models.build("yolo26-tiny"), wrong, r"this one has no 'model\.99\.conv\.weight'")
+    refused(models.build("yolo26-tiny"), wrong, r"this model has no 'model\.99\.conv\.weight'")
 
 
 @pytest.mark.parametrize(("module", "key"), [("model.2", "d"), ("model.99", "c"), ("model.2", "training")])
@@ -312,7 +312,7 @@ def test_a_layer_that_cannot_be_cut_is_refused_before_anything_is_cut() -> None:
 
 def test_what_was_applied_can_be_checked() -> None:
     model = models.build("yolo26-tiny")
-    with pytest.raises(PlanError, match=r"'model\.\S+' has shape .*, and should have .* after pruning"):
+    with pytest.raises(PlanError, match=r"'model\.\S+' has shape .*, but must have .* after pruning"):
         surgery.check_applied(model, plan())
     surgery.apply(model, plan())
     surgery.check_applied(model, plan())

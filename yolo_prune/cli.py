@@ -20,7 +20,7 @@ from yolo_prune.errors import PruneError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake gives one message on standard error, and status 1."""
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
-    if grammar.asks_for_help(name) and not words:
+    if grammar.asks_for_help(name) and all(map(grammar.asks_for_help, words)):
         print(overview())
         return 0
     if name.lstrip("-") in ("version", "v"):
@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PruneError, SyntaxError, FileNotFoundError) as e:
         print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
         return 1
-    except (
-        BrokenPipeError
-    ):  # in `yolo-prune show ... | head`, the reader has ended; Python must not write again at exit
+    except BrokenPipeError:  # `yolo-prune show ... | head`: the reader has ended; Python must not write again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -235,7 +233,7 @@ def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[st
         return [], {}
     how = {a.name: values[a.name] for a in MEASURING if a is not HALF and a.name in values}
     if values.get("half") and how.setdefault("quantize", 16) != 16:
-        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
+        raise PruneError(f"half=True means quantize=16, and quantize={values['quantize']} was given. Leave one out.")
     from yolo_prune.measure import runtimes
 
     return runtimes.parse(values["format"]), how

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How criteria are written, registered, made from a recipe, and checked."""
+"""The interface of criteria, their registry, and the functions that create them and check their scores."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ C = TypeVar("C", bound=Callable[..., "Criterion"])
 
 
 class Criterion(Protocol):
-    """Scores channels; higher matters more.
+    """Scores channels. A higher score means a more important channel.
 
-    Scores are compared within one set only, unless the criterion has an attribute `comparable` that is true: then they
-    are amounts of the loss, and are added up and compared over all sets.
+    Scores are only compared within a set, unless the criterion has a true attribute `comparable`. Comparable scores are
+    amounts of the loss: they are added, and compared over all sets.
 
-    One with an attribute `sparsity` above 0 asks for sparse training up to the last cut: that is the weight of the L1
-    norm of the scales of batch norms in the loss.
+    A criterion may have an attribute `sparsity`. If it is above 0, training up to the last cut is sparse: `sparsity` is
+    the weight of the L1 norm of batch norm scales in the loss.
     """
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
@@ -43,17 +43,17 @@ class Criterion(Protocol):
 
 @runtime_checkable
 class Observer(Protocol):
-    """A criterion that has to look at training images before it can score."""
+    """A criterion that needs training images before it can score channels."""
 
     images: int
 
     def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
-        """Look at the images.
+        """Observe the model on training images.
 
         Args:
-            model: only read.
-            calibration: images, at most `images` of them, with the loss.
-            progress: wraps an iterable of images, to show how far it is.
+            model: the model; it is not changed.
+            calibration: at most `images` training images, and the loss.
+            progress: wraps an iterable of images to show a progress bar.
         """
 
 
@@ -64,7 +64,7 @@ def register_criterion(name: str) -> Callable[[C], C]:
     """Register a factory `(**options) -> Criterion` under the name that recipes use.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If a criterion with this name is already registered.
 
     Example:
         >>> import yolo_prune
@@ -81,7 +81,7 @@ def register_criterion(name: str) -> Callable[[C], C]:
 
 
 def create(name: str, options: Mapping[str, Any]) -> Criterion:
-    """Make the criterion that a recipe asks for.
+    """Create a criterion from its name and options in a recipe.
 
     Raises:
         RecipeError: If there is no such criterion, or an option is unknown or out of range.
@@ -90,17 +90,20 @@ def create(name: str, options: Mapping[str, Any]) -> Criterion:
 
 
 def score(criterion: Criterion, tensors: Tensors, channels: ChannelSet) -> Tensor:
-    """What `criterion` gives, checked: nothing can be chosen by scores that are not numbers.
+    """Score the channels of a set, and check the scores.
 
     Raises:
         PruneError: If a score is missing, negative, NaN or infinite.
     """
     scores = criterion(tensors, channels)
     if scores.shape != (channels.size,):
-        raise PruneError(f"The criterion gave {tuple(scores.shape)} scores for '{channels.name}', not {channels.size}.")
+        raise PruneError(
+            f"The criterion returned scores of shape {tuple(scores.shape)} for '{channels.name}', not of shape "
+            f"({channels.size},). Correct the criterion."
+        )
     if not (torch.isfinite(scores) & (scores >= 0)).all():
         raise PruneError(
-            f"The criterion gave a score for '{channels.name}' that is negative, NaN or infinite. The weights there "
-            "are damaged; take a checkpoint from before the training diverged."
+            f"The criterion returned a score for '{channels.name}' that is negative, NaN or infinite. The weights of "
+            "this layer are probably damaged: take a checkpoint from before the training diverged."
         )
     return scores

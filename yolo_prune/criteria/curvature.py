@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Second moments of what layers read, and curvatures of what they put out."""
+"""Second moments of the inputs of layers, and curvatures of the loss in their outputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.data.layer_samples import ReadableLayer
 
 POSITIONS = 250
-"""Of an image that are looked at, per layer.
+"""Positions per image and layer that are sampled.
 
-A choice: 64 images then give up to 16,000 samples for matrices of some hundred to a few thousand columns. More of them
-make the estimate less noisy, and take time and memory in proportion; what lies side by side in one image is alike, so
-that more images say more than more positions.
+This value is a choice: 64 images give up to 16,000 samples, for matrices of some hundred to a few thousand columns.
+More samples make the estimate less noisy, but time and memory grow in proportion. Neighbouring positions of an image
+are similar, so more images help more than more positions.
 """
 
 
 class Curvature:
-    """Kronecker factors of the Hessian of the loss by the weights of every layer with one group.
+    """Kronecker factors of the Hessian of the loss with respect to the weights of every layer with one group.
 
-    Both factors are estimated as in Grosse & Martens, ICML 2016 (arXiv:1602.01407), from the gradients of the loss on
-    the labels (the empirical Fisher matrix).
+    Both factors are estimated as in Grosse & Martens, ICML 2016 (arXiv:1602.01407). The gradients are those of the loss
+    for the true labels (the empirical Fisher matrix).
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class Curvature:
         progress: Progress,
         each: Callable[[nn.Module], None],
     ) -> None:
-        """Run the loss backwards on every image.
+        """Compute the gradients of the loss on every image.
 
         Args:
-            model: only read.
-            calibration: the images.
-            progress: wraps the images, to show how far it is.
-            each: called with a copy of the model after each image, for its gradients.
+            model: the model; it is not changed.
+            calibration: the images and the loss.
+            progress: wraps the images to show a progress bar.
+            each: called after each image with a copy of the model that has the gradients of this image.
         """
         self._moments: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
-        self._shifts: dict[str, Tensor] = {}  # of the order of the mean, so that variances do not drown in squares
+        self._shifts: dict[str, Tensor] = {}  # estimated means, subtracted against rounding errors of large squares
         self._images = len(calibration)
         with calibration.differentiable(model) as copy:
             for name, layer in copy.named_modules():
@@ -58,17 +58,17 @@ class Curvature:
                 each(copy)
 
     def __contains__(self, layer: str) -> bool:
-        """True if the loss depends on a layer."""
+        """True if the loss depends on the layer."""
         return layer in self._gradients
 
     def inputs(self, layer: str) -> Tensor:
-        """`(columns, columns)`, float64: covariance of what a row of the weight is multiplied with."""
+        """`(columns, columns)`, float64: covariance of the layer's inputs, in the order of the weight's columns."""
         moment = self._moments[layer] / self._counts[layer]
-        mean = moment[-1, :-1]  # what is constant, a bias can take over
+        mean = moment[-1, :-1]  # subtracted because a bias can replace a constant input
         return moment[:-1, :-1] - torch.outer(mean, mean)
 
     def outputs(self, layer: str) -> Tensor:
-        """`(outputs, outputs)`, float64: per image, second moment of the gradients, summed over positions."""
+        """`(outputs, outputs)`, float64: second moment of output gradients, summed over positions, mean over images."""
         return self._gradients[layer] / self._images
 
     def _forward(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Criteria that look at data: what does the loss say about a channel?"""
+"""Criteria that use training images: they estimate the effect of a channel on the loss."""
 
 from __future__ import annotations
 
@@ -17,48 +17,50 @@ from yolo_prune.graph.structure import ChannelSet, Slot
 from yolo_prune.recipe.options import fraction, whole_number
 
 IMAGES = 64
-"""Training images that a criterion looks at. A choice: scores of more images are less noisy, and take longer.
+"""Default number of training images for a criterion.
 
-The README's table of criteria was measured with it. No other number was compared.
+This value is a choice: with more images, scores are less noisy but take longer. The table of criteria in docs/ was
+measured with this value. No other value was compared.
 """
 DAMPING = 0.01
-"""Added to the diagonal of a second moment before it is inverted, as a fraction of the mean of the diagonal.
+"""Added to the diagonal of a second moment before the inversion, as a fraction of the mean of the diagonal.
 
-A choice, the same as in GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323). Less, and directions that the images hardly
-reach decide the scores; more, and the inverse forgets which inputs can stand in for one another.
+This value is a choice, the same as in GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323). With a smaller value, the
+scores depend on directions in which the images hardly vary. With a larger value, the inverse no longer shows which
+inputs can replace each other.
 """
 TINY = 1e-12
-"""Added to it as well, so that a layer that reads nothing but zeros can be inverted; far below any real variance."""
+"""Also added to the diagonal, so that the matrix can be inverted if all inputs are 0; far below any real variance."""
 
 
 class Gates:
-    """Scores from the derivatives of the loss by a factor on each channel, one per image.
+    """Scores from the derivatives of the loss with respect to one factor ("gate") per channel and image.
 
-    The factor multiplies all weights that read a channel, or where no weight does, those that put it out; the
-    derivative by it is the sum of weight times gradient over them.
+    The factor multiplies all weights that read the channel. If no weight reads it, the factor multiplies the weights
+    that produce it. So the derivative is the sum of weight times gradient over these weights.
     """
 
-    comparable = True  # between sets: they estimate the loss
+    comparable = True  # scores estimate the loss, so they can be compared between sets
 
     def __init__(self, images: int, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Remember how many images to look at, and how `(images, channels)` become `(channels,)`."""
+        """Store the number of images, and the function that reduces `(images, channels)` to `(channels,)`."""
         self.images = whole_number("images", images)
         self._reduce = reduce
         self._products: dict[tuple[str, int], list[Tensor]] = {}
 
     def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
-        """Run the loss backwards on every image. The model is only read."""
+        """Compute the gradients of the loss on every image. The model is not changed."""
         self.begin()
         with calibration.differentiable(model) as copy:
             for _ in calibration.backward(copy, progress):
                 self.take(copy)
 
     def begin(self) -> None:
-        """Forget what was observed."""
+        """Delete all earlier observations."""
         self._products = {}
 
     def take(self, model: nn.Module) -> None:
-        """Take down the gradients of one image."""
+        """Add the gradients of one image."""
         for name, parameter in model.named_parameters():
             if parameter.grad is None:
                 continue
@@ -70,57 +72,57 @@ class Gates:
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
         """Score every channel; see `Criterion`."""
-        known = [s for s in channels.slots if (s.tensor, s.dim) in self._products]
-        readers = [s for s in known if s.dim == 1]
-        found = [torch.stack(self._products[s.tensor, s.dim])[:, list(s.index)] for s in readers or known]
-        if not found:  # nothing that the loss depends on
+        seen_slots = [s for s in channels.slots if (s.tensor, s.dim) in self._products]
+        readers = [s for s in seen_slots if s.dim == 1]
+        products = [torch.stack(self._products[s.tensor, s.dim])[:, list(s.index)] for s in readers or seen_slots]
+        if not products:  # the loss does not depend on these channels
             return torch.zeros(channels.size, dtype=torch.float64)
-        slopes = torch.stack(found).sum(0)
+        slopes = torch.stack(products).sum(0)
         _check_finite(slopes, channels.name)
         return self._reduce(slopes)
 
 
 @register_criterion("taylor")
 def taylor(images: int = IMAGES) -> Gates:
-    """First order: how much the loss changes, at the present slope, without a channel; mean of the amounts over images.
+    """First order: the change of the loss without a channel, from the gradient; mean of absolute values over images.
 
     "Importance Estimation for Neural Network Pruning" (Molchanov et al., CVPR 2019, arXiv:1906.10771), with a gate
     behind each channel.
 
     Args:
-        images: training images to look at.
+        images: number of training images.
     """
     return Gates(images, lambda gates: gates.abs().mean(0))
 
 
 @register_criterion("fisher")
 def fisher(images: int = IMAGES) -> Gates:
-    """Second order, with the empirical Fisher information as Hessian: half the mean square of the slopes over images.
+    """Second order, with the empirical Fisher information as Hessian: half the mean of squared gradients over images.
 
     "Faster gaze prediction with dense networks and Fisher pruning" (Theis et al. 2018, arXiv:1801.05787).
 
     Args:
-        images: training images to look at.
+        images: number of training images.
     """
     return Gates(images, lambda gates: gates.square().mean(0) / 2)
 
 
 @register_criterion("obs")
 class Surgeon:
-    """Second order, after adaptation: what the loss rises by without a channel, once its readers are refitted.
+    """Second order, with refit: the rise of the loss without a channel, after the layers that read it are refitted.
 
     Structured Optimal Brain Surgeon; see `surgeon.order` for the method and its sources. Channels that no weight reads
-    (queries and keys of attentions) are scored as by `fisher`.
+    (queries and keys of attentions) get the scores of `fisher`.
     """
 
     comparable = True
 
     def __init__(self, images: int = IMAGES, damping: float = DAMPING) -> None:
-        """Remember the options.
+        """Store the options.
 
         Args:
-            images: training images to look at.
-            damping: added to the diagonal of each layer's input covariance, as a fraction of its mean.
+            images: number of training images.
+            damping: added to the diagonal of each layer's input covariance, as a fraction of the diagonal's mean.
         """
         self.images = whole_number("images", images)
         self.damping = fraction("damping", damping)
@@ -128,7 +130,7 @@ class Surgeon:
         self._curvature: Curvature | None = None
 
     def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
-        """Run the loss backwards on every image. The model is only read."""
+        """Compute the gradients of the loss on every image. The model is not changed."""
         self._gates.begin()
         self._curvature = Curvature(model, calibration, progress, self._gates.take)
 
@@ -158,17 +160,17 @@ class Surgeon:
 def _check_finite(gradients: Tensor, layer: str) -> None:
     if not gradients.isfinite().all():
         raise GradientError(
-            f"The gradients of the loss at '{layer}' are not finite, so that no channel can be judged by them. Take a "
-            "checkpoint from before the training diverged, or a criterion that looks at weights alone."
+            f"The gradients of the loss at '{layer}' are not finite, so no channel can be scored by them. Take a "
+            "checkpoint from before the training diverged, or a criterion that uses weights only."
         )
 
 
 def _root(curvature: Tensor, layer: str) -> Tensor:
-    """A matrix whose square, `root^T root`, is the curvature of a layer's outputs."""
+    """The matrix `root` for which `root^T root` is the curvature of a layer's outputs."""
     _check_finite(curvature, layer)
     largest = curvature.diagonal().max().clamp(min=1e-30)
     identity = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
-    for exponent in range(-9, 1):  # sums of single-precision products are not quite positive definite
+    for exponent in range(-9, 1):  # rounding errors in single precision can make the matrix indefinite
         root, failed = torch.linalg.cholesky_ex(curvature / largest + 10.0**exponent * identity)
         if not failed:
             break

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Optimal Brain Surgeon for channels: what does it cost to remove one, once its readers are adapted to its absence?"""
+"""Optimal Brain Surgeon for channels: the loss of removing a channel after the layers that read it have adapted."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 STEPS = 48
-"""In about so many steps a set is emptied; wider ones lose several channels at once.
+"""Approximate number of steps that remove all channels of a set. A wide set loses several channels per step.
 
-A choice. The removals of one step do not see each other's effect on the choice, so fewer steps are coarser; each step
-updates matrices as large as the layers, so more steps take longer. The README has the seconds of the whole.
+This value is a choice. All channels of one step are chosen before any of them is removed, so fewer steps are less
+exact. Each step updates matrices as large as the layers, so more steps take longer. docs/ has the total time.
 """
 
 
 @dataclass
 class Reader:
-    """A layer that reads the channels of a set, while they go.
+    """A layer that reads the channels of a set, during their removal.
 
     Attributes:
-        inverse: `(inputs, inputs)`: inverse of the second moment of what it reads, of the inputs still there.
-        weight: `(outputs, inputs)`: its weights, multiplied by a square root of the curvature of its outputs.
-        columns: `(channels of the set, columns per channel)`: where the set's channels lie in `inputs`.
+        inverse: `(inputs, inputs)`: inverse of the second moment of the inputs that are not removed yet.
+        weight: `(outputs, inputs)`: the layer's weights, multiplied by a square root of the curvature of its outputs.
+        columns: `(channels of the set, columns per channel)`: the columns of the set's channels in `inputs`.
     """
 
     inverse: Tensor
@@ -32,7 +32,7 @@ class Reader:
     columns: Tensor
 
     def losses(self, alive: Tensor) -> Tensor:
-        """`(alive,)`: loss of removing each channel alone, the other weights adapted."""
+        """`(alive,)`: for each channel, the loss of removing only this channel and adapting the other weights."""
         columns = self.columns[alive]
         block = self.inverse[columns[:, :, None], columns[:, None, :]]
         weight = self.weight[:, columns].permute(1, 2, 0)
@@ -41,7 +41,7 @@ class Reader:
         return loss
 
     def remove(self, channels: Tensor) -> float:
-        """Take channels out and adapt the other weights; returns the loss of doing so."""
+        """Remove channels and adapt the other weights; returns the loss of this removal."""
         gone = self.columns[channels].flatten()
         factor = torch.linalg.cholesky(self.inverse[gone][:, gone])
         rows = torch.linalg.solve_triangular(factor, self.inverse[gone], upper=False)
@@ -54,21 +54,22 @@ class Reader:
 
 
 def order(readers: Sequence[Reader], size: int) -> Tensor:
-    """Remove channel after channel, each time those that cost least.
+    """Score channels by removing them step by step; each step removes the channels with the lowest loss.
 
-    For one layer whose output `w x` has the curvature `G`, removing the inputs `S` and adapting the other weights costs
-    `tr(G w_S (H^-1_SS)^-1 w_S^T) / 2` with `H = E[x x^T]`, and changes `w` by `- w_S (H^-1_SS)^-1 H^-1_S:`: Optimal
-    Brain Surgeon (Hassibi & Stork, NIPS 1993) with a Kronecker-factored Hessian (Martens & Grosse, ICML 2015,
-    arXiv:1503.05671; for convolutions Grosse & Martens, ICML 2016, arXiv:1602.01407), for structures as in EigenDamage
-    (Wang et al., ICML 2019, arXiv:1905.05934) and ZipLM (Kurtic et al., NeurIPS 2023, arXiv:2302.04089).
+    Take one layer with the output `w x` and the curvature `G` of this output. Removing the inputs `S` and adapting the
+    other weights costs `tr(G w_S (H^-1_SS)^-1 w_S^T) / 2` with `H = E[x x^T]`, and changes `w` by
+    `- w_S (H^-1_SS)^-1 H^-1_S:`. This is Optimal Brain Surgeon (Hassibi & Stork, NIPS 1993) with a Kronecker-factored
+    Hessian (Martens & Grosse, ICML 2015, arXiv:1503.05671; for convolutions Grosse & Martens, ICML 2016,
+    arXiv:1602.01407), applied to structures as in EigenDamage (Wang et al., ICML 2019, arXiv:1905.05934) and ZipLM
+    (Kurtic et al., NeurIPS 2023, arXiv:2302.04089).
 
     Args:
-        readers: every layer that reads the set. They are used up.
-        size: channels in the set.
+        readers: all layers that read the set; their matrices are overwritten.
+        size: number of channels in the set.
 
     Returns:
-        `(size,)`, float64, on the CPU: how much the loss rises with each removal, never less than with the one before;
-        the last one cannot be removed and has the most.
+        `(size,)`, float64, on the CPU: the rise of the loss with each removal, never less than the rise before. The
+        last channel cannot be removed and has the highest score.
     """
     scores = torch.zeros(size, dtype=torch.float64)
     alive = torch.arange(size)

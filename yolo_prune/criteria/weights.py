@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Criteria that look at weights alone."""
+"""Criteria that use weights only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yolo_prune.recipe.options import whole_number
 
 @register_criterion("magnitude")
 def magnitude(norm: int = 2) -> Criterion:
-    """Norm over all weights that belong to a channel, producers and consumers together.
+    """Norm of all weights of a channel: the weights that produce it and the weights that read it.
 
     The group-level magnitude of "DepGraph: Towards Any Structural Pruning" (Fang et al., CVPR 2023,
     arXiv:2301.12900), after "Pruning Filters for Efficient ConvNets" (Li et al., ICLR 2017, arXiv:1608.08710).
@@ -27,7 +27,7 @@ def magnitude(norm: int = 2) -> Criterion:
     if isinstance(norm, bool) or norm not in (1, 2):
         raise RecipeError(f"criterion.norm: must be 1 or 2, got {norm!r}.")
 
-    sums: dict[int, tuple[Tensor, Tensor]] = {}  # of a tensor, once for all the sets in it
+    sums: dict[int, tuple[Tensor, Tensor]] = {}  # one entry per tensor, used for all its sets
 
     def powers(weight: Tensor) -> Tensor:
         """|w|^norm, summed over all but the first two dimensions."""
@@ -35,7 +35,7 @@ def magnitude(norm: int = 2) -> Criterion:
             value = weight.detach().to("cpu", torch.promote_types(weight.dtype, torch.float32))
             value = value.square() if norm == 2 else value.abs()
             value = value.flatten(2).sum(-1) if value.ndim > 2 else value
-            sums[id(weight)] = weight, value.to(torch.float64)  # the tensor too, so that its id stays its own
+            sums[id(weight)] = weight, value.to(torch.float64)  # the tensor is stored too: else its id could be reused
         return sums[id(weight)][1]
 
     def score(tensors: Tensors, channels: ChannelSet) -> Tensor:
@@ -52,16 +52,16 @@ def magnitude(norm: int = 2) -> Criterion:
 
 @register_criterion("lamp")
 class Lamp:
-    """Squared magnitude, as a share of all that is not smaller in the set; compared over the whole model.
+    """Squared magnitude, divided by the sum of all squared magnitudes in the set that are not smaller.
 
-    "Layer-adaptive Sparsity for the Magnitude-based Pruning" (Lee et al., ICLR 2021, arXiv:2010.07611), with the
-    group-level magnitude in place of that of single weights.
+    Scores are compared over the whole model. "Layer-adaptive Sparsity for the Magnitude-based Pruning" (Lee et al.,
+    ICLR 2021, arXiv:2010.07611), with the group-level magnitude instead of the magnitude of single weights.
     """
 
     comparable = True
 
     def __init__(self) -> None:
-        """It has no options."""
+        """Create the criterion, which has no options."""
         self._magnitude = magnitude()
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
@@ -74,16 +74,17 @@ class Lamp:
 
 @register_criterion("bn_scale")
 class BatchNormScale:
-    """Absolute scale of the batch norms behind a channel; magnitude where there is none.
+    """Absolute scale of the batch norms behind a channel; the magnitude if there is no batch norm.
 
     "Learning Efficient Convolutional Networks through Network Slimming" (Liu et al., ICCV 2017, arXiv:1708.06519).
     """
 
     def __init__(self, sparsity: float = 0.0) -> None:
-        """Take the option.
+        """Store the option.
 
         Args:
-            sparsity: weight of the L1 norm of the scales in the loss, in training up to the last cut; 0: as trained.
+            sparsity: weight of the L1 norm of the scales in the loss, during training up to the last cut; 0 does not
+                change the loss.
         """
         if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
             raise RecipeError(f"criterion.sparsity: must be a number at least 0 and below 1, got {sparsity!r}.")
@@ -100,7 +101,7 @@ class BatchNormScale:
 
 @register_criterion("fpgm")
 def fpgm() -> Criterion:
-    """Distance to all other filters of the same layer: what lies in their midst, the others can replace.
+    """Sum of distances to all other filters of the layer: other filters can replace a filter in the middle of them.
 
     "Filter Pruning via Geometric Median" (He et al., CVPR 2019, arXiv:1811.00250).
     """
@@ -119,10 +120,10 @@ def fpgm() -> Criterion:
 
 @register_criterion("random")
 def random(seed: int = 0) -> Criterion:
-    """Uniform random scores: the control that any other criterion has to beat.
+    """Uniform random scores: a baseline that any other criterion has to beat.
 
     Args:
-        seed: same seed, same scores, on every machine; 0 to 2**32 - 1.
+        seed: from 0 to 2**32 - 1; the same seed gives the same scores on every machine.
     """
     whole_number("seed", seed, 0, 2**32 - 1)
 

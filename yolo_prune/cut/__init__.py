@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The plan, and what it does to a model: surgery, proof, record."""
+"""The plan of a cut, and the steps that carry it out: surgery, proof and record."""

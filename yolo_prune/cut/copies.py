@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Copies of a model, and what is done to them: their channels silenced, their size taken."""
+"""Copies a model, silences its channels and measures the size of its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lean_copy(model: nn.Module) -> nn.Module:
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
-    """A copy without training-only state, and without hooks: they are not the model's own."""
+    """A copy without the loss, which only training needs, and without hooks, which belong to other code."""
     memo: dict[int, Any] = {}
     if getattr(model, "criterion", None) is not None:
         memo[id(model.criterion)] = None
@@ -32,11 +32,11 @@ def bare_copy(model: nn.Module) -> nn.Module:
 
 
 def silence(model: nn.Module, removed: Mapping[str, Mapping[int, Collection[int]]]) -> None:
-    """Let channels put out zeros, in place; the layers that read them stay as they are.
+    """Silence channels in place: their outputs become 0. The layers that read them stay as they are.
 
     Args:
-        model: is changed.
-        removed: `{tensor name: {dimension: indices that are to go}}`.
+        model: the model; it is changed.
+        removed: `{tensor name: {dimension: indices to silence}}`.
     """
     state, layers = model.state_dict(), dict(model.named_modules())
     for name, dims in removed.items():
@@ -54,7 +54,7 @@ def silence_removed(model: nn.Module, plan: Plan) -> None:
 
 
 def size_mb(model: nn.Module) -> float:
-    """Megabytes of the model as a checkpoint stores it, in half precision."""
+    """Size of the model's checkpoint in megabytes, in half precision."""
     copy = lean_copy(model).half()
     buffer = io.BytesIO()
     torch.save({"model": copy}, buffer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the standard exporter is told about a pruned model."""
+"""Adds a summary of the pruning record to the metadata of an exported model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from yolo_prune.cut.record import KEY, Record, read_record
 
 
 def on_export_start(exporter: Any) -> None:
-    """Add one key, `pruning`, to the metadata that every export format carries."""
+    """Add the key `pruning` to the exporter's metadata, which every export format contains."""
     model = getattr(exporter, "model", None)
-    if model is None:  # before Ultralytics 8.3.200 the event comes before there is any metadata
+    if model is None:  # before Ultralytics 8.3.200 the exporter has no metadata at this event
         return
     record = read_record(model)
     if record and record.plan:
@@ -20,7 +20,7 @@ def on_export_start(exporter: Any) -> None:
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """What a reader of an exported model wants to know, short enough for a file header."""
+    """A summary of the record that is short enough for a file header."""
     last = record.rounds[-1] if record.rounds else None
     return {
         "plan": record.plan.hash if record.plan else None,

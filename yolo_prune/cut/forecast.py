@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a plan does to the cost of a model."""
+"""`Forecast`: the cost of a model before and after a plan."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from yolo_prune.errors import PlanError
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the plan does to the cost of the model, at one image size. FLOPs are 2 x MACs for one image.
+    """Cost of the dense model, and of the model before and after the plan, at one image size.
 
-    Milliseconds, where the target is a latency, are what the layers' times add up to, or what was measured; None
-    elsewhere.
+    FLOPs are 2 x MACs for one image. Milliseconds are None unless the target is a latency. They are then the sum of the
+    layers' times or, if `measured` is true, the measured time of the whole model.
     """
 
     imgsz: int
@@ -32,20 +32,20 @@ class Forecast:
     measured: bool = False
 
     def present(self, metric: str) -> float:
-        """Fraction of the dense model that is left before the plan is applied, in "flops", "params" or "latency".
+        """Fraction of the dense model's "flops", "params" or "latency" that is left before the plan is applied.
 
         Raises:
-            PlanError: If the latency is asked for, and the plan was not made for one.
+            PlanError: If `metric` is "latency" and the plan was not made for a latency target.
         """
         if metric == "latency":
             return self._share(self.ms_before)
         return self.flops_before / self.dense_flops if metric == "flops" else self.params_before / self.dense_params
 
     def kept(self, metric: str) -> float:
-        """Fraction of the dense model that is left after the plan is applied, in "flops", "params" or "latency".
+        """Fraction of the dense model's "flops", "params" or "latency" that is left after the plan is applied.
 
         Raises:
-            PlanError: If the latency is asked for, and the plan was not made for one.
+            PlanError: If `metric` is "latency" and the plan was not made for a latency target.
         """
         if metric == "latency":
             return self._share(self.ms_after)
@@ -53,7 +53,7 @@ class Forecast:
 
     def _share(self, ms: float | None) -> float:
         if ms is None or self.dense_ms is None:
-            raise PlanError("This plan was not made for a latency: plan with target.latency to have milliseconds.")
+            raise PlanError("This plan has no latency. Make a plan with target.latency to get milliseconds.")
         return ms / self.dense_ms
 
     @property
@@ -67,15 +67,15 @@ class Forecast:
         return self.params_after / self.dense_params
 
     def then(self, later: Forecast) -> Forecast:
-        """Of two plans one after the other, at the same image size: before this one, after the later one."""
+        """Compose two forecasts at the same image size: the cost before this plan, and the cost after `later`."""
         if later.dense_ms is None or self.dense_ms is None:
             before = None
-        else:  # each was measured beside a dense model of its own
+        else:  # each forecast has its own measurement of the dense model
             before = later.dense_ms * self.present("latency")
         return replace(later, flops_before=self.flops_before, params_before=self.params_before, ms_before=before)
 
     def to_dict(self) -> dict[str, float]:
-        """Plain data, without what is not known."""
+        """Plain data, without unknown values."""
         return {key: value for key, value in vars(self).items() if value is not None and value is not False}
 
     @classmethod
@@ -84,7 +84,7 @@ class Forecast:
 
         Raises:
             ValueError: If a number is not positive.
-            TypeError: If one is missing, or is no number.
+            TypeError: If a number is missing, or a value is not a number.
         """
         whole = ("imgsz", "dense_params", "params_before", "params_after")
         measured = bool(data.get("measured"))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Fit a pruned model to another dataset, with other classes, keypoints or image channels.
+"""Adapt a pruned model to another dataset, with another number of classes, keypoints or image channels.
 
-Only what depends on their number is made anew, the rest stays pruned. What depends on it is read off two models that
-Ultralytics builds for two different numbers, so it holds for every head, also for one that this package has never seen.
+Only the tensors and attributes whose size depends on this number are made again; all others stay pruned. To find them,
+two models that Ultralytics builds for two different numbers are compared. So this works for every head, also for a head
+that this package does not know.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from yolo_prune.errors import UnsupportedModelError
 
 K = TypeVar("K")
 SMALL = (2, 3)
-"""Numbers to build the two models with: smaller than any hidden width, so that none of those follows them."""
+"""Numbers for the two models: smaller than any hidden width, so that no hidden width depends on them."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """A size that follows a number: `offset + factor * number`."""
+    """A size that depends on a number: `offset + factor * number`."""
 
     offset: int
     factor: int
@@ -36,7 +37,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Followers:
-    """What follows a number.
+    """The tensors and attributes whose size depends on a number.
 
     Attributes:
         tensors: `{tensor name: {dimension: size}}`.
@@ -47,22 +48,22 @@ class Followers:
     attributes: Mapping[str, Mapping[str, Affine]]
 
     def of(self, model: nn.Module, number: int) -> Followers:
-        """Those that have, in a pruned model made for `number`, the size that follows: not the thinned ones."""
+        """The entries that were not pruned: in `model`, made for `number`, they still have the size for this number."""
         state, modules = model.state_dict(), dict(model.named_modules())
         return Followers(
-            _some(self.tensors, lambda name, dim, size: state[name].shape[dim] == size.at(number)),
-            _some(self.attributes, lambda name, key, size: vars(modules[name]).get(key) == size.at(number)),
+            _filtered(self.tensors, lambda name, dim, size: state[name].shape[dim] == size.at(number)),
+            _filtered(self.attributes, lambda name, key, size: vars(modules[name]).get(key) == size.at(number)),
         )
 
     def among(self, others: Followers) -> Followers:
-        """Those that `others` has as well, with the sizes they have here."""
+        """The entries that are in `others` as well, with the sizes of this object."""
         return Followers(
-            _some(self.tensors, lambda name, dim, _: dim in others.tensors.get(name, ())),
-            _some(self.attributes, lambda name, key, _: key in others.attributes.get(name, ())),
+            _filtered(self.tensors, lambda name, dim, _: dim in others.tensors.get(name, ())),
+            _filtered(self.attributes, lambda name, key, _: key in others.attributes.get(name, ())),
         )
 
 
-def _some(
+def _filtered(
     table: Mapping[str, Mapping[K, Affine]], wanted: Callable[[str, K, Affine], bool]
 ) -> dict[str, dict[K, Affine]]:
     chosen = {n: {k: size for k, size in sizes.items() if wanted(n, k, size)} for n, sizes in table.items()}
@@ -70,7 +71,7 @@ def _some(
 
 
 def followers(build: Callable[[int], nn.Module]) -> Followers:
-    """Find what follows a number.
+    """Find the tensors and attributes whose size depends on a number.
 
     Args:
         build: makes the dense model for a number.
@@ -105,17 +106,18 @@ def resize(
     stock: nn.Module,
     rows: Sequence[int | None] | None = None,
 ) -> None:
-    """Make what follows a number anew, in place, with fresh weights; the rest of the model keeps its own.
+    """Resize everything that depends on a number, in place. Resized tensors get new weights, all others keep theirs.
 
     Args:
         model: a pruned model.
-        follow: what follows the number in the dense one.
-        number: the number wanted.
-        stock: what Ultralytics builds for it; biases start as there, so that no class is everywhere.
-        rows: for each of the `number` rows of an output layer, the old row to take over, or None for a fresh one.
+        follow: the tensors and attributes that depend on the number.
+        number: the new number.
+        stock: the dense model that Ultralytics builds for the new number. The new biases are its biases: with other
+            biases, an untrained class would be detected everywhere.
+        rows: for each of the `number` rows of an output layer, the old row to copy, or None for a new row.
 
     Raises:
-        UnsupportedModelError: If that depends on it what this package cannot make anew.
+        UnsupportedModelError: If a layer that depends on the number cannot be initialized again.
     """
     record = read_record(model)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -123,8 +125,8 @@ def resize(
         layer = model.get_submodule(name)
         if not hasattr(layer, "reset_parameters"):
             raise UnsupportedModelError(
-                f"'{name}', a {type(layer).__name__}, depends on the dataset and cannot be made anew. Train the dense "
-                "model on this dataset first, then prune it."
+                f"'{name}' ({type(layer).__name__}) depends on the dataset, and this package cannot initialize it "
+                "again. Train the dense model on this dataset first, then prune it."
             )
         for key, parameter in list(layer.named_parameters(recurse=False)):
             shape = _shape(parameter, follow.tensors.get(f"{name}.{key}", {}), number)
@@ -138,9 +140,9 @@ def resize(
         module = model.get_submodule(name)
         for key, size in values.items():
             setattr(module, key, size.at(number))
-    _take_over(model, before, follow, number, rows)
+    _copy_kept_weights(model, before, follow, number, rows)
     if record:
-        write_record(model, _follow_up(record, follow, number))
+        write_record(model, _updated_record(record, follow, number))
 
 
 def _shape(tensor: Tensor, dims: Mapping[int, Affine], number: int) -> list[int]:
@@ -151,7 +153,7 @@ def _shape(tensor: Tensor, dims: Mapping[int, Affine], number: int) -> list[int]
 
 
 @torch.no_grad()
-def _take_over(
+def _copy_kept_weights(
     model: nn.Module,
     before: Mapping[str, Tensor],
     follow: Followers,
@@ -162,7 +164,9 @@ def _take_over(
         dims, old = follow.tensors.get(name, {}), before[name]
         if not dims:
             tensor.copy_(old)
-        elif 1 in dims:  # an input layer: grey images see the sum of the filters, further channels fresh ones
+        elif (
+            1 in dims
+        ):  # an input layer: grey images use the sum of the old filters, additional channels use new filters
             count = min(number, old.shape[1])
             tensor[:, :count] = old.sum(1, keepdim=True) if number == 1 else old[:, :count]
         elif rows is not None and dims[0] == Affine(0, 1):
@@ -170,8 +174,8 @@ def _take_over(
             tensor[known] = old[[row for row in rows if row is not None]]
 
 
-def _follow_up(record: Record, follow: Followers, number: int) -> Record:
-    """The record speaks of the shapes of the dense model; that now has other output layers, too."""
+def _updated_record(record: Record, follow: Followers, number: int) -> Record:
+    """The record with the new shapes of the dense model: its resized layers have changed as well."""
     plan = record.plan
     if plan is None:
         return record
@@ -184,19 +188,23 @@ def _follow_up(record: Record, follow: Followers, number: int) -> Record:
 
 
 def same_names(old: Mapping[int, str], new: Mapping[int, str]) -> list[int | None] | None:
-    """For each new class the old one of the same name, as Ultralytics matches them; None to keep all where they are.
+    """Match classes by name, as Ultralytics does.
 
     Args:
         old: names of the model's classes.
         new: names of the dataset's classes.
+
+    Returns:
+        For each new class, the index of the old class with the same name, or None if there is none. None instead of
+        the list if all classes keep their index.
     """
     if len(old) == len(new) and _placeholders(old) | _placeholders(new):
         return None
     index = {_plain(name): i for i, name in old.items()}
-    found = [index.get(_plain(new[i])) for i in sorted(new)]
-    if len(old) == len(new) and (not any(i is not None for i in found) or found == sorted(old)):
+    matches = [index.get(_plain(new[i])) for i in sorted(new)]
+    if len(old) == len(new) and (not any(i is not None for i in matches) or matches == sorted(old)):
         return None
-    return [None] * len(new) if _placeholders(old) or _placeholders(new) else found
+    return [None] * len(new) if _placeholders(old) or _placeholders(new) else matches
 
 
 def _plain(name: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`Plan`: which channels of which tensors are kept. The only thing that crosses processes, files and rounds."""
+"""`Plan`: which channels of which tensors are kept. Processes, files and rounds exchange nothing but plans."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PlanError
 
 VERSION = 1
-MAX_INDICES = 10_000_000  # more than any model has; without a bound, a range of a few bytes would fill the memory
+MAX_INDICES = (
+    10_000_000  # more than any model has; without this limit, a range of a few bytes in a file could fill the memory
+)
 FILE = JsonFile(
     "a plan",
     unreadable="Cannot read the plan '{path}': {why}.",
@@ -44,7 +46,7 @@ class GroupWidth:
 
 @dataclass(frozen=True)
 class Protected:
-    """Layers that the plan leaves alone, and why."""
+    """Layers that the plan must not change, and the reason."""
 
     layers: tuple[str, ...]
     reason: str
@@ -52,15 +54,15 @@ class Protected:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cut keeps: the indices per tensor and dimension, and the module attributes that follow from them.
+    """The kept channels of a cut: kept indices per tensor and dimension, and the new values of module attributes.
 
     Attributes:
         keep: `{tensor name: {dimension: kept indices, ascending}}`, for the tensors that get smaller.
-        attributes: `{module name: {attribute: value}}` for blocks that remember a width (`C2f.c`, ...).
+        attributes: `{module name: {attribute: value}}` for blocks that store a width as an attribute (`C2f.c`, ...).
         shapes: shapes of the tensors in `keep`, before the plan is applied.
         groups: the groups that get narrower, for the table.
-        protected: what is protected and why, for the table.
-        forecast: the predicted cost, if there is one.
+        protected: protected layers and the reasons, for the table.
+        forecast: the predicted cost; None if the plan has none.
         scale: `{tensor name: {index along dimension 0 before the plan is applied: factor}}`, for blocks whose forward
             divides by a power of a width.
 
@@ -84,7 +86,7 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what the plan does: the table is left out.
+        """SHA-256 of everything that changes the model: the table and the forecast are left out.
 
         Example:
             >>> import yolo_prune
@@ -111,7 +113,7 @@ class Plan:
             (True, True)
         """
         if self.forecast is None:
-            raise PlanError("This plan has no forecast; make it with yolo_prune.plan.")
+            raise PlanError("This plan has no forecast. Make a plan with yolo_prune.plan to get one.")
         return self.forecast
 
     def __bool__(self) -> bool:
@@ -119,7 +121,7 @@ class Plan:
         return bool(self.keep)
 
     def shape_after(self, tensor: str) -> tuple[int, ...]:
-        """Shape of `tensor` once the plan is applied.
+        """Shape of `tensor` after the plan is applied.
 
         Example:
             >>> import yolo_prune
@@ -137,7 +139,7 @@ class Plan:
         """Compose two plans into one that does both cuts at once: this plan, then `later`.
 
         Raises:
-            PlanError: If `later` was made for a model of other shapes.
+            PlanError: If `later` was made for a model with other shapes.
 
         Example:
             >>> from ultralytics import YOLO
@@ -155,7 +157,7 @@ class Plan:
             if name in self.keep and self.shape_after(name) != later.shapes[name]:
                 raise PlanError(
                     f"The plans do not follow one another: '{name}' has shape {self.shape_after(name)} after the "
-                    f"first and {later.shapes[name]} before the second."
+                    f"first plan but {later.shapes[name]} before the second. Make the second plan again."
                 )
             shapes.setdefault(name, later.shapes[name])
             mine = keep.setdefault(name, {})
@@ -183,7 +185,7 @@ class Plan:
         """Undo `then`: the rest of this plan for a model to which `earlier` was already applied.
 
         Raises:
-            PlanError: If this plan keeps what `earlier` removed.
+            PlanError: If this plan keeps a channel that `earlier` removed.
 
         Example:
             >>> from ultralytics import YOLO
@@ -202,7 +204,9 @@ class Plan:
                 if before is not None:
                     place = {old: new for new, old in enumerate(before)}
                     if not place.keys() >= set(kept):
-                        raise PlanError(f"The plans do not follow one another: the first removes more of '{name}'.")
+                        raise PlanError(
+                            f"The plans do not follow one another: the earlier plan removes more channels of '{name}'."
+                        )
                     kept = tuple(place[i] for i in kept)
                 if before is None or len(kept) < len(before):
                     keep.setdefault(name, {})[dim] = kept
@@ -247,7 +251,7 @@ class Plan:
         """Read what `to_dict` wrote.
 
         Raises:
-            PlanError: If the data is not a plan, or of another version.
+            PlanError: If the data is not a plan, or is a plan of another version.
 
         Example:
             >>> import yolo_prune
@@ -257,7 +261,10 @@ class Plan:
         """
         try:
             if data["version"] != VERSION:
-                raise PlanError(f"This plan has version {data['version']}; this yolo-prune reads version {VERSION}.")
+                raise PlanError(
+                    f"This plan has version {data['version']}; this yolo-prune reads version {VERSION}. Make the plan "
+                    "again."
+                )
             keep: Keep = {}
             for name, dims in data["keep"].items():
                 keep[name] = {int(d): _from_ranges(k) for d, k in dims.items()}
@@ -274,12 +281,14 @@ class Plan:
                 scale={n: _from_runs(v) for n, v in data.get("scale", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise PlanError(f"This is not a yolo-prune plan: {type(e).__name__}: {e}.") from e
+            raise PlanError(
+                f"This is not a yolo-prune plan: {type(e).__name__}: {e}. Pass a plan that 'yolo-prune plan' saved."
+            ) from e
         plan.validate()
         return plan
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON. The file appears whole or not at all.
+        """Write the plan as JSON. If this fails, no incomplete file is left.
 
         Example:
             >>> import yolo_prune
@@ -303,17 +312,20 @@ class Plan:
         """
         data = FILE.read(path)
         if not isinstance(data, dict):
-            raise PlanError(f"'{path}' is not a yolo-prune plan: expected a mapping, found {type(data).__name__}.")
+            raise PlanError(
+                f"'{path}' is not a yolo-prune plan: expected a mapping, found {type(data).__name__}. Pass a file that "
+                "'yolo-prune plan' saved."
+            )
         try:
             return cls.from_dict(data)
         except PlanError as e:
             raise PlanError(f"'{path}' cannot be used: {e}") from e
 
     def validate(self) -> None:
-        """Check that the indices and widths are possible.
+        """Check that all indices and widths are possible.
 
         Raises:
-            PlanError: If one is not; the message names the first.
+            PlanError: For the first index or width that is not possible.
 
         Example:
             >>> import yolo_prune
@@ -328,26 +340,31 @@ class Plan:
                 if not kept or not ascending or kept[0] < 0 or kept[-1] >= size:
                     raise PlanError(
                         f"The plan is damaged: kept indices of '{name}', dimension {dim}, must be ascending and "
-                        f"within 0..{size - 1}."
+                        f"within 0..{size - 1}. Make the plan again."
                     )
 
         for name, values in self.attributes.items():
             for key, value in values.items():
                 if key.startswith("_") or not key.isidentifier():
-                    raise PlanError(f"The plan is damaged: '{name}.{key}' is not the width of a block.")
+                    raise PlanError(f"The plan is damaged: '{name}.{key}' is not a width. Make the plan again.")
                 if any(v < 1 for v in (value if isinstance(value, list) else [value])):
-                    raise PlanError(f"The plan is damaged: '{name}.{key}' must be at least 1, found {value}.")
+                    raise PlanError(
+                        f"The plan is damaged: '{name}.{key}' must be at least 1, found {value}. Make the plan again."
+                    )
         for name, factors in self.scale.items():
             rows = self.shapes.get(name, (0,))[0]
             if not all(0 <= i < rows and 0 < f < math.inf for i, f in factors.items()):
-                raise PlanError(f"The plan is damaged: factors of '{name}' must be positive and within 0..{rows - 1}.")
+                raise PlanError(
+                    f"The plan is damaged: factors of '{name}' must be positive, and their indices within "
+                    f"0..{rows - 1}. Make the plan again."
+                )
 
     def __str__(self) -> str:
-        """The readable table that `describe` makes."""
+        """The table that `describe` returns."""
         return self.describe()
 
     def describe(self) -> str:
-        """The table that `print` shows: groups before and after, protected parts and why, predicted cost.
+        """A table for `print`: widths of groups before and after, protected layers with reasons, predicted cost.
 
         Example:
             >>> import yolo_prune
@@ -440,7 +457,7 @@ def _from_ranges(text: str) -> tuple[int, ...]:
         first, _, last = part.partition("-")
         stop = int(last or first) + 1
         if stop > 1_000_000:
-            raise ValueError(f"index {stop - 1} is out of reason")
+            raise ValueError(f"index {stop - 1} is larger than any layer has")
         keep.extend(range(int(first), stop))
         if len(keep) > 1_000_000:
             raise ValueError("more indices than any layer has channels")

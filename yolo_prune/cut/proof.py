@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The proof that a cut is right: removing channels computes what silencing them computes."""
+"""The proof of a cut: a model without the channels computes the same as a model with these channels silenced."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
 
 @dataclass(frozen=True)
 class Proof:
-    """Outcome of a proof that holds.
+    """Result of a successful proof.
 
     Attributes:
-        error: largest difference in any layer, relative to how much its output varies over positions.
-        effect: largest difference that silencing makes to the model's outputs, on the same scale; 0 would be vacuous.
-        seconds: time it took.
+        error: largest difference in any layer, relative to how much the layer's output varies over positions.
+        effect: largest difference that silencing makes to the model's outputs, relative in the same way. With an
+            effect of 0, the proof would show nothing.
+        seconds: duration of the proof.
     """
 
     error: float
@@ -41,11 +42,11 @@ class Proof:
 
 @torch.no_grad()
 def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
-    """Compare masked reference and pruned copy of `model` on one forward pass in float64. The model is only read.
+    """Compare a silenced copy and a pruned copy of `model` on one forward pass in float64. The model is not changed.
 
-    The reference is the model with every removed output channel silenced (weights, bias and batch norm 0), consumers
-    untouched. All branches run, and every layer is compared, so that a wrong channel shows where it is wrong even if
-    later layers would drown it; heads are compared before any decoding.
+    The silenced copy is the reference: weights, bias and batch norm of every removed output channel are 0, and the
+    layers that read these channels are unchanged. All branches run, and every layer is compared. So a wrong channel is
+    detected in the layer where it is wrong, even if later layers hide it. Heads are compared before decoding.
 
     Args:
         model: the model before the cut.
@@ -53,7 +54,7 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
         tolerance: largest relative difference allowed.
 
     Raises:
-        ProofError: Names the first layer whose output differs.
+        ProofError: If the output of a layer differs; the message names the first such layer.
     """
     start = time.perf_counter()
     surgery.check(model, plan)
@@ -78,8 +79,8 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
             does = f"does not run ({failure})" if failure else "does not compute what silencing its channels computes"
             raise ProofError(
                 f"The pruned model {does}. The first layer that differs is '{name}', by {gap:.1e} (allowed "
-                f"{tolerance:.0e}). The model is unchanged. If a block of your own is behind this, protect it "
-                "(protect: in the recipe) or check its rule."
+                f"{tolerance:.0e}). The model is unchanged. If the layer belongs to a block of your own, protect the "
+                "block (protect: in the recipe) or correct its rule."
             )
         error = max(error, gap)
     effect = max(_difference(x, y) for x, y in zip(before, _final(wanted), strict=True))
@@ -91,7 +92,7 @@ def _float64_copy(model: nn.Module) -> nn.Module:
 
 
 def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -> Tensor:
-    """A layer's output, channels in dimension 1, as it has to be after the cut: fewer channels, some with a factor."""
+    """The expected output of a layer after the cut: fewer channels (in dimension 1), some multiplied by a factor."""
     weight = f"{name}.weight"
     if factors := plan.scale.get(weight):
         factor = torch.tensor([factors.get(i, 1.0) for i in range(reference.shape[1])], dtype=reference.dtype)
@@ -113,7 +114,7 @@ def _image(model: nn.Module) -> Tensor:
 
 
 class _StoppedError(Exception):
-    """A forward pass that failed half-way; keeps what the layers before had put out."""
+    """A forward pass failed. The exception has the outputs of all layers that ran before."""
 
     def __init__(self, outputs: dict[str, Tensor], where: str) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class _StoppedError(Exception):
 
 
 class _Leaky(TorchFunctionMode):
-    """Activations that are 0 over a range let a little through: a channel that lies there would escape comparison."""
+    """Replaces activations that are 0 over a range by leaky ones, so that channels in this range are compared too."""
 
     LEAKY = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
 
@@ -132,12 +133,15 @@ class _Leaky(TorchFunctionMode):
 
 
 def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Outputs of layers by name, in the order they run, channels in dimension 1; then those of the model itself."""
-    found: dict[str, Tensor] = {}
+    """Outputs of layers by name, in the order in which the layers run, then the outputs of the model itself.
+
+    Channels are in dimension 1.
+    """
+    layer_outputs: dict[str, Tensor] = {}
 
     def keep(name: str, layer: nn.Module, out: Tensor) -> None:
-        if name not in found:
-            found[name] = (out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out).clone()
+        if name not in layer_outputs:
+            layer_outputs[name] = (out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out).clone()
 
     running: list[str] = []
 
@@ -155,18 +159,18 @@ def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     default = torch.get_default_dtype()
     try:
         for number, probe in enumerate(probes.probes(model)):
-            if number:  # forwards with prompts mix in Python numbers, and overflow otherwise
+            if number:  # passes with prompts use Python numbers, which overflow in float32
                 torch.set_default_dtype(image.dtype)
             with _Leaky():
                 out = list(probes.outputs(probe(model, image)))
             finals |= {f"{OUTPUT}{number}.{i}": t for i, t in enumerate(out)}
     except (RuntimeError, ValueError) as e:
-        raise _StoppedError(found, running[-1] if running else "") from e
+        raise _StoppedError(layer_outputs, running[-1] if running else "") from e
     finally:
         torch.set_default_dtype(default)
         for hook in hooks:
             hook.remove()
-    return found | finals
+    return layer_outputs | finals
 
 
 def _final(outputs: dict[str, Tensor]) -> list[Tensor]:
@@ -174,7 +178,10 @@ def _final(outputs: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference, relative to how much `a` varies over positions: a constant bias must not hide a channel."""
+    """Largest difference, relative to how much `a` varies over positions.
+
+    It is not relative to `a` itself, because a large constant bias would hide a wrong channel.
+    """
     if a.shape != b.shape:
         return math.inf
     varies = torch.zeros((), dtype=a.dtype)

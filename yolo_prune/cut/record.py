@@ -19,20 +19,20 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """A round that was performed, as the record keeps it. What is not known is None, and left out of the file.
+    """The facts of a finished round in the record. An unknown fact is None, and is not in the file.
 
     Attributes:
-        number: of the round, counted from 1.
-        plan: hash of what it removed.
-        epoch: at whose start it was made, counted from 0; None for a cut in one shot.
-        target: `{metric: fraction of the dense model}` that it aimed at.
-        flops: of the model that it left.
-        params: of the model that it left.
-        latency: as it was timed, plain data as in `report.LatencyRow`.
-        keep: fraction of the dense model that it left, in the metric of the target.
-        reference: fitness that the drop is counted from, where there is a limit on it.
-        end: best fitness after the round, once it is judged.
-        held: whether the drop was within the limit, once it is judged.
+        number: number of the round, counted from 1.
+        plan: hash of the round's plan.
+        epoch: the epoch at whose start the cut was made, counted from 0; None for a one-shot cut without training.
+        target: the target of the round: `{metric: fraction of the dense model}`.
+        flops: FLOPs of the model after the cut.
+        params: parameters of the model after the cut.
+        latency: measured latency after the cut, as plain data of `report.LatencyRow`.
+        keep: fraction of the dense model after the cut, in the metric of the target.
+        reference: fitness from which the drop is counted, if the drop has a limit.
+        end: best fitness after the round; None until the round is judged.
+        held: whether the drop was within the limit; None until the round is judged.
     """
 
     number: int
@@ -49,16 +49,19 @@ class RoundFacts:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RoundFacts:
-        """Read what `to_dict` wrote; keys that a later release added are left out.
+        """Read what `to_dict` wrote. Keys that a later release added are ignored.
 
         Raises:
             KeyError: If the number or the hash of the plan is missing.
+            ValueError: If one of the two is not what it must be.
         """
         known = {key: data[key] for key in _FACTS if key in data}
-        return cls(**{**known, "number": int(data["number"]), "plan": str(data["plan"])})
+        if not isinstance(data["plan"], str):
+            raise ValueError("the plan of a round is a hash")
+        return cls(**{**known, "number": int(data["number"]), "plan": data["plan"]})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without what is not known."""
+        """Plain data, without unknown facts."""
         return {key: value for key in _FACTS if (value := getattr(self, key)) is not None}
 
 
@@ -67,16 +70,16 @@ _FACTS = tuple(entry.name for entry in fields(RoundFacts))
 
 @dataclass(frozen=True)
 class Record:
-    """What was done to a model.
+    """The pruning history of a model.
 
     Attributes:
-        recipe: the resolved recipe, plain data.
-        plan: everything removed so far, composed: dense model in, this model out; None before the first cut.
-        widths: `{set name: channels}` of the dense model.
-        rounds: those finished in the run that made this checkpoint.
-        start: fraction of the dense model that this run started from, in the target's metric.
-        reference: fitness of the model that this run started from, where it was trained before the first cut.
-        active: a pruning run is under way; a resumed run goes on pruning only then.
+        recipe: the resolved recipe, as plain data.
+        plan: the composed plan of all cuts so far, from the dense model to this model; None before the first cut.
+        widths: `{set name: number of channels}` of the dense model.
+        rounds: the rounds that are finished in the run that made this checkpoint.
+        start: fraction of the dense model at the start of this run, in the target's metric.
+        reference: fitness at the start of this run, if the model was trained before the first cut.
+        active: the checkpoint is from a pruning run that has not ended. A resumed run only prunes if this is true.
     """
 
     recipe: Mapping[str, Any]
@@ -89,13 +92,13 @@ class Record:
 
 
 def student_of(model: nn.Module) -> nn.Module:
-    """The model that carries the record: of a distillation, the student."""
+    """The model that has the record: in a distillation the student, else the model itself."""
     student: nn.Module = getattr(model, "student_model", model)
     return student
 
 
 def read_record(model: nn.Module) -> Record | None:
-    """The record of a model, or None if it was never touched or does not have the structure it speaks of.
+    """The record of a model; None if the model has no record, or if its structure differs from the record.
 
     Raises:
         PruneError: If the record was written by a later version of yolo-prune, or is damaged.
@@ -109,19 +112,22 @@ def read_record(model: nn.Module) -> Record | None:
         version, maker = data["version"], data.get("yolo_prune", "unknown")
         record = _record(data) if version == VERSION else None
     except (KeyError, TypeError, ValueError, AttributeError, PlanError) as e:
-        raise PruneError(f"This checkpoint's pruning record is damaged: {type(e).__name__}: {e}.") from e
+        raise PruneError(
+            f"This checkpoint's pruning record is damaged: {type(e).__name__}: {e}. Take another checkpoint of the run."
+        ) from e
     if record is None:
         raise PruneError(
             f"This checkpoint's pruning record has version {version}; yolo-prune {__version__} reads version "
-            f"{VERSION}. Install the yolo-prune that made it ({maker})."
+            f"{VERSION}. Install the yolo-prune that made the checkpoint ({maker})."
         )
     return None if record.plan and not _fits(model, record.plan) else record
 
 
 def _fits(model: nn.Module, plan: Plan) -> bool:
-    """Stock Ultralytics, where this package is missing, rebuilds the dense model and keeps the record: then it lies.
+    """Whether a model has the structure that the record's plan leaves.
 
-    Batch norms that were folded into their convolutions for inference are not missed.
+    Ultralytics without this package rebuilds the dense model but keeps the record, which is then wrong. A missing
+    tensor is no error: fusing for inference removes batch norms.
     """
     state = model.state_dict(keep_vars=True)
     return all(tuple(state[name].shape) == plan.shape_after(name) for name in plan.keep if name in state)
@@ -140,7 +146,7 @@ def _record(data: Mapping[str, Any]) -> Record:
 
 
 def write_record(model: nn.Module, record: Record) -> None:
-    """Put the record into the model, as plain data that stock Ultralytics carries along."""
+    """Put the record into the model, as plain data in the `yaml` attribute, which Ultralytics saves with the model."""
     yaml = dict(getattr(model, "yaml", None) or {})
     yaml[KEY] = {
         "version": VERSION,
@@ -157,7 +163,7 @@ def write_record(model: nn.Module, record: Record) -> None:
 
 
 def close_record(model: nn.Module) -> None:
-    """Say that no pruning run is under way; a model from which nothing was removed loses its record."""
+    """Mark the pruning run as ended. If no channels were removed from the model, delete its record."""
     record = read_record(model)
     if record and record.plan:
         write_record(model, replace(record, active=False))

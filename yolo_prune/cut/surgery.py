@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Apply a plan to a model and its optimizer. The only module that changes a model's structure."""
+"""Applies a plan to a model and its optimizer. No other module changes the structure of a model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ BATCH_NORM = nn.modules.batchnorm._NormBase  # instance norms as well
 
 
 def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
-    """Cut `model` in place. Its parameters become new `nn.Parameter`s: old autograd graphs keep the old ones.
+    """Cut `model` in place. Cut parameters become new `nn.Parameter`s; old autograd graphs keep the old parameters.
 
-    `requires_grad` and the memory format are kept, gradients are dropped.
+    `requires_grad` and the memory format stay the same. Gradients are dropped.
 
     Args:
-        model: the model the plan was made for, or one of the same shapes (its EMA, an early checkpoint).
-        plan: what to keep.
+        model: the model for which the plan was made, or one with the same shapes (its moving average, an early
+            checkpoint).
+        plan: the plan to apply.
 
     Returns:
-        `{old parameter: new parameter}` for those that changed, for `apply_to_optimizer`.
+        `{old parameter: new parameter}` for the parameters that changed, for `apply_to_optimizer`.
 
     Raises:
-        PlanError: If a tensor is missing or has another shape; the model is unchanged then.
+        PlanError: If a tensor is missing or has another shape. The model is then unchanged.
     """
     check(model, plan)
     replaced: dict[nn.Parameter, nn.Parameter] = {}
@@ -44,7 +45,7 @@ def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
             new = nn.Parameter(new, requires_grad=old.requires_grad)
             replaced[old] = new
         setattr(layer, key, new)
-        _follow(layer)
+        _update_widths(layer)
     for layer_name, values in plan.attributes.items():
         layer = model.get_submodule(layer_name)
         for key, value in values.items():
@@ -53,20 +54,20 @@ def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
 
 
 def check(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan made for another model.
+    """Check that a plan was made for this model.
 
     Raises:
-        PlanError: Names the first tensor or attribute that differs.
+        PlanError: For the first tensor or attribute that differs.
     """
     plan.validate()
     state = model.state_dict(keep_vars=True)
     for name in {**plan.keep, **plan.scale}:
         if name not in state:
-            raise PlanError(f"The plan was made for another model: this one has no '{name}'. Make a new plan for it.")
-        found = tuple(state[name].shape)
-        if found != plan.shapes[name]:
+            raise PlanError(f"The plan was made for another model: this model has no '{name}'. Make a new plan.")
+        shape = tuple(state[name].shape)
+        if shape != plan.shapes[name]:
             raise PlanError(
-                f"The plan was made for another model: '{name}' has shape {found} here and {plan.shapes[name]} in the "
+                f"The plan was made for another model: '{name}' has shape {shape} here but {plan.shapes[name]} in the "
                 "plan. Make a new plan for this model."
             )
     modules = dict(model.named_modules())
@@ -74,24 +75,28 @@ def check(model: nn.Module, plan: Plan) -> None:
         layer = modules[name.rpartition(".")[0]]
         direct = dict(layer.named_parameters(recurse=False)).get(name.rpartition(".")[2]) is not None
         if isinstance(layer, nn.MultiheadAttention) or not (direct or isinstance(layer, BATCH_NORM)):
-            raise PlanError(f"'{name}' belongs to a {type(layer).__name__}, which this yolo-prune cannot cut.")
+            raise PlanError(
+                f"'{name}' belongs to a {type(layer).__name__}, which this yolo-prune cannot cut. Make a new plan."
+            )
     for name, values in plan.attributes.items():
         for key, value in values.items():
             if type(getattr(modules.get(name), key, None)) is not type(value):
-                raise PlanError(f"The plan was made for another model: '{name}' has no width '{key}' here.")
+                raise PlanError(
+                    f"The plan was made for another model: '{name}' has no width '{key}' here. Make a new plan."
+                )
 
 
 def check_applied(model: nn.Module, plan: Plan) -> None:
-    """Make sure that a model has the structure that `plan` leaves.
+    """Check that a model has the structure that it must have after `plan`.
 
     Raises:
-        PlanError: Names the first tensor that differs.
+        PlanError: For the first tensor that differs.
     """
     state = model.state_dict(keep_vars=True)
     for name in plan.keep:
-        found = tuple(state[name].shape) if name in state else None
-        if found != plan.shape_after(name):
-            raise PlanError(f"'{name}' has shape {found}, and should have {plan.shape_after(name)} after pruning.")
+        shape = tuple(state[name].shape) if name in state else None
+        if shape != plan.shape_after(name):
+            raise PlanError(f"'{name}' has shape {shape}, but must have {plan.shape_after(name)} after pruning.")
 
 
 def apply_to_optimizer(
@@ -100,16 +105,16 @@ def apply_to_optimizer(
     model: nn.Module,
     plan: Plan,
 ) -> None:
-    """Point `optimizer` to the new parameters, in the old order, and slice its per-parameter state alike.
+    """Give `optimizer` the new parameters in the old order, and cut its per-parameter state in the same way.
 
     Args:
-        optimizer: any optimizer whose state holds tensors of the parameter's shape (momenta) and scalars.
-        replaced: what `apply` returned.
+        optimizer: any optimizer whose state consists of tensors in the parameter's shape (momenta) and scalars.
+        replaced: the result of `apply`.
         model: the cut model, for the parameters' names.
         plan: the plan that was applied.
     """
     names = {new: name for name, new in model.named_parameters()}
-    _point_to(optimizer, replaced)
+    _replace_parameters(optimizer, replaced)
     for old, new in replaced.items():
         if old not in optimizer.state:
             continue
@@ -122,20 +127,20 @@ def apply_to_optimizer(
 
 
 def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
-    """Give `model` the structure and the weights that `other`, cut less, has: the way back from cuts.
+    """Undo cuts: give `model` the structure and the weights of `other`, from which less was removed.
 
     Args:
-        model: a model that `plan` was applied to; changed in place.
-        other: the same architecture before the plan, or before a part of it; only read.
-        plan: everything that was removed from `model`.
+        model: a model after `plan`; it is changed in place.
+        other: the same architecture before the plan or before a part of the plan; it is not changed.
+        plan: the composed plan of all cuts of `model`.
 
     Returns:
-        `{old parameter: new parameter}` for all of them.
+        `{old parameter: new parameter}` for all parameters.
     """
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     source = dict(other.named_modules())
     for name, layer in model.named_modules():
-        if name not in source:  # a loss with weights of its own, which no checkpoint holds
+        if name not in source:  # a loss with its own weights, which no checkpoint contains
             continue
         tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
         for key, old in tensors.items():
@@ -147,7 +152,7 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
                 replaced[old] = new
             setattr(layer, key, new)
         if tensors:
-            _follow(layer)
+            _update_widths(layer)
     for layer_name, values in plan.attributes.items():
         for key in values:
             setattr(model.get_submodule(layer_name), key, copy(getattr(source[layer_name], key)))
@@ -155,12 +160,12 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
 
 
 def start_optimizer_anew(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Point `optimizer` to the new parameters, in the old order; it starts anew, without momenta."""
-    _point_to(optimizer, replaced)
+    """Give `optimizer` the new parameters in the old order, and delete its state (the momenta)."""
+    _replace_parameters(optimizer, replaced)
     optimizer.state.clear()
 
 
-def _point_to(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def _replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
     for group in optimizer.param_groups:
         group["params"] = [replaced.get(p, p) for p in group["params"]]
 
@@ -178,14 +183,14 @@ def cut(tensor: Tensor, dims: Mapping[int, tuple[int, ...]]) -> Tensor:
 
 @torch.no_grad()
 def rescale(tensor: Tensor, factors: Mapping[int, float], kept: Sequence[int] | None) -> None:
-    """Multiply rows in place; `factors` speaks of the rows before `kept` was cut out."""
+    """Multiply rows in place. The keys of `factors` are row indices before the cut; `kept` are the kept indices."""
     rows = range(len(tensor)) if kept is None else kept
     factor = torch.tensor([factors.get(i, 1.0) for i in rows], dtype=torch.float64)
     tensor.mul_(factor.to(tensor).view(-1, *[1] * (tensor.ndim - 1)))
 
 
-def _follow(layer: nn.Module) -> None:
-    """Set the widths that torch layers remember to what their tensors say."""
+def _update_widths(layer: nn.Module) -> None:
+    """Set the width attributes of a torch layer to the sizes of its tensors."""
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         inputs, per_group = layer.weight.shape[:2]
         layer.groups = inputs if layer.groups == layer.in_channels else layer.groups

@@ -14,17 +14,16 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     # `open` gives the file ordinary permissions; the files of `tempfile` are private
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    with temporary.open("xb") as file:  # "x": it fails if another process has made this file
-        try:
+    file = temporary.open("xb")  # "x": it fails if another process has made this file
+    try:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            file.close()  # Windows cannot rename an open file
-            os.replace(temporary, path)
-        except BaseException:
-            file.close()
-            temporary.unlink(missing_ok=True)
-            raise
+        os.replace(temporary, path)  # after the file is closed: Windows cannot rename an open file
+    except BaseException:  # closing fails, too, if the disk is full
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Which channels of a model live together."""
+"""The graph of a model: which channels are coupled and must be removed together."""
 
 from yolo_prune.graph.rules import Facts, read_as_is, register_block
 from yolo_prune.graph.structure import Attribute, ChannelSet, Fold, Graph, Group, Rows, Slot

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The rules for Ultralytics' blocks: constraints, attributes that follow a width, and what may not be touched.
+"""The rules for Ultralytics' blocks: constraints, attributes that store a width, and channels to protect.
 
-Everything else (sums, concatenations, depthwise convolutions, pooling, ...) a trace reads from the blocks' own forward.
+The trace reads everything else (sums, concatenations, depthwise convolutions, pooling, ...) from the blocks' forward.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from yolo_prune.graph.rules import Facts, read_as_is, register_block
 
 b, c, h, t = Blocks(block), Blocks(conv), Blocks(head), Blocks(transformers)
 
-# Nothing to state: forward takes whatever widths the layers have.
+# These blocks need no facts: their forward works with any layer widths.
 read_as_is(tasks.BaseModel)
 read_as_is(c.Conv, c.Conv2, c.LightConv, c.ConvTranspose, c.Focus, c.GhostConv, c.Concat, c.Index)
 read_as_is(c.ChannelAttention, c.SpatialAttention, c.CBAM)
@@ -34,7 +34,7 @@ read_as_is(h.Depth, h.Classify, h.SemanticSegment)
 
 @register_block(b.C2, b.C2f, b.C2PSA, b.PSA, b.C2fAttn, b.RepNCSPELAN4)
 def halves(block: Any, facts: Facts) -> None:
-    """`cv1` is split in two halves of `c` channels; which channels, is free in each."""
+    """`cv1` is split into two halves of `c` channels. The halves keep equal counts, but may lose different channels."""
     first, second = facts.parts("cv1", block.c, block.c)
     facts.equal(first, second)
     facts.attribute("c", first)
@@ -42,32 +42,32 @@ def halves(block: Any, facts: Facts) -> None:
 
 @register_block(b.ADown)
 def adown(block: Any, facts: Facts) -> None:
-    """The two halves of the *input* keep equal counts, which its `chunk` says."""
+    """`c` is the width of `cv1`. The trace itself sees that `chunk` splits the *input* into equal halves."""
     facts.attribute("c", facts.outputs("cv1"))
 
 
 @register_block(b.CBLinear)
 def cblinear(block: Any, facts: Facts) -> None:
-    """One convolution for several outputs, each free; what `CBFuse` sums is one."""
+    """One convolution makes several outputs. Each output can be pruned by itself; `CBFuse` couples those it sums."""
     facts.attribute_list("c2s", *facts.parts("conv", *block.c2s))
 
 
 @register_block(c.RepConv)
 def repconv(block: Any, facts: Facts) -> None:
-    """Both branches have the same outputs, with an identity branch also the same inputs."""
+    """Both branches have the same outputs. With an identity branch, inputs and outputs are the same channels too."""
     facts.attribute("c1", facts.inputs("conv1"))
     facts.attribute("c2", facts.outputs("conv1"))
 
 
 @register_block(b.RepVGGDW)
 def repvggdw(block: Any, facts: Facts) -> None:
-    """Two depthwise convolutions of the same channels."""
+    """Two depthwise convolutions read the same channels."""
     facts.attribute("dim", facts.outputs("conv"))
 
 
 @register_block(b.Attention)
 def attention(block: Any, facts: Facts) -> None:
-    """Heads of equal sizes; forward reshapes heads x head_dim back to the input's width. `scale` stays as trained."""
+    """All heads have equal sizes, and heads x head_dim is the input's width. `scale` keeps its trained value."""
     role = [block.key_dim, block.key_dim, block.head_dim]
     pieces = facts.parts("qkv", *role * block.num_heads)
     q, k, v = pieces[0::3], pieces[1::3], pieces[2::3]
@@ -85,7 +85,10 @@ def attention(block: Any, facts: Facts) -> None:
 
 @register_block(b.AAttn)
 def area_attention(block: Any, facts: Facts) -> None:
-    """Queries, keys and values of equal sizes; the scale is made from `head_dim`, so the queries make up for it."""
+    """Queries, keys and values have equal sizes.
+
+    Forward computes the scale from `head_dim`. The weights of the queries are multiplied to compensate for a new scale.
+    """
     pieces = facts.parts("qkv", *[block.head_dim] * 3 * block.num_heads)
     facts.attribute("all_head_dim", facts.outputs("pe"))
     if facts.heads == "heads":
@@ -101,7 +104,7 @@ def area_attention(block: Any, facts: Facts) -> None:
 
 @register_block(b.MaxSigmoidAttnBlock)
 def max_sigmoid_attention(block: Any, facts: Facts) -> None:
-    """Heads of image and text embedding of equal sizes, divided by the root of their size; heads of `proj_conv` too."""
+    """The heads of `gl` have equal sizes, and so do those of `proj_conv`. Forward divides by the root of the size."""
     guide = facts.parts("gl", *[block.hc] * block.nh)
     out = facts.outputs("proj_conv")
     image = facts.parts("proj_conv", *[len(out) // block.nh] * block.nh)
@@ -113,7 +116,7 @@ def max_sigmoid_attention(block: Any, facts: Facts) -> None:
 
 @register_block(t.MSDeformAttn)
 def deformable_attention(block: Any, facts: Facts) -> None:
-    """Values of equal size per head."""
+    """The values have the same size in every head."""
     values = facts.parts("value_proj", *[block.d_model // block.n_heads] * block.n_heads)
     facts.equal(*values)
     facts.attribute("d_model", facts.outputs("value_proj"))
@@ -123,7 +126,7 @@ def deformable_attention(block: Any, facts: Facts) -> None:
 
 @register_block(nn.MultiheadAttention)
 def multihead_attention(block: nn.MultiheadAttention, facts: Facts) -> None:
-    """Torch's attention reads and writes one width, which it also divides into heads."""
+    """Torch's attention has the same width for input and output, and divides this width into heads."""
     reason = "width of nn.MultiheadAttention"
     facts.because(reason)
     facts.fixed(facts.parameter("in_proj_weight", 0), reason)
@@ -134,7 +137,7 @@ def multihead_attention(block: nn.MultiheadAttention, facts: Facts) -> None:
 
 @register_block(nn.RNN, nn.LSTM, nn.GRU)
 def recurrent(block: nn.RNNBase, facts: Facts) -> None:
-    """Torch's recurrent layers check the sizes they were made with."""
+    """Torch's recurrent layers check their input against the sizes from their constructor."""
     for name, parameter in block.named_parameters(recurse=False):
         for dim in range(parameter.ndim):
             facts.fixed(facts.parameter(name, dim), "width of a recurrent layer")
@@ -142,20 +145,20 @@ def recurrent(block: nn.RNNBase, facts: Facts) -> None:
 
 @register_block(t.AIFI, t.TransformerBlock)
 def transformer(block: nn.Module, facts: Facts) -> None:
-    """The stream's width is fixed by attention (and by the position embedding); hidden layers are free."""
+    """Attention (and the position embedding) fixes the width of the stream. Hidden layers can be pruned."""
     facts.because("width of a transformer's stream")
 
 
 @register_block(nn.Embedding)
 def embedding(block: nn.Embedding, facts: Facts) -> None:
-    """Rows are classes or queries, columns the stream of a transformer."""
+    """Rows are classes or queries; columns are the stream of a transformer. Neither can be pruned."""
     for dim in (0, 1):
         facts.fixed(facts.parameter("weight", dim), "embedding")
 
 
 @register_block(b.ImagePoolingAttn, b.ContrastiveHead, b.BNContrastiveHead, b.SAVPE)
 def text(block: nn.Module, facts: Facts) -> None:
-    """Meets a text embedding, whose width another model sets."""
+    """These blocks combine channels with a text embedding, and another model sets the width of that embedding."""
     facts.because("width of the text embedding")
     if isinstance(block, b.ImagePoolingAttn):
         for name in ("query.1", "key.1", "value.1", "proj"):
@@ -175,7 +178,7 @@ def dfl(block: Any, facts: Facts) -> None:
 @register_block(h.Detect, h.Segment, h.Segment26, h.Pose, h.OBB, h.OBB26, h.WorldDetect, h.YOLOEDetect)
 @register_block(h.YOLOESegment, h.YOLOESegment26)
 def detect(block: Any, facts: Facts) -> None:
-    """Only outputs are fixed. A one-to-one branch keeps the widths of its twin: either can be the one deployed."""
+    """Only outputs are fixed. A one-to-one branch keeps the widths of its twin, because either can be deployed."""
     for name, child in block.named_children():
         twin = getattr(block, name.removeprefix("one2one_"), None)
         if not name.startswith("one2one_") or twin is None:
@@ -189,13 +192,13 @@ def detect(block: Any, facts: Facts) -> None:
 
 @register_block(h.RTDETRDecoder)
 def rtdetr(block: Any, facts: Facts) -> None:
-    """The decoder's stream is normalised over channels; hidden layers and values are free."""
+    """Layer norms fix the width of the decoder's stream. Hidden layers and values can be pruned."""
     facts.because("width of a transformer's stream")
 
 
 @register_probe(Blocks(tasks).YOLOEModel)
 def prompts(model: Any, image: Any) -> Any:
-    """YOLOE with text and visual prompts, which a plain pass does without."""
+    """Run YOLOE with text and visual prompts. A plain forward pass uses none, so it leaves these parts out."""
     head = model.model[-1]
     if getattr(head, "is_fused", False) or not hasattr(head, "savpe"):
         return None

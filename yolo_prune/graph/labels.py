@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Labels: every index of every tensor's first two dimensions has one; channels that live together share theirs.
+"""Labels: every index of the first two dimensions of a tensor has a label. Coupled channels have the same label.
 
-A tensor that flows through the model carries `planes`: integer tensors of its own shape that say, for each element,
-which label it stands and falls with. Dimensions along which a plane does not vary have stride 0, so planes cost almost
-nothing, and whatever moves elements about (view, transpose, cat, chunk, ...) moves labels by the same operation.
+A tensor that flows through the model carries `planes`: integer tensors of the same shape. A plane has the label of
+every element: the element is removed when the channel with this label is removed. Dimensions along which a plane does
+not vary have stride 0, so planes need almost no memory. An operation that moves elements (view, transpose, cat, chunk,
+...) is applied to the planes as well, so labels move with the elements.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.int64]
-NONE = -1  # an element that stands by itself
+NONE = -1  # the element belongs to no channel
 
-RULE, OUTPUT, FOUND, ASKED = range(4)  # which reason is told where several hold: what a rule says, ...
+RULE, OUTPUT, TRACED, REQUESTED = range(4)  # of several reasons to protect a set, the one of lowest rank is shown
 
 
 @dataclass(frozen=True)
 class Tag:
-    """What a tensor carries.
+    """The tracing information that is attached to a tensor.
 
     Attributes:
-        planes: labels, each of the tensor's shape.
-        silent: a silenced channel is 0 here; after a sigmoid it is not.
-        source: name of the parameter that this is, or is a view of.
+        planes: label tensors, each of the tensor's shape.
+        silent: a silenced channel is 0 in this tensor. After a sigmoid, for example, it is not 0.
+        source: name of the parameter, if the tensor is a parameter or a view of one.
     """
 
     planes: tuple[Tensor, ...] = ()
@@ -39,12 +40,12 @@ class Tag:
 
 
 def tag_of(value: Any) -> Tag | None:
-    """What a value carries, if it is a tensor that carries anything."""
+    """The tag of a value; None if the value is not a tensor or has no tag."""
     return getattr(value, "_yolo_prune", None) if isinstance(value, Tensor) else None
 
 
-def put(tensor: Tensor, tag: Tag) -> None:
-    """Let a tensor carry `tag`, without the planes that vary nowhere: a single channel is never removed."""
+def attach(tensor: Tensor, tag: Tag) -> None:
+    """Attach `tag` to a tensor, without the planes that do not vary: a single channel is never removed."""
     planes = tuple(p for p in tag.planes if varying(p))
     tensor._yolo_prune = Tag(planes, tag.silent or not planes, tag.source)  # type: ignore[attr-defined]
 
@@ -54,15 +55,15 @@ def varying(plane: Tensor) -> frozenset[int]:
     return frozenset(d for d, (s, n) in enumerate(zip(plane.stride(), plane.shape, strict=True)) if s and n > 1)
 
 
-def tight(plane: Tensor) -> Tensor:
-    """A plane with one index left of the dimensions along which it does not vary."""
+def collapse(plane: Tensor) -> Tensor:
+    """A plane, reduced to one index along each dimension along which it does not vary."""
     for d in set(range(plane.ndim)) - varying(plane):
         plane = plane.narrow(d, 0, min(1, plane.shape[d]))
     return plane
 
 
-def settled(plane: Tensor) -> Tensor:
-    """A plane that was copied, with stride 0 again wherever it does not vary."""
+def restride(plane: Tensor) -> Tensor:
+    """A plane that an operation copied, again with stride 0 along the dimensions along which it does not vary."""
     for d in varying(plane):
         first = plane.narrow(d, 0, 1)
         if torch.equal(plane, first.expand_as(plane)):
@@ -71,18 +72,18 @@ def settled(plane: Tensor) -> Tensor:
 
 
 def reshape(plane: Tensor, shape: Sequence[int]) -> Tensor:
-    """`plane` in another shape of the same size."""
+    """`plane` in another shape with the same number of elements."""
     try:
         return plane.view(tuple(shape))
     except RuntimeError:
-        return settled(plane.reshape(tuple(shape)))
+        return restride(plane.reshape(tuple(shape)))
 
 
 class Labels:
-    """The labels of a model: which are one, which may not go, which must keep equal counts."""
+    """The labels of a model: which are the same, which must not be removed, which must keep equal counts."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give labels to `tensors`: `{name: tensor}`."""
+        """Give every index of the first two dimensions of `tensors` (`{name: tensor}`) a label."""
         self.spaces: list[tuple[str, int]] = []
         self.start: dict[tuple[str, int], int] = {}
         self.numel = {name: tensor.numel() for name, tensor in tensors.items()}
@@ -90,7 +91,7 @@ class Labels:
         self.pins: list[tuple[int, str, Ids]] = []
         self.equals: list[list[Ids]] = []
         self.wholes: list[Ids] = []
-        self.explain: Callable[[str], str] = str  # adds to a reason where it was met
+        self.explain: Callable[[str], str] = str  # adds the block to a reason
         self._pairs: list[tuple[Ids, Ids]] = []
         self.count = 0
         for name, tensor in tensors.items():
@@ -102,10 +103,10 @@ class Labels:
                 self.start[name, dim] = self.count
                 self._size[name, dim] = tensor.shape[dim]
                 self.count += tensor.shape[dim]
-            tensor._yolo_prune = Tag(tuple(planes), True, name)  # type: ignore[attr-defined]  # all of them: see `put`
+            tensor._yolo_prune = Tag(tuple(planes), True, name)  # type: ignore[attr-defined]  # planes that do not vary, too; `attach` drops them
 
     def size(self, tensor: str, dim: int) -> int:
-        """Indices that a tensor has along a dimension."""
+        """Number of indices of a tensor along a dimension."""
         return self._size[tensor, dim]
 
     def along(self, tensor: str, dim: int) -> Ids:
@@ -113,12 +114,12 @@ class Labels:
         return self.of(tensor, dim, 0, self.size(tensor, dim))
 
     def of(self, tensor: str, dim: int, start: int, stop: int) -> Ids:
-        """Labels of a range of indices."""
+        """Labels of the indices from `start` to `stop`."""
         first = self.start[tensor, dim]
         return np.arange(first + start, first + stop)
 
     def unify(self, a: Tensor, b: Tensor) -> None:
-        """Labels of `a` and of `b` are one, element by element; what meets an element without a label is pinned."""
+        """Make the labels of `a` and `b` the same, element by element. If only one element has a label, pin it."""
         a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         for d in set(range(a.ndim)) - (varying(a) | varying(b)):
             a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
@@ -131,19 +132,19 @@ class Labels:
         if (x != y).any():
             self._pairs.append((x, y))
 
-    def pin(self, ids: Tensor | Ids, reason: str, rank: int = FOUND) -> None:
-        """Nothing with these labels may be removed."""
-        flat = tight(ids).reshape(-1).numpy() if isinstance(ids, Tensor) else ids
+    def pin(self, ids: Tensor | Ids, reason: str, rank: int = TRACED) -> None:
+        """Protect these labels: no channel with one of them may be removed."""
+        flat = collapse(ids).reshape(-1).numpy() if isinstance(ids, Tensor) else ids
         flat = flat[flat != NONE]
         if flat.size:
-            self.pins.append((rank, self.explain(reason) if rank == FOUND else reason, flat))
+            self.pins.append((rank, self.explain(reason) if rank == TRACED else reason, flat))
 
     def equal(self, parts: Sequence[Ids]) -> None:
-        """Each of these keeps the same fraction of its labels."""
+        """Demand that each of these parts keeps the same fraction of its labels."""
         self.equals.append([p[p != NONE] for p in parts])
 
     def roots(self) -> Ids:
-        """`(count,)`: the smallest label that each label is one with."""
+        """`(count,)`: for each label, the smallest of all labels that are the same as it."""
         root = np.arange(self.count)
         if not self._pairs:
             return root

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The forward passes that run every part of a model, on meta tensors for tracing or on real ones for a proof."""
+"""The forward passes that run every part of a model: on meta tensors for a trace, on real tensors for a proof."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from yolo_prune.env.registry import Registry
 
 Probe = Callable[[Any, Tensor], Any]
-PROMPTS = 3  # more than one, so that a dimension of prompts is not taken for one without size
+PROMPTS = 3  # more than one, because a trace ignores dimensions of size 1
 
 PROBES: Registry[type[nn.Module], Probe] = Registry("{} already has a further forward pass.")
-"""Forward passes beside the plain one that a class of models has."""
+"""Additional forward passes by model class."""
 
 
 def register_probe(cls: type[nn.Module]) -> Callable[[Probe], Probe]:
-    """Register a further forward pass of a model class, for parts that a plain one leaves out.
+    """Register a further forward pass of a model class. It must run the parts that the plain pass does not run.
 
     Raises:
-        ValueError: If the class already has one.
+        ValueError: If the class already has a further forward pass.
     """
     return PROBES.register(cls)
 
 
 def plain(model: Any, image: Tensor) -> Any:
-    """What every model does with an image."""
+    """The plain forward pass, which every model has."""
     return model(image)
 
 
 def probes(model: nn.Module) -> Iterator[Probe]:
-    """All forward passes to be made with a model in training mode."""
+    """All forward passes to run with a model in training mode."""
     yield plain
     for cls, probe in PROBES.items():
         if isinstance(model, cls):
@@ -41,7 +41,7 @@ def probes(model: nn.Module) -> Iterator[Probe]:
 
 
 def outputs(out: Any) -> Iterator[Tensor]:
-    """The tensors that a model returned, in a fixed order; feature maps that ride along are not outputs."""
+    """The tensors that a model returned, in a fixed order. Feature maps ("feats") in the result are not outputs."""
     if isinstance(out, Tensor):
         yield out
     elif isinstance(out, dict):
@@ -54,7 +54,10 @@ def outputs(out: Any) -> Iterator[Tensor]:
 
 
 def batch_norm_off(model: nn.Module) -> nn.Module:
-    """`model` in training mode, where all branches run and nothing is decoded, but for its batch norms and dropouts."""
+    """Put `model` into training mode, but its batch norms and dropouts into evaluation mode.
+
+    In training mode all branches run and no head decodes its outputs.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
@@ -63,15 +66,16 @@ def batch_norm_off(model: nn.Module) -> nn.Module:
 
 
 def image_channels(model: nn.Module) -> int | None:
-    """Channels of the images a model takes, or None if it has no convolution."""
+    """Number of channels of a model's input images; None if the model has no convolution."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None:
         return None
     yaml = getattr(model, "yaml", None)
-    told = yaml.get("channels", yaml.get("ch")) if isinstance(yaml, Mapping) else None  # "ch" before Ultralytics 8.3
-    return told if isinstance(told, int) else first.in_channels
+    # The key is "ch" before Ultralytics 8.3.
+    channels = yaml.get("channels", yaml.get("ch")) if isinstance(yaml, Mapping) else None
+    return channels if isinstance(channels, int) else first.in_channels
 
 
 def stride(model: nn.Module) -> int:
-    """What image sizes have to be multiples of."""
+    """Stride of a model: image sizes must be multiples of it."""
     return max(32, int(max(getattr(model, "stride", torch.tensor([32.0])))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Rules: what a trace of a block cannot see, stated as facts."""
+"""Rules: functions that state the facts about a block that a trace cannot see."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from yolo_prune.graph.structure import Attribute, Fold, Rows, output_dimension
 Rule = Callable[[Any, "Facts"], None]
 
 RULES: Registry[type[nn.Module], Rule] = Registry("{} already has a rule.")
-OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase)  # torch modules that write out sizes that a cut would change
+OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase)  # torch modules whose code uses stored widths, which a cut would change
 
 
 def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Register a rule for block classes: a function `(block, facts)` that states what a trace cannot see.
 
-    A rule also promises that the block's forward works with other widths, once the attributes that the rule names are
-    set. In blocks without a rule, channels that are split by written-out sizes (`x.view(b, self.heads, ...)`,
-    `x[:, :self.c]`) are protected. Subclasses that inherit `forward` inherit the rule.
+    With a rule you also promise that the block's forward works with other widths, once yolo-prune has set the
+    attributes that the rule names. In a block without a rule, channels are protected if the forward splits them by
+    sizes in its code (`x.view(b, self.heads, ...)`, `x[:, :self.c]`). A subclass that inherits `forward` inherits the
+    rule.
 
     Raises:
         ValueError: If a class already has a rule.
@@ -32,7 +33,7 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     Example:
         >>> import yolo_prune
         >>> from torch import nn
-        >>> class Swap(nn.Module):  # its forward splits what `cv` puts out into two parts of `self.c` channels
+        >>> class Swap(nn.Module):  # its forward splits the output of `cv` into two parts of `self.c` channels
         ...     ...
         >>> @yolo_prune.register_block(Swap)
         ... def swap(block, facts):
@@ -44,7 +45,7 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 
 def read_as_is(*classes: type[nn.Module]) -> None:
-    """Register blocks that need no facts: their forward works with any width, as it is.
+    """Register block classes that need no facts: their forward works with any width.
 
     Raises:
         ValueError: If a class already has a rule.
@@ -60,7 +61,7 @@ def read_as_is(*classes: type[nn.Module]) -> None:
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """The rule for a module: of its class, or of the class it inherits `forward` from."""
+    """The rule for a module: the rule of its class, or of the class from which it inherits `forward`."""
     cls = type(module)
     for base in cls.__mro__:
         if base in RULES and getattr(cls, "forward", None) is getattr(base, "forward", None):
@@ -69,15 +70,15 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 
 def trusts(module: nn.Module) -> bool:
-    """Whether a module's forward may write out sizes: it has a rule, or is torch's own."""
+    """Whether sizes in the code of a module's forward are safe: the module has a rule, or is one of torch's own."""
     if type(module).__module__.startswith("torch.nn.") and not isinstance(module, OWN_SIZES):
         return True
     return rule_of(module) is not None
 
 
 @dataclass
-class Found:
-    """What the rules said about a model."""
+class StatedFacts:
+    """All facts that the rules stated about a model."""
 
     equal: list[tuple[Rows, ...]] = field(default_factory=list)
     whole: list[tuple[Rows, ...]] = field(default_factory=list)
@@ -90,22 +91,23 @@ class Found:
 
 @dataclass
 class Facts:
-    """A rule's notepad for one block.
+    """The object that a rule uses to state facts about one block.
 
     Attributes:
         path: the block's name in the model.
         block: the block.
-        found: where facts are taken down.
-        heads: "dims" (every head of an attention keeps as many channels) or "heads" (whole heads go).
+        stated: collects the facts of all blocks.
+        heads: "dims" (every head of an attention loses the same number of channels) or "heads" (whole heads are
+            removed).
     """
 
     path: str
     block: nn.Module
-    found: Found
+    stated: StatedFacts
     heads: str = "dims"
 
     def outputs(self, name: str) -> Rows:
-        """The output channels of a child: a convolution, `Conv` or linear layer."""
+        """The output channels of a child, which is a convolution, a `Conv` or a linear layer."""
         path, layer = self._layer(name)
         dim = output_dimension(layer)
         return Rows(f"{path}.weight", dim, 0, layer.weight.shape[dim])
@@ -117,17 +119,17 @@ class Facts:
         return Rows(f"{path}.weight", dim, 0, layer.weight.shape[dim])
 
     def parts(self, name: str, *sizes: int) -> list[Rows]:
-        """The output channels of a child, cut at `sizes`.
+        """The output channels of a child, divided into consecutive parts of these `sizes`.
 
         Raises:
-            UnsupportedModelError: If they do not add up to what the child has.
+            UnsupportedModelError: If the sum of the sizes is not the number of output channels.
         """
         rows = self.outputs(name)
         if sum(sizes) != len(rows):
             raise UnsupportedModelError(
-                f"'{self._layer(name)[0]}' has {len(rows)} output channels, where the rule for "
-                f"{type(self.block).__name__} expects {' + '.join(map(str, sizes))}: the block was changed, or the "
-                "rule is wrong."
+                f"'{self._layer(name)[0]}' has {len(rows)} output channels, but the rule for "
+                f"{type(self.block).__name__} expects {' + '.join(map(str, sizes))}. Either the block was changed or "
+                "the rule is wrong: correct the rule."
             )
         pieces, start = [], 0
         for size in sizes:
@@ -140,56 +142,56 @@ class Facts:
         return Rows(self._inside(name), dim, 0, getattr(self.block, name).shape[dim])
 
     def equal(self, *parts: Rows) -> None:
-        """Fact: these always keep equal fractions of their channels."""
-        self.found.equal.append(parts)
+        """Fact: all of these parts keep the same fraction of their channels."""
+        self.stated.equal.append(parts)
 
     def whole(self, *parts: Rows) -> None:
-        """Fact: these channels stay or go together."""
-        self.found.whole.append(parts)
+        """Fact: these channels are kept together or removed together."""
+        self.stated.whole.append(parts)
 
     def attribute(self, name: str, *rows: Rows, per: int = 1) -> None:
-        """Fact: the block's attribute `name` is how many of `rows` there are, divided by `per`."""
+        """Fact: the block's attribute `name` is the number of channels in `rows`, divided by `per`."""
         self._check_attribute(name, int)
-        self.found.attributes.append(Attribute(self.path, name, rows, per))
+        self.stated.attributes.append(Attribute(self.path, name, rows, per))
 
     def attribute_list(self, name: str, *rows: Rows) -> None:
-        """Fact: the block's attribute `name` is a list of how many of each of `rows` there are."""
+        """Fact: the block's attribute `name` is a list: the number of channels in each of `rows`."""
         self._check_attribute(name, list)
-        self.found.attributes.append(Attribute(self.path, name, rows, many=True))
-        self.found.equal.extend((part,) for part in rows)  # on its own: each part is a set
+        self.stated.attributes.append(Attribute(self.path, name, rows, many=True))
+        self.stated.equal.extend((part,) for part in rows)  # alone, so that each part becomes a channel set
 
     def fixed(self, rows: Rows, reason: str) -> None:
-        """Fact: none of these may be removed."""
-        self.found.fixed.append((rows, reason))
+        """Fact: none of these channels may be removed."""
+        self.stated.fixed.append((rows, reason))
 
     def fold(self, name: str, rows: Rows, counted: Rows, power: float) -> None:
-        """Fact: forward divides by a power of a width; the affine layer `name` makes up for what a cut changes.
+        """Fact: forward divides by a power of a width. The child `name` is rescaled to compensate for a cut.
 
         Args:
-            name: a child that ends in a batch norm or is a linear layer; `rows` of it are multiplied.
+            name: a child that ends in a batch norm or is a linear layer; its `rows` are multiplied.
             rows: output channels of that child.
-            counted: the width that forward reads.
+            counted: the channels whose number is the width that forward reads.
             power: `rows` are multiplied by `(kept / size of counted) ** power`.
         """
         norm = getattr(self.block.get_submodule(name), "bn", None)
         path, layer = self._layer(name) if norm is None else (self._inside(f"{name}.bn"), norm)
         for key in ("weight", "bias"):
             if getattr(layer, key, None) is not None:
-                self.found.folds.append(Fold(Rows(f"{path}.{key}", 0, rows.start, rows.stop), counted, power))
+                self.stated.folds.append(Fold(Rows(f"{path}.{key}", 0, rows.start, rows.stop), counted, power))
 
     def spare(self, name: str) -> None:
-        """Fact: the child `name` does not run in deployment beside its twin."""
-        self.found.spare.append(f"{self._inside(name)}.")
+        """Fact: in deployment the twin of the child `name` runs, and the child itself does not."""
+        self.stated.spare.append(f"{self._inside(name)}.")
 
     def because(self, reason: str) -> None:
-        """Fact: what the trace finds to be fixed inside this block is so for this reason."""
-        self.found.reasons[self.path] = reason
+        """Fact: show this reason for every channel inside this block that the trace protects."""
+        self.stated.reasons[self.path] = reason
 
     def _check_attribute(self, name: str, kind: type) -> None:
         if type(getattr(self.block, name, None)) is not kind:
             raise UnsupportedModelError(
-                f"The rule for {type(self.block).__name__} names the attribute '{name}', and '{self.path}.{name}' is "
-                f"no {kind.__name__}."
+                f"The rule for {type(self.block).__name__} names the attribute '{name}', but '{self.path}.{name}' is "
+                f"not of type {kind.__name__}. Correct the rule."
             )
 
     def _layer(self, name: str) -> tuple[str, Any]:
@@ -202,17 +204,17 @@ class Facts:
         return f"{self.path}.{name}" if self.path else name
 
 
-def gather(model: nn.Module, heads: str = "dims") -> Found:
-    """What the rules say about a model's blocks."""
-    found = Found()
+def gather(model: nn.Module, heads: str = "dims") -> StatedFacts:
+    """Run the rules of all blocks of a model and collect the facts."""
+    stated = StatedFacts()
     for path, module in model.named_modules():
         if rule := rule_of(module):
             try:
-                rule(module, Facts(path, module, found, heads))
+                rule(module, Facts(path, module, stated, heads))
             except UnsupportedModelError:
                 raise
-            except Exception as e:  # a rule is the user's code; whatever is wrong with it has to be told as such
+            except Exception as e:  # a rule may be the user's code, so the message has to name the rule
                 raise UnsupportedModelError(
-                    f"The rule for {type(module).__name__} fails on '{path}': {type(e).__name__}: {e}."
+                    f"The rule for {type(module).__name__} fails on '{path}': {type(e).__name__}: {e}. Correct it."
                 ) from e
-    return found
+    return stated

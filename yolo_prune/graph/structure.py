@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What lives together: slots of tensors, sets of coupled channels, groups of sets that must keep equal shares."""
+"""The data types of the graph: slots in tensors, sets of coupled channels, groups of sets that keep equal fractions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def output_dimension(layer: nn.Module | None) -> int:
-    """The dimension of a layer's weight that its outputs are along."""
+    """The dimension of a layer's weight whose indices are the layer's outputs."""
     return int(isinstance(layer, nn.modules.conv._ConvTransposeNd))
 
 
@@ -26,13 +26,13 @@ class Rows:
     stop: int
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of indices in the range."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the channels of a set lie in one tensor: channel `i` is index `index[i]` of dimension `dim`."""
+    """The place of a set's channels in one tensor: channel `i` is index `index[i]` of dimension `dim`."""
 
     tensor: str
     dim: int
@@ -44,11 +44,12 @@ class ChannelSet:
     """Channels coupled one by one: removing channel `i` removes index `i` of every slot.
 
     Attributes:
-        name: after the first layer that produces these channels; the same in every round.
-        size: channels.
-        slots: where they lie.
-        layers: names of the layers that produce them.
-        whole: each of them stands for many channels (a head of an attention); limits on widths do not apply.
+        name: name of the first layer that produces these channels; it is the same in every round.
+        size: number of channels.
+        slots: the places of the channels in tensors.
+        layers: names of the layers that produce these channels.
+        whole: one "channel" of this set stands for many channels (a head of an attention), so limits on widths do not
+            apply.
     """
 
     name: str
@@ -62,12 +63,13 @@ class ChannelSet:
 class Group:
     """Channel sets that must always keep the same fraction of their channels.
 
-    Halves of a `chunk` keep equal counts, so do the heads of an attention; an attention's input is as wide as all
-    its heads together. As such constraints hold in the dense model, keeping equal *fractions* keeps them all.
+    Examples: both halves of a `chunk` keep equal counts, and so do the heads of an attention; the input of an attention
+    is as wide as all its heads together. The dense model fulfils these constraints. If all sets of a group keep the
+    same *fraction* of their channels, the pruned model fulfils them as well.
 
     Attributes:
-        sets: the channel sets; which channels go is free within each.
-        protected: why nothing may be removed here, or None.
+        sets: the channel sets. Each set may lose different channels.
+        protected: why no channel of the group may be removed; None if the group can be pruned.
     """
 
     sets: tuple[ChannelSet, ...]
@@ -80,12 +82,12 @@ class Group:
 
     @cached_property
     def width(self) -> int:
-        """Channels in the widest set."""
+        """Number of channels in the widest set."""
         return max(s.size for s in self.sets)
 
     @cached_property
     def grain(self) -> int:
-        """In how many equal steps the group can be cut: the greatest common divisor of the sets' sizes."""
+        """Number of equal steps in which the group can be cut: the greatest common divisor of the sets' sizes."""
         return math.gcd(*(s.size for s in self.sets))
 
     @property
@@ -96,7 +98,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Attribute:
-    """`module.name` holds how many of `rows` are kept, divided by `per`; a list of such numbers if `many`."""
+    """`module.name` is the number of kept indices in `rows`, divided by `per`; if `many`, a list of numbers."""
 
     module: str
     name: str
@@ -107,7 +109,10 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Fold:
-    """A factor that forward derives from a width: `rows` are multiplied by `(kept / size of counted) ** power`."""
+    """Compensates for a factor that forward computes from a width.
+
+    A cut multiplies `rows` by `(kept / size of counted) ** power`.
+    """
 
     rows: Rows
     counted: Rows
@@ -116,14 +121,14 @@ class Fold:
 
 @dataclass(frozen=True)
 class Graph:
-    """Everything the later steps need to know of a model's structure.
+    """Everything that the later steps need to know about a model's structure.
 
     Attributes:
-        groups: in model order.
-        attributes: widths that blocks remember.
-        folds: factors that follow a width.
-        work: MACs per element of each tensor, for one image of `imgsz`, of what runs in deployment.
-        fixed_work: MACs that no width changes.
+        groups: the groups of coupled channels, in model order.
+        attributes: widths that blocks store as attributes.
+        folds: factors that compensate for a changed width.
+        work: `{tensor name: MACs per element}` for one image of `imgsz`, for all parts that run in deployment.
+        fixed_work: MACs that do not depend on any width.
         deployed: names of the parameters that run in deployment.
         imgsz: image height and width in pixels.
     """
@@ -138,5 +143,5 @@ class Graph:
 
     @property
     def widths(self) -> dict[str, int]:
-        """`{set name: channels}` of this model."""
+        """`{set name: number of channels}` of this model."""
         return {s.name: s.size for g in self.groups for s in g.sets}

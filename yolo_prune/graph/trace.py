@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""From a model to its `Graph`: gather the rules' facts, follow labels through forward passes, sort out the sets."""
+"""Makes the `Graph` of a model: collects the rules' facts, follows labels through forward passes, forms the sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from yolo_prune.errors import PruneError, RecipeError, UnsupportedModelError
 from yolo_prune.graph import probes, rules
-from yolo_prune.graph.labels import ASKED, FOUND, RULE, Labels
+from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Labels
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
 from yolo_prune.graph.structure import Graph, Rows, output_dimension
 from yolo_prune.graph.tracer import Tracer
@@ -30,24 +30,25 @@ def trace(
     imgsz: int = 640,
     heads: str = "dims",
 ) -> Graph:
-    """Find the groups of coupled channels of an Ultralytics model, and what its channels cost. It is only read.
+    """Find the groups of coupled channels of an Ultralytics model, and the cost of its channels.
 
-    The dependencies are those of "DepGraph: Towards Any Structural Pruning" (Fang et al., CVPR 2023, arXiv:2301.12900);
-    they are read off the model's own forward passes, on tensors without storage that carry a label per channel.
+    The model is not changed. The dependencies are those of "DepGraph: Towards Any Structural Pruning" (Fang et al.,
+    CVPR 2023, arXiv:2301.12900). This function finds them in the model's own forward passes: these run on tensors
+    without storage that carry a label per channel.
 
     Args:
-        model: what `YOLO(...).model` holds.
-        protect: names or globs of modules that must not be touched.
-        frozen: names of modules that are not trained in this run; they are not touched either.
-        imgsz: image height and width in pixels at which work is counted.
-        heads: "dims" thins the heads of attentions, "heads" removes whole heads.
+        model: the module in `YOLO(...).model`.
+        protect: names or globs of modules that must not be pruned.
+        frozen: names of modules that are not trained in this run; these are not pruned either.
+        imgsz: image height and width in pixels for which MACs are counted.
+        heads: "dims" removes channels in the heads of attentions, "heads" removes whole heads.
 
     Raises:
-        UnsupportedModelError: If the model is fused, or cannot be run without its weights.
+        UnsupportedModelError: If the model is fused, or cannot run without its weights.
         RecipeError: If a protect pattern matches no module.
-        PruneError: If the model cannot take images of that size.
+        PruneError: If the model cannot take images of this size.
     """
-    from yolo_prune.graph import blocks  # noqa: F401  registers the rules; here, as it imports ultralytics
+    from yolo_prune.graph import blocks  # noqa: F401  registers the rules; imported late because it imports ultralytics
 
     _refuse_deployed(model)
     stride = probes.stride(model)
@@ -56,26 +57,26 @@ def trace(
     channels = probes.image_channels(model)
     if channels is None:
         raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
-    guarded = dict.fromkeys(frozen, "frozen in this run") | _match(model, protect)
+    protected_modules = dict.fromkeys(frozen, "frozen in this run") | _protected_modules(model, protect)
     twin = weightless(model)
-    found = rules.gather(twin, heads)
+    stated = rules.gather(twin, heads)
     labels = Labels(_labelled(twin))
-    tracer = Tracer(labels, rules.trusts, found.reasons, found.spare)
-    settled = {rows.tensor for rows, _ in found.fixed}
-    deployed = _run(tracer, twin, torch.empty(1, channels, imgsz, imgsz, device="meta"), settled)
-    _state(labels, found)
+    tracer = Tracer(labels, rules.trusts, stated.reasons, stated.spare)
+    known = {rows.tensor for rows, _ in stated.fixed}
+    deployed = _run(tracer, twin, torch.empty(1, channels, imgsz, imgsz, device="meta"), known)
+    _add_facts(labels, stated)
     tensors = dict.fromkeys(tensor for tensor, _ in labels.spaces)
-    _pin(labels, {t: why for t in tensors if (why := _guard(t, guarded))}, ASKED)
-    _pin(labels, {t: UNSEEN for t in tensors if t not in tracer.ran}, FOUND)
+    _pin(labels, {t: why for t in tensors if (why := _protection(t, protected_modules))}, REQUESTED)
+    _pin(labels, {t: UNSEEN for t in tensors if t not in tracer.ran}, TRACED)
     _pin(labels, {t: f"shared with {other.rpartition('.')[0]}" for t, other in _tied(twin)}, RULE)
     sets = channel_sets(labels, _outputs(twin))
     groups = groups_of(sets, labels)
     work, fixed = _work(tracer, sets)
-    spare = tuple(found.spare)
+    spare = tuple(stated.spare)
     return Graph(
         groups=tuple(groups),
-        attributes=tuple(found.attributes),
-        folds=tuple(found.folds),
+        attributes=tuple(stated.attributes),
+        folds=tuple(stated.folds),
         work={t: w for t, w in work.items() if not t.startswith(spare)},
         fixed_work=fixed,
         deployed=frozenset(n for n in deployed if not n.startswith(spare)),
@@ -84,41 +85,46 @@ def trace(
 
 
 def has_heads(model: nn.Module) -> bool:
-    """Whether a model has attentions whose heads can go whole."""
+    """Whether a model has attentions from which whole heads can be removed."""
     from yolo_prune.graph import blocks  # noqa: F401
 
     return bool(rules.gather(model, "heads").whole)
 
 
 def _refuse_deployed(model: nn.Module) -> None:
-    """A model that was changed for inference is the end of the road."""
+    """Refuse a model that was changed for inference: these changes cannot be undone.
+
+    Raises:
+        UnsupportedModelError: If the model is quantized, parametrized or fused.
+    """
     if any(type(m).__name__ == "TensorQuantizer" for m in model.modules()):
         raise UnsupportedModelError(
-            "The model is quantized (quantize=8 in training), and scales belong to widths. Prune the checkpoint it was "
-            "quantized from, then train the pruned one with quantize=8."
+            "The model is quantized (quantize=8 in training), and a quantized model cannot be pruned. Prune the "
+            "checkpoint from before the quantization, then train the pruned checkpoint with quantize=8."
         )
     for path, module in model.named_modules():
         if hasattr(module, "weight_g") or hasattr(module, "parametrizations"):
             raise UnsupportedModelError(
-                f"'{path}' computes its weight from other tensors (weight norm or another parametrization). Remove "
-                "that first: torch.nn.utils.remove_weight_norm, or torch.nn.utils.parametrize.remove_parametrizations."
+                f"'{path}' computes its weight from other tensors (weight norm or another parametrization). Remove the "
+                "parametrization first: call torch.nn.utils.remove_weight_norm or "
+                "torch.nn.utils.parametrize.remove_parametrizations."
             )
     if getattr(model, "is_fused", lambda: False)():
         raise UnsupportedModelError(
-            "The model is fused for inference, which cannot be undone. Pass the checkpoint that training wrote, as it "
-            "was before fuse()."
+            "The model is fused for inference, and fusing cannot be undone. Pass the checkpoint that training wrote, "
+            "from before fuse()."
         )
 
 
 def _labelled(twin: nn.Module) -> dict[str, Tensor]:
-    """The tensors that are cut: parameters, and the statistics of batch norms."""
+    """The tensors that a cut makes smaller: parameters, and the statistics of batch norms."""
     parameters = dict(twin.named_parameters())
     statistics = {n: b for n, b in twin.named_buffers() if n.endswith(("running_mean", "running_var"))}
     return {n: t for n, t in twin.state_dict(keep_vars=True).items() if n in parameters or n in statistics}
 
 
 def _tied(twin: nn.Module) -> Iterator[tuple[str, str]]:
-    """`(tensor, other)`: parameters that two layers share; cut in one of them, they would come apart."""
+    """`(tensor, other)`: two names of a parameter that two layers share. A cut would make two parameters of it."""
     seen: dict[int, str] = {}
     for path, module in twin.named_modules():
         for key, parameter in module._parameters.items():
@@ -127,8 +133,12 @@ def _tied(twin: nn.Module) -> Iterator[tuple[str, str]]:
                 yield first, name
 
 
-def _run(tracer: Tracer, twin: nn.Module, image: Tensor, settled: set[str]) -> set[str]:
-    """The forward passes, as many as it takes to see what is not `settled`; returns what runs in deployment."""
+def _run(tracer: Tracer, twin: nn.Module, image: Tensor, known: set[str]) -> set[str]:
+    """Run the forward passes that are needed to see every parameter, except those in `known`.
+
+    Returns:
+        Names of the parameters that run in deployment.
+    """
     try:
         with tracer.running(twin):
             twin.eval()
@@ -137,28 +147,28 @@ def _run(tracer: Tracer, twin: nn.Module, image: Tensor, settled: set[str]) -> s
             tracer.counting = False
             everything = {n for n, _ in twin.named_parameters()}
             deployed = tracer.ran & everything
-            if everything - deployed - settled:  # parts that run in training alone, or with other inputs
+            if everything - deployed - known:  # parts that run in training only, or with other inputs only
                 probes.batch_norm_off(twin)
                 for probe in probes.probes(twin):
                     tracer.outputs(probe(twin, image))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError) as e:
         where = tracer.failed or "the model"
         raise UnsupportedModelError(
-            f"'{where}' cannot be traced: {type(e).__name__}: {e}. A block whose forward depends on the values of its "
-            "input needs another path when its input is on the 'meta' device."
+            f"'{where}' cannot be traced: {type(e).__name__}: {e}. If the forward of a block depends on the values of "
+            "its input, give the forward another path for inputs on the 'meta' device."
         ) from e
     return deployed
 
 
-def _state(labels: Labels, found: rules.Found) -> None:
-    """Add what the rules say to what was traced."""
-    for parts in found.equal:
+def _add_facts(labels: Labels, stated: rules.StatedFacts) -> None:
+    """Add the facts of the rules to the traced labels."""
+    for parts in stated.equal:
         labels.equal([labels.of(*_range(p)) for p in parts])
-    for parts in found.whole:
+    for parts in stated.whole:
         ids = np.concatenate([labels.of(*_range(p)) for p in parts])
         labels.unify(torch.from_numpy(ids), torch.from_numpy(ids[:1]).expand(len(ids)))
         labels.wholes.append(ids)
-    for rows, reason in found.fixed:
+    for rows, reason in stated.fixed:
         labels.pin(labels.of(*_range(rows)), reason, RULE)
 
 
@@ -173,28 +183,30 @@ def _pin(labels: Labels, reasons: Mapping[str, str], rank: int) -> None:
             labels.pin(labels.along(tensor, dim), reasons[tensor], rank)
 
 
-def _guard(tensor: str, guarded: Mapping[str, str]) -> str | None:
-    """Why a tensor must not be touched, if it is inside a module that must not."""
+def _protection(tensor: str, protected_modules: Mapping[str, str]) -> str | None:
+    """Why a tensor is protected; None if it is not inside a protected module."""
     module = tensor.rpartition(".")[0]
-    return next((why for name, why in guarded.items() if module == name or module.startswith(f"{name}.")), None)
+    return next(
+        (why for name, why in protected_modules.items() if module == name or module.startswith(f"{name}.")), None
+    )
 
 
 def _outputs(twin: nn.Module) -> dict[tuple[str, int], str]:
-    """`{(tensor, dimension): layer}` of what layers put out."""
-    found = {}
+    """`{(tensor, dimension): layer}` for the output channels of all layers."""
+    producers = {}
     for name, layer in twin.named_modules():
         if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding):
-            found[f"{name}.weight", output_dimension(layer)] = name
+            producers[f"{name}.weight", output_dimension(layer)] = name
         elif isinstance(layer, nn.MultiheadAttention):
-            found[f"{name}.in_proj_weight", 0] = name
-    return found
+            producers[f"{name}.in_proj_weight", 0] = name
+    return producers
 
 
 def named(model: nn.Module, pattern: str, field: str) -> list[str]:
-    """Names of the modules that a name or a glob in a recipe's `field` means.
+    """Names of the modules that a pattern (a name or a glob) in a recipe's `field` matches.
 
     Raises:
-        RecipeError: If it matches none.
+        RecipeError: If the pattern matches no module.
     """
     hits = [name for name, _ in model.named_modules() if name and fnmatchcase(name, pattern)]
     if not hits:
@@ -203,41 +215,41 @@ def named(model: nn.Module, pattern: str, field: str) -> list[str]:
         near = get_close_matches(pattern.partition("[")[0], names, n=1)
         raise RecipeError(
             f"{field}: '{pattern}' matches no module of this model. Its layers are {tops[0]} to {tops[-1]}; "
-            + (f"did you mean '{near[0]}'?" if near else "give the name of one, of a part of one, or a glob.")
+            + (f"did you mean '{near[0]}'?" if near else "give the name of a layer or of a part of one, or a glob.")
         )
     return hits
 
 
-def _match(model: nn.Module, protect: Sequence[str]) -> dict[str, str]:
-    """`{module name: reason}` of the modules that a pattern names."""
-    found: dict[str, str] = {}
+def _protected_modules(model: nn.Module, protect: Sequence[str]) -> dict[str, str]:
+    """`{module name: reason}` of the modules that the patterns match."""
+    reasons: dict[str, str] = {}
     for pattern in protect:
-        found.update(dict.fromkeys(named(model, pattern, "protect"), f"recipe: protect '{pattern}'"))
-    return found
+        reasons.update(dict.fromkeys(named(model, pattern, "protect"), f"recipe: protect '{pattern}'"))
+    return reasons
 
 
-def _work(tracer: Tracer, found: Sets) -> tuple[dict[str, float], float]:
-    """MACs per element of each tensor, and what no width changes.
+def _work(tracer: Tracer, all_sets: Sets) -> tuple[dict[str, float], float]:
+    """MACs per element of each tensor, and the MACs that do not depend on any width.
 
-    Products of activations (attention) belong to channels, not to a weight: they are written as MACs per element of
-    the one-dimensional tensors that these channels have, which is exact where those tell the sets apart.
+    The MACs of a product of activations (attention) belong to channels and not to a weight. They are counted as MACs
+    per element of the one-dimensional tensors of these channels. This is exact if every set has its own such tensors.
     """
     labels = tracer.labels
     work = {t: macs / labels.numel[t] for t, macs in tracer.work.items()}
-    owed = np.zeros(len(found.sets) + 1)  # the last one: what is in no set
+    label_macs = np.zeros(len(all_sets.sets) + 1)  # the last entry: labels in no set
     for ids, macs in tracer.label_work:
-        np.add.at(owed, found.home[ids], macs)
-    fixed = tracer.fixed_work + float(owed[-1])
-    numbers = np.flatnonzero(owed[:-1])
-    sets = [found.sets[n] for n in numbers]
+        np.add.at(label_macs, all_sets.set_of[ids], macs)
+    fixed = tracer.fixed_work + float(label_macs[-1])
+    numbers = np.flatnonzero(label_macs[:-1])
+    sets = [all_sets.sets[n] for n in numbers]
     places = {s.tensor for c in sets for s in c.slots if s.tensor.endswith("weight")}
     columns = sorted(t for t in places if labels.numel[t] == labels.size(t, 0))
-    holds = np.array([[sum(s.tensor == t for s in c.slots) for t in columns] for c in sets], dtype=np.float64)
-    told = holds.any(1) if holds.size else np.zeros(len(sets), dtype=bool)
-    fixed += float(owed[numbers[~told]].sum())  # torch's own attention: its width is protected
-    if not told.any():
+    slot_counts = np.array([[sum(s.tensor == t for s in c.slots) for t in columns] for c in sets], dtype=np.float64)
+    counted = slot_counts.any(1) if slot_counts.size else np.zeros(len(sets), dtype=bool)
+    fixed += float(label_macs[numbers[~counted]].sum())  # only torch's own attention, whose width is protected
+    if not counted.any():
         return work, fixed
-    solution = np.linalg.lstsq(holds, owed[numbers] / [c.size for c in sets], rcond=None)[0]
+    solution = np.linalg.lstsq(slot_counts, label_macs[numbers] / [c.size for c in sets], rcond=None)[0]
     for tensor, macs in zip(columns, solution, strict=True):
         work[tensor] = work.get(tensor, 0.0) + float(macs)
     return work, fixed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Runs a weightless model and follows its labels, operation by operation."""
+"""Runs a model without weights and follows its labels from operation to operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from yolo_prune.graph import probes
-from yolo_prune.graph.labels import FOUND, OUTPUT, Ids, Labels, Tag, tag_of, tight, varying
+from yolo_prune.graph.labels import OUTPUT, TRACED, Ids, Labels, Tag, collapse, tag_of, varying
 from yolo_prune.graph.ops import EFFECTS, Call
 
 RESHAPES = frozenset({"view", "reshape", "unflatten", "resize", "view_as", "reshape_as", "expand_as"})
@@ -33,12 +33,12 @@ class Tracer:
     """Follows the labels of one model through any number of forward passes.
 
     Attributes:
-        labels: what is found out.
-        ran: parameters that an operation read.
-        work: `{parameter: MACs}` of those operations, where taken down.
-        label_work: `(label, MACs)` of products of activations.
-        fixed_work: MACs of products that no label takes part in.
-        counting: whether work is taken down.
+        labels: receives the result of the trace.
+        ran: names of the parameters that an operation has read.
+        work: `{parameter: MACs}` of the operations that ran while `counting` was true.
+        label_work: `(labels, MACs per label)` of products of activations.
+        fixed_work: MACs of products of tensors without labels.
+        counting: whether MACs are counted.
         failed: name of the innermost module that raised an error.
     """
 
@@ -52,10 +52,10 @@ class Tracer:
         """Start with the labels of a model's tensors.
 
         Args:
-            labels: of the tensors.
-            trusts: whether a module's forward may write out sizes, as it has a rule.
-            reasons: `{module path: what to say where something inside it is pinned}`.
-            spare: prefixes of modules whose work does not count.
+            labels: the labels of the tensors.
+            trusts: `(module) -> bool`: whether sizes in the code of the module's forward are safe.
+            reasons: `{module path: reason to show for labels that are pinned inside the module}`.
+            spare: prefixes of the modules whose MACs do not count.
         """
         self.labels = labels
         self.ran: set[str] = set()
@@ -70,7 +70,7 @@ class Tracer:
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
-        """Follow everything that runs inside."""
+        """Follow the labels of everything that runs inside this context."""
         paths = {module: path for path, module in model.named_modules()}
 
         def enter(module: nn.Module, inputs: Any) -> None:
@@ -80,14 +80,14 @@ class Tracer:
         def leave(module: nn.Module, _: Any, out: Any) -> None:
             if module in paths and self._stack:
                 path, *_ = self._stack.pop()
-                self.failed = "" if out is not None else self.failed or path  # None: it raised
+                self.failed = "" if out is not None else self.failed or path  # None: the module raised an error
 
         self._stack.clear()
         handles = [
             register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),  # also where a block catches a child's error
+            register_module_forward_hook(leave, always_call=True),  # always: a block may catch the error of a child
         ]
-        fast = torch.backends.mha.get_fastpath_enabled()  # one operation instead of those it is made of
+        fast = torch.backends.mha.get_fastpath_enabled()  # it hides the single operations of an attention
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with torch.no_grad(), _Functions(self), _Operations(self):
@@ -99,34 +99,34 @@ class Tracer:
 
     @property
     def where(self) -> str:
-        """Name of the module that runs."""
+        """Name of the module that is running."""
         return self._stack[-1][0] if self._stack else ""
 
     @property
     def trusted(self) -> bool:
-        """Whether the code that runs has a rule."""
+        """Whether sizes in the code of the running module are safe."""
         return bool(self._stack) and self._trusts(self._stack[-1][1])
 
     def explain(self, why: str) -> str:
-        """A reason, as told to people: what happens, and where."""
+        """A reason as the user reads it: what happens, and in which block."""
         for path, *_ in reversed(self._stack):
             if path in self._reasons:
                 return self._reasons[path]
         return f"{why} in {type(self._stack[-1][1]).__name__}" if self._stack else why
 
     def pin_inputs(self, why: str) -> None:
-        """Pin what the module that runs was given: sizes are often read from there."""
+        """Pin the inputs of the running module, because its code often reads sizes from them."""
         for value in self._stack[-1][2] if self._stack else ():
             for tensor in value if isinstance(value, list | tuple) else [value]:
                 self.pin(tensor, why)
 
-    def pin(self, tensor: Any, why: str, rank: int = FOUND) -> None:
+    def pin(self, tensor: Any, why: str, rank: int = TRACED) -> None:
         """Pin all labels of a tensor."""
         for plane in (tag_of(tensor) or Tag()).planes:
             self.labels.pin(plane, why, rank)
 
     def outputs(self, out: Any) -> None:
-        """Pin what the model returns."""
+        """Pin the outputs of the model."""
         for tensor in probes.outputs(out):
             self.pin(tensor, "task output", OUTPUT)
 
@@ -149,7 +149,7 @@ class Tracer:
             apply(call)
             after = tag_of(out)
             if before and after and before.silent and not after.silent and isinstance(out, Tensor) and out._is_view():
-                call.pin_all("is overwritten in part")  # the tensor it is a part of does not hear of it
+                call.pin_all("is overwritten in part")  # the base tensor keeps its tag, which is wrong now
 
     def _count(self, labelled: Tensor | None, parameter: str | None, macs: float) -> None:
         if not self.counting or self.where.startswith(self._spare):
@@ -157,7 +157,7 @@ class Tracer:
         if parameter is not None:
             self.work[parameter] += macs
         elif labelled is not None:
-            ids = torch.unique(tight(labelled)).numpy()
+            ids = torch.unique(collapse(labelled)).numpy()
             self.label_work.append((ids[ids >= 0], macs / max(1, len(ids))))
         else:
             self.fixed_work += macs
@@ -177,7 +177,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _shortcut(func: Any, args: Any) -> Any:
-    """What an operation returns on the meta device, where torch takes long to say so (its kernels are in Python)."""
+    """The output of an operation on the meta device, for operations whose meta kernels are slow (written in Python)."""
     name = func._schema.name
     if name == "aten::native_batch_norm" and not args[5]:
         none = args[0].new_empty(0)
@@ -193,7 +193,7 @@ def _shortcut(func: Any, args: Any) -> Any:
 
 
 class _Functions(TorchFunctionMode):
-    """What only the call in Python tells: `chunk` cuts into equal parts; sizes that are written out are not known."""
+    """Follows Python calls, because operations do not show that `chunk` makes equal parts or that code has sizes."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -209,11 +209,11 @@ class _Functions(TorchFunctionMode):
         if name == "chunk":
             dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % args[0].ndim
             if any(dim in varying(p) for p in tag.planes):
-                parts = [torch.cat([tight(p).flatten() for p in (tag_of(o) or Tag()).planes]).numpy() for o in out]
+                parts = [torch.cat([collapse(p).flatten() for p in (tag_of(o) or Tag()).planes]).numpy() for o in out]
                 self.tracer.labels.equal(parts)
         elif self.tracer.trusted:
             return out
-        elif name in RESHAPES or (name in PICKS and _lost(tag, out)):
+        elif name in RESHAPES or (name in PICKS and _loses_labels(tag, out)):
             why = f"is cut up by '{name.strip('_')}'"
             self.tracer.pin(args[0], why)
             self.tracer.pin_inputs(why)
@@ -223,8 +223,10 @@ class _Functions(TorchFunctionMode):
         return out
 
 
-def _lost(tag: Tag, out: Any) -> bool:
-    """Whether an output has only part of the labels."""
+def _loses_labels(tag: Tag, out: Any) -> bool:
+    """Whether an output has only a part of the input's labels."""
     outs = out if isinstance(out, list | tuple) else [out]
-    before = {i for p in tag.planes for i in torch.unique(tight(p)).tolist()}
-    return any(before - {i for p in (tag_of(o) or Tag()).planes for i in torch.unique(tight(p)).tolist()} for o in outs)
+    before = {i for p in tag.planes for i in torch.unique(collapse(p)).tolist()}
+    return any(
+        before - {i for p in (tag_of(o) or Tag()).planes for i in torch.unique(collapse(p)).tolist()} for o in outs
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A copy of a model that has shapes but no weights, to be run on meta tensors."""
+"""A copy of a model with shapes but without weights, to run on meta tensors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from yolo_prune.errors import UnsupportedModelError
 
-# Sizes and grids that heads remember from the last image they saw; without them they make new ones.
+# Sizes and grids that heads store for the last image. A head without them computes new ones.
 CACHES = ("anchors", "strides", "valid_mask", "shape", "shapes")
 
 
 def weightless(module: nn.Module, path: str = "", twins: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of a module tree whose tensors are on the meta device; hooks and a loss are left behind.
+    """A copy of a module tree with all tensors on the meta device, without hooks and without the loss.
 
-    What is in the tree twice is one in the copy, too.
+    A module that is in the tree twice is one module in the copy as well.
 
     Raises:
-        UnsupportedModelError: If a module's forward was replaced, as fusing for inference does.
+        UnsupportedModelError: If the forward of a module was replaced, as fusing for inference does.
     """
     twins = {} if twins is None else twins
     if id(module) in twins:
@@ -30,8 +30,8 @@ def weightless(module: nn.Module, path: str = "", twins: dict[int, Any] | None =
         return known
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
-            f"'{path}' does not run its class's forward any more; it was fused for inference, which cannot be undone. "
-            "Pass the checkpoint that training wrote, as it was before fuse()."
+            f"'{path}' does not run the forward of its class any more: it was fused for inference, and fusing cannot "
+            "be undone. Pass the checkpoint that training wrote, from before fuse()."
         )
     twin = twins[id(module)] = copy.copy(module)
     for key in list(twin.__dict__):
@@ -40,7 +40,7 @@ def weightless(module: nn.Module, path: str = "", twins: dict[int, Any] | None =
         elif key in CACHES or key == "criterion":
             del twin.__dict__[key]
         else:
-            twin.__dict__[key] = _own(twin.__dict__[key])  # a forward may fill a list or a dictionary
+            twin.__dict__[key] = _copy_containers(twin.__dict__[key])  # a forward may fill a list or a dictionary
     twin._parameters = {
         k: p if p is None else twins.setdefault(id(p), nn.Parameter(_meta(p), requires_grad=False))
         for k, p in module._parameters.items()
@@ -52,13 +52,13 @@ def weightless(module: nn.Module, path: str = "", twins: dict[int, Any] | None =
     return twin
 
 
-def _own(value: Any) -> Any:
-    """Containers of one's own, with what they hold."""
+def _copy_containers(value: Any) -> Any:
+    """A deep copy of lists, sets, tuples and dictionaries; other values are shared."""
     if type(value) in (list, set, tuple):
-        return type(value)(map(_own, value))
-    return {k: _own(v) for k, v in value.items()} if type(value) is dict else value
+        return type(value)(map(_copy_containers, value))
+    return {k: _copy_containers(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def _meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape without storage; what is not whole numbers is float32, as the image will be."""
+    """A tensor of the same shape without storage. Floating point tensors become float32, as the image is."""
     return torch.empty_like(tensor, device="meta", dtype=torch.float32 if tensor.is_floating_point() else None)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How does time follow widths? Layers are timed, added up, and corrected by whole models."""
+"""Latency as a function of widths: layer times are measured, added, and corrected by times of whole models."""

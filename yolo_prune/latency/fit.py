@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""From times of layers at some widths to a formula for all widths."""
+"""Fits a formula for all widths to the times of a layer at some widths."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEPS = (1, 2, 4, 8, 16, 32)
-"""Multiples that runtimes may work in: of numbers in a vector register, or in a tile of a GPU."""
+"""Steps in which runtimes may process channels: the size of a vector register, or of a tile of a GPU kernel."""
 USUAL = 8
-"""Of eight 32-bit numbers a register of AVX2 consists, of eight channels a tile of tensor cores in half precision."""
+"""The usual step: an AVX2 register has eight 32-bit numbers, a tile of FP16 tensor cores has eight channels."""
 SURELY = 0.9
-"""Steps count as good as the best ones if their error, times this, is no larger.
+"""Steps are as good as the best steps if their error times this factor is not larger than the best error.
 
-A choice: the noise of the times moves the errors of like steps by some per cent, and is not to choose between them.
+This value is a choice: the noise of the times changes the errors of similar steps by some per cent, and noise must not
+decide between them.
 """
 
 LayerTime = tuple[int, int, float]
-"""Channels read, channels put out, milliseconds."""
+"""Input channels, output channels, milliseconds."""
 
 
 class Formula(NamedTuple):
-    """`base + ins * i + outs * o + both * i * o` milliseconds, of widths rounded up to steps; none is negative."""
+    """`base + ins * i + outs * o + both * i * o` milliseconds for `i` input and `o` output channels.
+
+    `i` and `o` are rounded up to steps. No coefficient is negative.
+    """
 
     base: float
     ins: float
@@ -35,24 +39,24 @@ class Formula(NamedTuple):
 
 
 def formula(points: Sequence[LayerTime], steps: tuple[int, int] = (1, 1), depthwise: bool = False) -> Formula:
-    """The formula that comes nearest to some times, by relative squares.
+    """The formula with the least sum of squared relative errors.
 
     Args:
-        points: at least one.
-        steps: of the channels read, and of those put out.
-        depthwise: both are the same channels.
+        points: one or more measured times.
+        steps: steps of the input channels and of the output channels.
+        depthwise: input and output channels are the same.
     """
     return _fit(points, steps, depthwise)[0]
 
 
 def steps(layers: Mapping[str, tuple[Sequence[LayerTime], bool]]) -> tuple[int, int]:
-    """In multiples of what a runtime works: steps of the channels that layers read, and of those they put out.
+    """Find the steps of a runtime: the multiples to which it rounds up input channels and output channels.
 
     Args:
         layers: `{name: (times, depthwise)}`.
 
     Returns:
-        Of those that explain the times of all layers nearly as well as the best ones do, the nearest to the usual ones.
+        Among the steps that explain the times of all layers about as well as the best steps: those nearest to `USUAL`.
     """
     errors = {
         pair: sum(_fit(points, pair, depthwise)[1] for points, depthwise in layers.values())
@@ -64,7 +68,7 @@ def steps(layers: Mapping[str, tuple[Sequence[LayerTime], bool]]) -> tuple[int, 
 
 
 def _fit(points: Sequence[LayerTime], steps: tuple[int, int], depthwise: bool) -> tuple[Formula, float]:
-    """A formula, and the sum of its squared relative errors."""
+    """The best formula, and the sum of its squared relative errors."""
     table = np.array(points, dtype=np.float64)
     ins, outs = (np.ceil(table[:, i] / step) * step for i, step in enumerate(steps))
     if depthwise:
@@ -72,23 +76,27 @@ def _fit(points: Sequence[LayerTime], steps: tuple[int, int], depthwise: bool) -
     else:
         both = ins * outs
     columns = np.stack([np.ones_like(outs), ins, outs, both], axis=1) / table[:, 2:]
-    found, error = _non_negative(columns, np.ones(len(table)))
-    return Formula(*map(float, found)), error
+    coefficients, error = _non_negative(columns, np.ones(len(table)))
+    return Formula(*map(float, coefficients)), error
 
 
 def _non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Least squares without negative coefficients: of all subsets of columns, the best that has none."""
+    """Least squares without negative coefficients: the best non-negative solution of all subsets of columns.
+
+    Returns:
+        The coefficients, and the sum of squared errors.
+    """
     count = a.shape[1]
     scale = np.maximum(np.abs(a).max(axis=0), 1e-300)
     best, least = np.zeros(count), float(b @ b)
     for chosen in chain.from_iterable(combinations(range(count), n) for n in range(1, count + 1)):
         index = list(chosen)
-        found = np.linalg.lstsq(a[:, index] / scale[index], b, rcond=None)[0]
-        if (found < 0).any():
+        coefficients = np.linalg.lstsq(a[:, index] / scale[index], b, rcond=None)[0]
+        if (coefficients < 0).any():
             continue
-        error = float(np.sum((a[:, index] / scale[index] @ found - b) ** 2))
+        error = float(np.sum((a[:, index] / scale[index] @ coefficients - b) ** 2))
         if error < least * (1 - 1e-9):
             least = error
             best = np.zeros(count)
-            best[index] = found / scale[index]
+            best[index] = coefficients / scale[index]
     return best, least

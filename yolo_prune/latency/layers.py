@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The layers of a model whose time depends on widths, and the same layers at other widths."""
+"""The layers of a model whose time depends on widths, and variants of these layers with other widths."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from yolo_prune.cut.copies import lean_copy
 from yolo_prune.graph import probes
 
 COPIES = 4
-"""Layers side by side in a probe: what a runtime does around them then weighs a quarter.
+"""Copies of a layer in a probe: the overhead of the runtime is then divided by four.
 
-A choice: with more of them it weighs less, and a probe takes longer and more memory.
+This value is a choice: more copies reduce the overhead further, but need more time and memory.
 """
 DEPTHWISE = 0
 KINDS: dict[str, Any] = {"conv": nn.Conv2d, "deconv": nn.ConvTranspose2d, "linear": nn.Linear}
@@ -25,15 +25,18 @@ LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer as a runtime sees it: batch norm folded in, at one size of what it reads.
+    """A convolution or linear layer in a runtime: its batch norm is folded in, and its input size is fixed.
 
     Attributes:
-        kind: conv, deconv or linear.
-        ins: channels that it reads.
-        outs: channels that it puts out.
-        size: height and width in pixels of what it reads; for a linear layer, the number of vectors.
-        kernel: height and width; with stride, padding, dilation empty for a linear layer.
-        groups: 0 where every channel is a group.
+        kind: "conv", "deconv" or "linear".
+        ins: number of input channels.
+        outs: number of output channels.
+        size: height and width of the input in pixels; for a linear layer, the number of input vectors.
+        kernel: height and width of the kernel; empty for a linear layer.
+        stride: vertical and horizontal stride; empty for a linear layer.
+        padding: vertical and horizontal padding; empty for a linear layer.
+        dilation: vertical and horizontal dilation; empty for a linear layer.
+        groups: number of groups; 0 (`DEPTHWISE`) if every channel is a group.
     """
 
     kind: str
@@ -48,12 +51,12 @@ class Layer:
 
     @property
     def key(self) -> str:
-        """What its time depends on, as text."""
+        """Everything on which the layer's time depends, as text."""
         return f"{self.alike}: {self.ins} to {self.outs}"
 
     @property
     def alike(self) -> str:
-        """What it has in common with the same layer at other widths: its key up to the colon."""
+        """The key up to the colon: it is the same for all widths of the layer."""
         groups = "" if self.groups == 1 else " depthwise" if self.groups == DEPTHWISE else f" in {self.groups}"
         shape = "".join(
             f" {name}{'x'.join(map(str, value))}"
@@ -64,13 +67,13 @@ class Layer:
 
     @property
     def depthwise(self) -> bool:
-        """Every channel is a group, so that both widths are one."""
+        """Whether every channel is a group, so that input and output have the same width."""
         return self.groups == DEPTHWISE
 
     def widths(self) -> list[tuple[int, int]]:
-        """`(ins, outs)` at which it is to be timed: shares of its own widths, and a little more than half of them.
+        """`(ins, outs)` at which to time the layer: fractions of its widths, and one channel more than half of them.
 
-        A width just above a multiple of what a runtime works in costs as much as the next multiple, which tells most.
+        The time at a width just above a multiple of the runtime's step shows this step best.
         """
         ins, outs = self._shares(self.ins), self._shares(self.outs)
         if self.depthwise:
@@ -80,20 +83,20 @@ class Layer:
         return sorted(dict.fromkeys(pairs), reverse=True)
 
     def _shares(self, width: int) -> list[int]:
-        """The whole width, half of it, a channel more than half, three quarters, a quarter."""
+        """The full width, half of it, one channel (per group) more than half, three quarters, a quarter."""
         multiple = max(self.groups, 1)
-        if width < 8 * multiple:  # an image, a head's scores: nothing that is pruned
+        if width < 8 * multiple:  # image channels or class scores, which are not pruned
             return [width, width]
         unit = width // multiple
         return [n * multiple for n in (unit, unit // 2, unit // 2 + 1, 3 * unit // 4, unit // 4)]
 
     def at(self, ins: int, outs: int) -> Layer:
-        """The same layer at other widths."""
+        """The same layer with other widths."""
         return replace(self, ins=ins, outs=outs)
 
     def probe(self, batch: int) -> tuple[nn.Module, Tensor]:
-        """A small model of some such layers side by side with activations behind them, and what it reads."""
-        with torch.random.fork_rng(devices=[]):  # weights are drawn: a run must not go on from there
+        """A small model with parallel copies of the layer, each followed by an activation; and an input for it."""
+        with torch.random.fork_rng(devices=[]):  # initial weights must not change the random numbers of a run
             side_by_side = _SideBySide([self._module() for _ in range(COPIES)]).eval()
         shape = (self.size[0], self.ins) if self.kind == "linear" else (self.ins, *self.size)
         return side_by_side, torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
@@ -122,21 +125,21 @@ class _SideBySide(nn.Module):
 
 
 def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
-    """`{weight name: the layer, once for every time that a pass goes through it}`, of what runs in deployment.
+    """`{weight name: [layer, ...]}` of all layers that run in deployment, with one entry per call in a forward pass.
 
     Args:
-        model: it is only read.
+        model: the model; it is not changed.
         imgsz: image size in pixels.
     """
     deployed: Any = lean_copy(model).float().eval()
     known = {name for name, _ in model.named_parameters()}
     deployed.fuse(verbose=False)
-    found: dict[str, list[Layer]] = {}
+    calls: dict[str, list[Layer]] = {}
     handles = []
     for name, module in deployed.named_modules():
         weight = _weight(name, known)
         if weight and isinstance(module, LAYERS):
-            handles.append(module.register_forward_hook(_note(found.setdefault(weight, []))))
+            handles.append(module.register_forward_hook(_note(calls.setdefault(weight, []))))
     channels = probes.image_channels(model) or 3
     try:
         with torch.inference_mode():
@@ -144,19 +147,19 @@ def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
     finally:
         for handle in handles:
             handle.remove()
-    return {weight: layers for weight, layers in found.items() if layers}
+    return {weight: layers for weight, layers in calls.items() if layers}
 
 
-def _note(found: list[Layer]) -> Any:
+def _note(calls: list[Layer]) -> Any:
     def hook(module: Any, inputs: tuple[Tensor, ...], _: object) -> None:
         x = inputs[0]
         if isinstance(module, nn.Linear):
-            found.append(Layer("linear", module.in_features, module.out_features, (x[0].numel() // x.shape[-1],)))
+            calls.append(Layer("linear", module.in_features, module.out_features, (x[0].numel() // x.shape[-1],)))
             return
         kind = "deconv" if isinstance(module, nn.ConvTranspose2d) else "conv"
         depthwise = module.groups == module.in_channels == module.out_channels > 1
         padding = module.padding if isinstance(module.padding, tuple) else (0, 0)
-        found.append(
+        calls.append(
             Layer(
                 kind,
                 module.in_channels,
@@ -174,12 +177,12 @@ def _note(found: list[Layer]) -> Any:
 
 
 def _weight(name: str, known: set[str]) -> str | None:
-    """The weight that a layer of the fused model was made from: branches that fuse are known by their first."""
+    """Name of the weight from which a layer of the fused model was made; for fused branches, that of the first."""
     parent, _, last = name.rpartition(".")
     branches = [f"{name}.weight", f"{parent}.conv1.conv.weight"] if last == "conv" else [f"{name}.weight"]
     return next((weight for weight in (*branches, f"{name}.conv.weight") if weight in known), None)
 
 
 def distinct(layers: Mapping[str, list[Layer]]) -> Iterator[Layer]:
-    """Every layer once, however often a model has it."""
-    yield from {layer.key: layer for found in layers.values() for layer in found}.values()
+    """All different layers of a model; equal layers are yielded once."""
+    yield from {layer.key: layer for calls in layers.values() for layer in calls}.values()

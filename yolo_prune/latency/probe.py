@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Timing single layers in a runtime: small models of them, exported and run as whole models are."""
+"""Times single layers in a runtime: probes (small models of a layer) are exported and run like whole models."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting
 
 SECONDS = 0.15
-"""That the rounds of one layer may take, all its widths together; at least `clock.LEAST` rounds.
+"""Time for the rounds of one layer, all its widths together; at least `clock.LEAST` rounds are run.
 
-A choice: `clock.LEAST` rounds of eight widths of 2 ms each. Of the times the least counts, so rounds are there to meet
-a moment without disturbance. With the exports, the layers of a YOLO11n take half a minute (README).
+This value is a choice: `clock.LEAST` rounds of eight widths of 2 ms each. The least time counts, so only one of the
+rounds has to be without disturbance. With the exports, the layers of a YOLO11n take half a minute (see docs/).
 """
 OPSET = 17
-"""Of ONNX. Convolutions and products are the same in later ones; all releases of torch that we take can write it."""
+"""ONNX opset of the exports. All supported torch releases can write it; later opsets have the same convolutions."""
 
 
 def time_layers(
@@ -38,16 +38,16 @@ def time_layers(
     """Time layers, each at several widths.
 
     Args:
-        layers: to time.
-        format: as `runtimes.parse` returns it.
+        layers: the layers.
+        format: a format name from `runtimes.parse`.
         setting: batch, device, threads and precision.
-        progress: shows how far it is.
+        progress: wraps the layers to show a progress bar.
 
     Returns:
-        `{key of a layer: [(channels read, channels put out, milliseconds), ...]}`.
+        `{key of a layer: [(input channels, output channels, milliseconds), ...]}`.
 
     Raises:
-        BenchError: If a layer cannot be exported, or run.
+        BenchError: If a layer cannot be exported or run.
     """
     return {layer.key: _time(layer, format, setting) for layer in progress(layers)}
 
@@ -63,12 +63,12 @@ def _time(layer: Layer, format: str, setting: Setting) -> list[LayerTime]:
         each = clock.warm_up(runs, seconds=0.02)
         rounds = clock.rounds_for(each, SECONDS)
         times = clock.interleave(runs, range(rounds))
-    # the least: whatever else the machine does can only add to it
-    return [(*pair, 1000 * min(found) / COPIES) for pair, found in zip(widths, times, strict=True)]
+    # The minimum, because other work of the machine can only make a time longer.
+    return [(*pair, 1000 * min(layer_times) / COPIES) for pair, layer_times in zip(widths, times, strict=True)]
 
 
 def _open(layer: Layer, format: str, setting: Setting, folder: Path) -> Session:
-    """Such layers side by side, loaded into a runtime, with what they read."""
+    """Export the probe of a layer and load it into a runtime, together with its input."""
     model, x = layer.probe(setting.batch)
     half = setting.quantize == 16 and setting.device.type != "cpu"
     model, x = model.to(setting.device), x.to(setting.device)
@@ -76,15 +76,15 @@ def _open(layer: Layer, format: str, setting: Setting, folder: Path) -> Session:
         model, x = model.half(), x.half()
     folder.mkdir()
     if format == "torch":
-        found: Session = runtimes.Torch(model, setting.device, half)
+        session: Session = runtimes.Torch(model, setting.device, half)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             one = x[: runtimes.batch_of(format, setting.batch)]
             path = EXPORTERS[format](model, one, folder, setting)
-        found = runtimes.open_session(format, path, setting.device, setting.threads, setting.quantize)
-    found.prepare(x.float().cpu().numpy())
-    return found
+        session = runtimes.open_session(format, path, setting.device, setting.threads, setting.quantize)
+    session.prepare(x.float().cpu().numpy())
+    return session
 
 
 def _torchscript(model: nn.Module, x: Tensor, folder: Path, setting: Setting) -> Path:
@@ -127,7 +127,7 @@ def _engine(model: nn.Module, x: Tensor, folder: Path, setting: Setting) -> Path
         build = importlib.import_module("ultralytics.utils.export.engine").onnx2engine
     except (ImportError, AttributeError) as e:
         raise BenchError(
-            "Timing layers in TensorRT needs the Ultralytics that this release was made for: pip install -U ultralytics"
+            "Timing layers in TensorRT needs a newer Ultralytics than the installed one: pip install -U ultralytics"
         ) from e
     path = folder / "layer.engine"
     quantize = 16 if setting.quantize == 16 else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What was measured in one runtime on one device: times of layers, and of whole models; in a file that can be moved."""
+"""The profile of a runtime on a device: times of layers and of whole models, in a file for other machines."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from yolo_prune.planning.cost import Term, Timing
 
 FORMAT = 1
 _OTHER = (
-    f"'{{path}}' is no profile that this yolo-prune {__version__} reads ({{why}}). Write it with 'yolo-prune profile' "
-    "of the same version."
+    f"'{{path}}' is not a profile that yolo-prune {__version__} can read ({{why}}). Write it again with 'yolo-prune "
+    "profile' of the same version."
 )
 FILE = JsonFile(
     "a profile",
@@ -35,11 +35,14 @@ FILE = JsonFile(
 )
 KEY = r"^[0-9a-f]{16} [0-9a-f]{16} at [1-9][0-9]{1,4}$"  # see model_key
 LEAST_SCALE = 0.05
-"""Of what its layers save, a model saves at least this. A choice: if it saved nothing, no cut could be solved for."""
+"""Minimum of the time that a model saves, as a fraction of the time that its layers save.
+
+This value is a choice: with 0, no cut would save time by the formula, and no plan could be found.
+"""
 
 
 class Place(BaseModel):
-    """In what, on what and how something is measured: times of one place say nothing of another."""
+    """The runtime, device and settings of a measurement. Times from different places must not be compared."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: str
@@ -51,14 +54,14 @@ class Place(BaseModel):
     quantize: int
 
     def __str__(self) -> str:
-        """In words."""
+        """A description for messages."""
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
         bits = ", half precision" if self.quantize == 16 else ""
         return f"{self.runtime} on {self.hardware}{threads}, batch {self.batch}{bits}"
 
 
 class Whole(BaseModel):
-    """One model: what its layers add up to by their formulas, and what it really took, in milliseconds."""
+    """The time of a whole model in milliseconds: the sum of the layers' formulas, and the measured time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     layers: float = Field(gt=0)
@@ -66,11 +69,14 @@ class Whole(BaseModel):
 
 
 class Table(BaseModel):
-    """Times in one place.
+    """All times that were measured in one place.
 
     Attributes:
-        layers: `{key of a layer: [(channels read, channels put out, milliseconds), ...]}`.
-        wholes: `{key of a dense model: itself, and models that were cut from it}`.
+        version: version of the file format.
+        yolo_prune: version of the package that wrote the file.
+        place: the runtime, device and settings.
+        layers: `{key of a layer: [(input channels, output channels, milliseconds), ...]}`.
+        wholes: `{key of a dense model: times of this model, and of models that were cut from it}`.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -81,7 +87,7 @@ class Table(BaseModel):
     wholes: dict[Annotated[str, Field(pattern=KEY)], list[Whole]] = Field(default_factory=dict)
 
     def missing(self, layers: Mapping[str, list[Layer]]) -> list[Layer]:
-        """Layers of a model that were not timed."""
+        """Layers of a model that are not in the table."""
         return [layer for layer in distinct(layers) if layer.key not in self.layers]
 
     def sizes(self) -> list[int]:
@@ -89,10 +95,10 @@ class Table(BaseModel):
         return sorted({int(key.rpartition(" ")[2]) for key in self.wholes})
 
     def find(self, layers: Mapping[str, list[Layer]], imgsz: int) -> str | None:
-        """The key of a dense model in `wholes`, else of one that differs in the widths of its head alone.
+        """The key in `wholes` of a dense model, or of one that differs only in the widths of its head; else None.
 
         Args:
-            layers: of the model, at this size.
+            layers: the layers of the model at this image size.
             imgsz: image size in pixels.
         """
         own = model_key(layers, imgsz)
@@ -101,17 +107,17 @@ class Table(BaseModel):
         return own if own in self.wholes else next(kin, None)
 
     def only(self, layers: Mapping[str, list[Layer]], key: str) -> Table:
-        """What is known of one model."""
+        """The part of the table that is about one model."""
         keys = [layer.key for layer in distinct(layers)]
         return Table(place=self.place, layers={k: self.layers[k] for k in keys}, wholes={key: self.wholes[key]})
 
     def completed(self, layers: Mapping[str, list[Layer]]) -> Table:
-        """With the layers that were not timed: each gets the times of the same layer at the widths nearest to its own.
+        """The table with the missing layers added: each gets the times of the same layer with the nearest widths.
 
-        Times are kept with the widths that they were taken at, so that the formula made of them tells other widths too.
+        The times keep the widths at which they were measured, so the formula is also correct for the missing layer.
 
         Raises:
-            BenchError: If there is no such layer.
+            BenchError: If the table has no such layer.
         """
         return self.model_copy(update={"layers": self.layers | {m.key: self._nearest(m) for m in self.missing(layers)}})
 
@@ -120,33 +126,35 @@ class Table(BaseModel):
             ins, outs, _ = max(points)
             return abs(math.log(ins / layer.ins)) + abs(math.log(outs / layer.outs))
 
-        found = [points for key, points in self.layers.items() if key.rpartition(":")[0] == layer.alike]
-        if not found:
-            raise BenchError(f"No layer that is like '{layer.key}' was timed ({self.place}).")
-        return min(found, key=distance)
+        candidates = [points for key, points in self.layers.items() if key.rpartition(":")[0] == layer.alike]
+        if not candidates:
+            raise BenchError(
+                f"The profile has no times of a layer like '{layer.key}' ({self.place}). Profile this model instead."
+            )
+        return min(candidates, key=distance)
 
     def sums(self, layers: Mapping[str, list[Layer]]) -> Timing:
-        """Time of a model as its layers add up, without what lies between them.
+        """Time of a model as the sum of its layers, without other operations.
 
         Args:
-            layers: of the dense model; all of them were timed.
+            layers: the layers of the dense model; the table must have all of them.
         """
         timed = {layer.key: (self.layers[layer.key], layer.depthwise) for layer in distinct(layers)}
         each = steps(timed)
         formulas = {key: formula(points, each, depthwise) for key, (points, depthwise) in timed.items()}
-        fixed = sum(formulas[layer.key].base for found in layers.values() for layer in found)
-        terms = {w: _term(found[0], [formulas[layer.key] for layer in found], each) for w, found in layers.items()}
+        fixed = sum(formulas[layer.key].base for calls in layers.values() for layer in calls)
+        terms = {w: _term(calls[0], [formulas[layer.key] for layer in calls], each) for w, calls in layers.items()}
         return Timing(terms, fixed, max(each))
 
     def timing(self, layers: Mapping[str, list[Layer]], key: str) -> Timing:
-        """Time of a model, set right by the whole models that were measured.
+        """Time of a model as the sum of its layers, corrected by the measured times of whole models.
 
         Args:
-            layers: of the dense model; all of them were timed.
-            key: of the dense model in `wholes`, or of one that is nearly the same.
+            layers: the layers of the dense model; the table must have all of them.
+            key: the key in `wholes`, from `find`.
         """
         sums = self.sums(layers)
-        scale, offset = _straight([(w.layers, w.measured) for w in self.wholes.get(key, ())])
+        scale, offset = _scale_and_offset([(w.layers, w.measured) for w in self.wholes.get(key, ())])
         terms = {
             name: term._replace(both=scale * term.both, first=scale * term.first, second=scale * term.second)
             for name, term in sums.terms.items()
@@ -154,7 +162,7 @@ class Table(BaseModel):
         return Timing(terms, scale * sums.fixed + offset, sums.multiple)
 
     def save(self, path: str | Path) -> Path:
-        """Write the table as JSON; the file appears whole or not at all."""
+        """Write the table as JSON. If this fails, no incomplete file is left."""
         return write_text(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
     @classmethod
@@ -162,26 +170,26 @@ class Table(BaseModel):
         """Read a table.
 
         Raises:
-            BenchError: If the file cannot be read, or is no such table.
+            BenchError: If the file cannot be read or is not such a table.
         """
         return FILE.load(path, cls)
 
 
 def model_key(layers: Mapping[str, list[Layer]], imgsz: int) -> str:
-    """Of a dense model at an image size: the same for models with the same layers.
+    """The key of a dense model at an image size. Models with the same layers have the same key.
 
-    Its first word is the same as well where the widths of heads differ, as they do with the number of classes.
+    The first word of the key does not depend on the widths of the head, which change with the number of classes.
     """
-    places = {name: int(found[1]) for name in layers if (found := re.match(r"model\.(\d+)\.", name))}
+    places = {name: int(match[1]) for name in layers if (match := re.match(r"model\.(\d+)\.", name))}
     head = {name for name, place in places.items() if place == max(places.values())}
-    own = {name: [layer.key for layer in found] for name, found in sorted(layers.items())}
+    own = {name: [layer.key for layer in calls] for name, calls in sorted(layers.items())}
     body = {name: [layer.alike for layer in layers[name]] if name in head else keys for name, keys in own.items()}
     words = (hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16] for each in (body, own))
     return f"{' '.join(words)} at {imgsz}"
 
 
 def _term(layer: Layer, formulas: list[Formula], steps: tuple[int, int]) -> Term:
-    """Of a weight: of all passes through its layer. The second dimension of a weight counts one group's channels."""
+    """The term of a weight, for all calls of its layer. A weight's second dimension has the channels of one group."""
     per = max(layer.groups, 1)
     ins, outs, both = (sum(getattr(f, name) for f in formulas) for name in ("ins", "outs", "both"))
     step_in, step_out = steps if per == 1 else (1, 1)
@@ -190,10 +198,10 @@ def _term(layer: Layer, formulas: list[Formula], steps: tuple[int, int]) -> Term
     return Term(per * both, outs, per * ins, (step_out, 1 if layer.depthwise else step_in))
 
 
-def _straight(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Scale and offset from sums of layers to measured times, exact for the dense model, which comes first.
+def _scale_and_offset(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Scale and offset that convert sums of layers to measured times. They are exact for the dense model (first point).
 
-    What lies between the layers takes its time as well, and some of it does not get less: that is the offset.
+    The offset is the time of operations that a cut does not make faster.
     """
     if not points:
         return 1.0, 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Cuts for a latency: a formula proposes how far to cut, what is measured on the exported model decides."""
+"""Cuts for a latency target: a formula proposes a cut, and the measured latency of the exported model decides."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from yolo_prune.report.data import LatencyRow
 
 METRIC = "latency"
 TOLERANCE = 0.03
-"""How near the measured latency comes to the target, as a fraction of it.
+"""Allowed difference between the measured latency and the target, as a fraction of the target.
 
-A ratio that is measured at another hour moves by one or two per cent (README): nearer is chance.
+From one hour to the next, a measured ratio changes by 1 or 2 % (see docs/), so a smaller difference is chance.
 """
 ATTEMPTS = 8
-"""Cuts that are exported and timed for one target, at most.
+"""Maximum number of cuts that are exported and timed for one target.
 
-A choice: a search that brackets halves what is left with each, so that eight narrow it 256 times; each takes an export
-and a budget of the stopwatch.
+This value is a choice: each attempt of a bracketing search halves the interval, so eight attempts make it 256 times
+smaller. Each attempt takes an export and a budget of the stopwatch.
 """
 DOUBT = 0.2
-"""A formula may be as wrong as this: what it says can just be reached, or just not, is measured.
+"""Possible error of the formula: a target within this fraction of the reachable latency is checked by measurement.
 
-About three times the 7 % that the formula alone was seen to be wrong by (README), as that was one machine.
+About three times the measured error of the formula alone, which was 7 % on one machine (see docs/).
 """
 FINEST = 1e-4
-"""Formulas that differ by less are taken for the same. A choice, far below what can be measured (`TOLERANCE`)."""
+"""Values of the formula count as equal if they differ by less. This is a choice, far below `TOLERANCE`."""
 
 
 class Trial(NamedTuple):
-    """What a recipe would do to a model at once, without looking at data.
+    """What a recipe would do to a model in one cut, planned without data.
 
     Attributes:
-        plan: as large as the one of the recipe's target.
-        present: fraction of the dense model that the model is, in the target's metric. Of a latency it is measured,
-            unless a profile has to do.
-        timing: what takes how long, for a latency target.
+        plan: a plan of the size that the recipe's target demands.
+        present: cost of the model as a fraction of the dense model's, in the target's metric. A latency is measured,
+            unless the target has a profile.
+        timing: the latency as a function of widths, for a latency target.
     """
 
     plan: Plan
@@ -60,7 +60,7 @@ class Trial(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A cut, and how long the model takes after it; not measured where it is for another device."""
+    """A cut, and the measured latency of the model after it; None if the target is another device."""
 
     plan: Plan
     row: LatencyRow | None = None
@@ -70,14 +70,14 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
     """Try a recipe on a model before any work is done.
 
     Args:
-        model: dense, or pruned before; it is only read.
-        graph: its trace.
-        recipe: for target and constraints.
-        imgsz: of the run, in pixels.
+        model: the model, dense or pruned before; it is not changed.
+        graph: the graph of the model.
+        recipe: the recipe with the target and the constraints.
+        imgsz: image size of the run, in pixels.
 
     Raises:
-        TargetError: If the target is out of reach; of a latency, by what was measured.
-        NothingToRemoveError: If the model already meets it.
+        TargetError: If the target is out of reach; for a latency target, according to a measurement.
+        NothingToRemoveError: If the model already meets the target.
         BenchError: If a latency cannot be measured here, or the profile is not of this model.
     """
     target, keep = recipe.target, recipe.target.keep
@@ -94,9 +94,12 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
 
 
 def _tried_out(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float) -> float:
-    """Fraction of the dense model's latency that a model takes, once it is known that `keep` lies below and in reach.
+    """Check that the target `keep` is below the model's latency and in reach.
 
-    Nothing is timed where that is clear: for a dense model, and a target far above what the deepest cut comes to.
+    Nothing is timed if this is clear: the model is dense, and the target is far above the latency of the deepest cut.
+
+    Returns:
+        The model's latency as a fraction of the dense model's.
     """
     deepest = weighed.deepest(METRIC)
     share = deepest.predicted.kept(METRIC) / weighed.present(METRIC) if deepest else 1.0
@@ -113,9 +116,9 @@ def _tried_out(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, k
         reached = _ratio(stopwatch, cut_copy(model, deepest)) if deepest else present
     if reached > keep * (1 + TOLERANCE):
         raise TargetError(
-            f"target.latency: {keep:g} of the dense model's latency is out of reach: once everything is removed that "
-            f"saves time and that channels and protect allow, the model takes {reached:.3f} of it, as measured. Raise "
-            "channels.max_removed, lower channels.min or channels.round_to, protect less, or ask for less."
+            f"target.latency: {keep:g} of the dense model's latency is out of reach. The deepest cut that channels and "
+            f"protect allow has a measured latency of {reached:.3f} of the dense model's. Raise "
+            "channels.max_removed, lower channels.min or channels.round_to, protect less, or set a larger target."
         )
     return present
 
@@ -129,22 +132,22 @@ def settle(
     present: float = 1.0,
     tolerance: float = TOLERANCE,
 ) -> Hit:
-    """Plan a cut, export what it leaves, time it, and correct the cut until it takes as long as wanted.
+    """Plan a cut, export and time the model after the cut, and correct the cut until its latency is as wanted.
 
-    Where no cut does, it is the one that comes nearest, with a warning.
+    If no cut has the wanted latency, the result is the cut with the nearest latency, and a warning is logged.
 
     Args:
-        model: the one to be cut; it is only read.
-        weighed: its scores and costs.
-        target: of the recipe.
-        imgsz: of the run.
-        keep: fraction of the dense model's latency to keep; the target's where None.
-        present: fraction that the model takes, as measured.
-        tolerance: how near to `keep` it is to come, as a fraction of it.
+        model: the model to cut; it is not changed.
+        weighed: the scores and costs of the model.
+        target: the target of the recipe.
+        imgsz: image size of the run, in pixels.
+        keep: fraction of the dense model's latency to keep; None for the recipe's target.
+        present: measured latency of the model as a fraction of the dense model's.
+        tolerance: allowed difference to `keep`, as a fraction of `keep`.
 
     Raises:
-        TargetError: If a profile's formula says that the target is out of reach.
-        NothingToRemoveError: If the model already is as fast, or nothing may be removed from it any more.
+        TargetError: If the target is out of reach according to the formula of a profile.
+        NothingToRemoveError: If the model is already as fast, or nothing more may be removed from it.
         BenchError: If the models cannot be exported or run.
     """
     keep = target.keep if keep is None else keep
@@ -153,44 +156,49 @@ def settle(
         return Hit(weighed.plan(METRIC, keep))
     _check_slower(present, keep)
     if not weighed.deepest(METRIC):
-        raise NothingToRemoveError("target.latency: nothing more may be removed from this model that saves time.")
+        raise NothingToRemoveError(
+            "target.latency: no further cut of this model saves time under channels and protect. Raise "
+            "channels.max_removed, lower channels.min or channels.round_to, or protect less."
+        )
     format, setting = setting_of(target, imgsz)
     with Stopwatch(dense_twin(model), format, setting) as stopwatch:
         search = _Search(model, weighed, stopwatch, keep, present, tolerance)
         hit = search.run()
     if abs(hit.ratio / keep - 1) > tolerance:
         LOGGER.warning(
-            f"{PREFIX}target.latency: {hit.ratio:.3f} is as near to {keep:g} as {search.limit} "
-            f"(within {tolerance:.0%} was wanted). channels.round_to and channels.max_removed limit the widths."
+            f"{PREFIX}target.latency: the best cut has a latency of {hit.ratio:.3f}, not {keep:g} (within "
+            f"{tolerance:.0%}), because {search.limit}. For more possible widths, lower channels.round_to or raise "
+            "channels.max_removed."
         )
-    low, high = hit.found.ratio.low, hit.found.ratio.high
+    low, high = hit.measured.ratio.low, hit.measured.ratio.high
     if (high - low) / 2 > TOLERANCE * hit.ratio:
         LOGGER.warning(
-            f"{PREFIX}target.latency: the machine is so busy that {hit.ratio:.3f} may be anything from {low:.3f} to "
-            f"{high:.3f}. Measure again when it is idle: yolo-prune bench model=dense.pt,pruned.pt format={format}"
+            f"{PREFIX}target.latency: the measured {hit.ratio:.3f} is uncertain ({low:.3f} to {high:.3f}), because the "
+            "machine is busy. Measure again on an idle machine: "
+            f"yolo-prune bench model=dense.pt,pruned.pt format={format}"
         )
-    return Hit(hit.plan, _row(hit.found, str(place_of(format, setting)), setting.imgsz))
+    return Hit(hit.plan, _row(hit.measured, str(place_of(format, setting)), setting.imgsz))
 
 
-def _row(found: Measured, place: str, imgsz: int) -> LatencyRow:
-    dense, ms, (ratio, low, high) = found
+def _row(measured: Measured, place: str, imgsz: int) -> LatencyRow:
+    dense, ms, (ratio, low, high) = measured
     return LatencyRow(place=place, imgsz=imgsz, dense_ms=dense, ms=ms, ratio=ratio, interval=[low, high])
 
 
 class _Tried(NamedTuple):
-    """A cut that was timed: what the formula says of it, and what was measured."""
+    """A timed cut: its latency by the formula, its plan, and its measured latency."""
 
     formula: float
     plan: Plan
-    found: Measured
+    measured: Measured
 
     @property
     def ratio(self) -> float:
-        return self.found.ratio.median
+        return self.measured.ratio.median
 
 
 class _Search:
-    """From cut to cut: each one lies between the slowest that is fast enough and the fastest that is too slow."""
+    """A bracketing search: a new cut lies between the slowest cut that is fast enough and the fastest that is not."""
 
     def __init__(
         self,
@@ -204,17 +212,17 @@ class _Search:
         self.model, self.weighed, self.stopwatch = model, weighed, stopwatch
         self.keep, self.present, self.tolerance = keep, present, tolerance
         self.tried: list[_Tried] = []
-        self.limit = "the widths of this model allow"
+        self.limit = "the allowed widths of this model permit no other cut"
 
     def run(self) -> _Tried:
-        """The first cut that is within the tolerance, or the nearest that there is."""
-        low, high = 0.0, self.weighed.present(METRIC)  # what may be asked for: outside, no cut is left to try
-        before = slow = high, self.present  # what the formula says, and what was measured
+        """The first cut within the tolerance; if there is none, the cut with the nearest latency."""
+        low, high = 0.0, self.weighed.present(METRIC)  # every cut outside this interval was tried
+        before = slow = high, self.present  # (latency by the formula, measured latency)
         fast = None
         ask = _ask(self.weighed, self.keep, self.present)
         while high - low > FINEST:
             if len(self.tried) == ATTEMPTS:
-                self.limit = f"{ATTEMPTS} attempts came"
+                self.limit = f"the search ended after {ATTEMPTS} attempts"
                 break
             width, known = high - low, len(self.tried)
             tried = self._try(ask)
@@ -222,9 +230,9 @@ class _Search:
                 return tried
             if tried.ratio < self.keep:
                 low, fast = max(low, ask), (tried.formula, tried.ratio)
-            elif tried.formula > ask + FINEST:  # no cut goes as deep as asked
+            elif tried.formula > ask + FINEST:  # no deeper cut is possible
                 break
-            else:  # whatever is asked down to what the cut came to gives the same cut
+            else:  # every request from here down to `tried.formula` gives the same cut
                 before, high, slow = slow, min(high, tried.formula), (tried.formula, tried.ratio)
             if fast is None:
                 ask = max(_line(slow, before, self.keep), high / 2)
@@ -237,22 +245,23 @@ class _Search:
         return min(self.tried, key=lambda t: abs(t.ratio - self.keep))
 
     def _try(self, ask: float) -> _Tried:
-        """The cut that the formula has for what is asked; timed, if it is a new one."""
+        """The cut with the latency `ask` by the formula. It is timed if it was not tried before."""
         plan = self.weighed.nearest(METRIC, ask)
         known = next((t for t in self.tried if t.plan.hash == plan.hash), None)
         if known:
             return known
-        found = self.stopwatch.measure([cut_copy(self.model, plan)])[0]
+        measured = self.stopwatch.measure([cut_copy(self.model, plan)])[0]
         LOGGER.info(
-            f"{PREFIX}attempt {len(self.tried) + 1}: {found.ratio.median:.3f} of the dense model's "
-            f"{found.dense_ms:.2f} ms (95 %: {found.ratio.low:.3f} to {found.ratio.high:.3f}; wanted {self.keep:g})"
+            f"{PREFIX}attempt {len(self.tried) + 1}: {measured.ratio.median:.3f} of the dense model's "
+            f"{measured.dense_ms:.2f} ms (95 %: {measured.ratio.low:.3f} to {measured.ratio.high:.3f}; "
+            f"target {self.keep:g})"
         )
-        self.tried.append(_Tried(plan.predicted.kept(METRIC), _restated(plan, found, self.present), found))
+        self.tried.append(_Tried(plan.predicted.kept(METRIC), _restated(plan, measured, self.present), measured))
         return self.tried[-1]
 
 
 def _line(a: tuple[float, float], b: tuple[float, float], wanted: float) -> float:
-    """Where the line through two points has the value that is wanted; between them where it does not rise."""
+    """The place where the line through two points has the wanted value; their middle if the line does not rise."""
     (x, at_x), (y, at_y) = a, b
     if (x - y) * (at_x - at_y) <= 0:  # noise
         return (x + y) / 2
@@ -264,14 +273,14 @@ def _ratio(stopwatch: Stopwatch, model: nn.Module) -> float:
 
 
 def _ask(weighed: Weighed, keep: float, present: float) -> float:
-    """What to ask the formula for: as small a part of what it says of the uncut model as is wanted of what it takes."""
+    """The formula's value for the target: its value for the uncut model, scaled by `keep / present`."""
     return weighed.present(METRIC) * keep / present
 
 
-def _restated(plan: Plan, found: Measured, present: float) -> Plan:
-    """The plan with what was measured in its forecast, in place of what the formula says."""
-    dense = found.dense_ms
-    before, after = present * dense, found.ratio.median * dense
+def _restated(plan: Plan, measured: Measured, present: float) -> Plan:
+    """The plan with measured latencies in its forecast, instead of those of the formula."""
+    dense = measured.dense_ms
+    before, after = present * dense, measured.ratio.median * dense
     forecast = replace(plan.predicted, dense_ms=dense, ms_before=before, ms_after=after, measured=True)
     return replace(plan, forecast=forecast)
 
@@ -279,6 +288,6 @@ def _restated(plan: Plan, found: Measured, present: float) -> Plan:
 def _check_slower(present: float, keep: float) -> None:
     if present <= keep * (1 + TOLERANCE):
         raise NothingToRemoveError(
-            f"target.latency: the model takes {present:.3f} of the dense model's latency, as measured; a target of "
-            f"{keep:g} (within {TOLERANCE:.0%}) leaves nothing to remove. Ask for less."
+            f"target.latency: the model's measured latency is {present:.3f} of the dense model's, so a target of "
+            f"{keep:g} (within {TOLERANCE:.0%}) leaves nothing to remove. Set a smaller target."
         )

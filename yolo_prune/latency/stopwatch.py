@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Timing whole models against the dense one they come from: exported as a user exports them, run in turn."""
+"""Times whole models against the dense model from which they were cut. All are exported, and run in turn."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting
 
 BUDGET = 5.0
-"""Seconds that rounds go on for, unless they are `clock.MOST`; several times as long where a ratio is uncertain.
+"""Seconds of timing, for at most `clock.MOST` rounds; several times as long if a ratio is uncertain.
 
-A choice: the eight attempts that a search may take are then 40 seconds of timing where the machine is quiet.
+This value is a choice: the eight attempts of a search then take 40 seconds of timing on an idle machine.
 """
 CERTAIN, UNCERTAIN = 0.01, 0.03
-"""Half the width of a ratio's 95 % interval, as a fraction of it: worth three budgets, and worth ten.
+"""Limits for half the width of a ratio's 95 % interval, as a fraction of the ratio.
 
-`UNCERTAIN` is `search.TOLERANCE`: of a wider interval nobody can say whether the target is met. `CERTAIN` is a third of
-it, so that the decision seldom hangs on chance.
+Timing goes on until the interval is below `CERTAIN`, for up to three budgets; then until it is below `UNCERTAIN`, for
+up to ten budgets. `UNCERTAIN` is `search.TOLERANCE`: a wider interval does not show whether the target is met.
+`CERTAIN` is a third of it, so that the decision seldom depends on chance.
 """
 
 
 class Measured(NamedTuple):
-    """How long a model takes, and the dense one in the same rounds, in milliseconds."""
+    """Latency of a model and of the dense model in the same rounds, in milliseconds, and their ratio."""
 
     dense_ms: float
     ms: float
@@ -48,14 +49,14 @@ class Measured(NamedTuple):
 
 
 class Stopwatch:
-    """Times models that were cut from a dense one; a context that keeps exports in a temporary folder."""
+    """Times models that were cut from a dense model. It is a context manager with a temporary folder for exports."""
 
     def __init__(self, dense: nn.Module, format: str, setting: Setting) -> None:
-        """Remember what to time against.
+        """Store the dense model and the settings.
 
         Args:
-            dense: exported as soon as the context is entered.
-            format: as `runtimes.parse` returns it.
+            dense: the dense model; it is exported when the context is entered.
+            format: a format name from `runtimes.parse`.
             setting: imgsz, batch, device, threads and precision.
         """
         self.dense, self.format, self.setting = dense, format, setting
@@ -74,22 +75,22 @@ class Stopwatch:
         self._entered.close()
 
     def measure(self, models: Sequence[nn.Module]) -> list[Measured]:
-        """Export models and time them in turn with the dense one.
+        """Export models and time them in turn with the dense model.
 
         Raises:
-            BenchError: If one cannot be exported or run.
+            BenchError: If a model cannot be exported or run.
         """
         runs = [self._reference.run, *(self._open(model).run for model in models)]
         rounds = clock.rounds_for(clock.warm_up(runs, seconds=0.5), BUDGET)
         times: list[list[float]] = [[] for _ in runs]
         for budgets in range(1, 11):
-            for found, more in zip(times, clock.interleave(runs, range(rounds)), strict=True):
-                found += more
-            ratios = [clock.paired_ratio(found, times[0]) for found in times[1:]]
+            for own_times, more in zip(times, clock.interleave(runs, range(rounds)), strict=True):
+                own_times += more
+            ratios = [clock.paired_ratio(own_times, times[0]) for own_times in times[1:]]
             doubt = max(((r.high - r.low) / 2 / r.median for r in ratios), default=0.0)
             if doubt <= (CERTAIN if budgets < 3 else UNCERTAIN):
                 break
-        dense, *others = (1000 * clock.quartiles(found).median for found in times)
+        dense, *others = (1000 * clock.quartiles(own_times).median for own_times in times)
         return [Measured(dense, ms, ratio) for ms, ratio in zip(others, ratios, strict=True)]
 
     def _open(self, model: nn.Module) -> Session:
@@ -107,30 +108,38 @@ class Stopwatch:
 
 
 def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of a model after a plan; to be timed, not to be kept: it has no record of the cut."""
+    """A cut copy of a model, for timing only: it has no record of the cut."""
     cut = bare_copy(model)
     surgery.apply(cut, plan)
     return cut
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
-    """A model as wide as the one that `model` was pruned from, with weights of no use; `model` itself if it is dense.
+    """A model with the widths of the dense model from which `model` was pruned; `model` itself if it is dense.
+
+    The weights of the new model are random: it can only be timed.
 
     Raises:
-        BenchError: If its architecture cannot be built anew.
+        BenchError: If its architecture cannot be built again.
     """
     record = read_record(model)
     if record is None or record.plan is None:
         return model
-    found: Any = student_of(model)
-    architecture = {key: value for key, value in deepcopy(found.yaml).items() if key != KEY}
+    student: Any = student_of(model)
+    architecture = {key: value for key, value in deepcopy(student.yaml).items() if key != KEY}
     try:
         with torch.random.fork_rng(devices=[]):
-            twin: nn.Module = type(found)(architecture, verbose=False)
-    except Exception as e:  # whatever a constructor of somebody's own may raise
-        raise BenchError(f"The dense model cannot be built anew, to be timed: {type(e).__name__}: {e}") from e
+            twin: nn.Module = type(student)(architecture, verbose=False)
+    except Exception as e:  # the constructor may be the user's code
+        raise BenchError(
+            f"The dense model cannot be built again to time it: {type(e).__name__}: {e}. Set target.flops or "
+            "target.params instead of target.latency."
+        ) from e
     state = twin.state_dict()
     wrong = [name for name, shape in record.plan.shapes.items() if name not in state or state[name].shape != shape]
     if wrong:
-        raise BenchError(f"The dense model cannot be built anew, to be timed: '{wrong[0]}' comes out in another shape.")
+        raise BenchError(
+            f"The dense model cannot be built again to time it: '{wrong[0]}' gets another shape. Set target.flops or "
+            "target.params instead of target.latency."
+        )
     return twin.eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What takes how long on the target device: measured here once, or read from the profile of another one."""
+"""The latency as a function of widths: measured on this machine once, or read from the profile of another device."""
 
 from __future__ import annotations
 
@@ -30,53 +30,61 @@ from yolo_prune.recipe import Recipe
 from yolo_prune.recipe.schema import CriterionSpec, Target
 
 DEPTHS = (0.5, 0.9)
-"""How far models are cut that are timed to set the layers' times right, of what may be cut.
+"""Depths of the cut models whose times correct the sums of layers, as fractions of the deepest cut.
 
-A choice: with the dense model they lie over the range that targets ask for. Fewer would leave the line between sums of
-layers and whole models to one point; each costs an export and a budget of the stopwatch.
+This value is a choice: together with the dense model, these depths cover the usual targets. With one depth less, the
+line from sums of layers to times of models would depend on a single point. Each depth takes an export and a budget of
+the stopwatch.
 """
 METHOD = 1
-"""Times that were taken in another way are not those of this one: to be raised with every such change."""
+"""Version of the measuring method. Increase it with every change of the method, because times then differ."""
 
 
 def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
-    """Format and setting that a target without a profile is measured with; `imgsz` is the run's.
+    """Format and setting of the measurement for a target without a profile; `imgsz` is the image size of the run.
 
     Raises:
-        BenchError: If it cannot be measured here.
+        BenchError: If this machine cannot measure with this format and setting.
     """
     format, size, device = target.format or "onnx", target.imgsz or imgsz, target.device or "cpu"
     try:
         asked = Setting.of(size, target.batch or 1, device, target.threads, quantize=target.quantize)
         _check(format, asked)
-    except BenchError as e:  # which speaks of arguments
+    except BenchError as e:  # its message names arguments, not fields of a recipe
         raise BenchError(f"recipe.target: {e}") from e
     return format, asked
 
 
 def _check(format: str, setting: Setting) -> None:
-    """Pass if layers can be timed like that here."""
+    """Check that layers can be timed here with this format and setting.
+
+    Raises:
+        BenchError: If they cannot be timed.
+    """
     if setting.quantize == 8:
-        raise BenchError("quantize=8 cannot be profiled, as layers alone have no images to be calibrated on.")
+        raise BenchError(
+            "quantize=8 cannot be profiled: single layers have no images for the calibration. Pass quantize=16 or 32."
+        )
     if format == "torch" and setting.quantize == 16 and setting.device.type == "cpu":
-        raise BenchError("format=torch computes in float32 on a CPU: leave quantize=16 out, or pass device=0.")
+        raise BenchError("format=torch computes in float32 on a CPU. Leave quantize=16 out, or pass device=0.")
     runtimes.check([format], setting.quantize, setting.device)
 
 
 @runtimes.undisturbed()
 def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
-    """What takes how long, for a latency target; None for other targets.
+    """The latency as a function of widths, for a latency target; None for other targets.
 
-    Measured on this machine where it was not before, or read from the profile of another device.
+    If the target has a profile, the times are read from it. Otherwise they are measured on this machine, unless this
+    was done before.
 
     Args:
-        model: dense, or pruned before.
-        target: of the recipe.
-        imgsz: of the run, in pixels; a profile has its own.
+        model: the model; dense or pruned before.
+        target: the target of the recipe.
+        imgsz: image size of the run, in pixels; a profile has its own image size.
 
     Raises:
-        BenchError: If it cannot be measured here, or the profile is not of this model.
-        TargetError: If the model cannot get any faster.
+        BenchError: If this machine cannot measure it, or the profile is not of this model.
+        TargetError: If no cut makes the model faster.
     """
     if target.latency is None:
         return None
@@ -86,46 +94,46 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     format, setting = setting_of(target, imgsz)
     layers = layers_of(dense, setting.imgsz)
     table = measured(dense, layers, format, setting)
-    key = table.find(layers, setting.imgsz)  # where only the classes are others, the models that were timed will do
+    key = table.find(layers, setting.imgsz)  # times of models with other classes are used as well
     assert key
     timing = table.timing(layers, key)
-    LOGGER.info(f"{PREFIX}{table.place.format} works in widths of {timing.multiple} there")
+    LOGGER.info(f"{PREFIX}{table.place.format} processes channels in steps of {timing.multiple} on this device")
     return timing
 
 
 def _profiled(dense: nn.Module, path: str, imgsz: int) -> Timing:
-    """What takes how long by a profile, at the image size that it was measured at; where it has several, the run's."""
+    """The latency as a function of widths from a profile; of several image sizes, that of the run is used."""
     table = Table.load(path)
-    anew = f"On the device: yolo-prune profile model=... format={table.place.format} imgsz=..."
+    remedy = f"Run on the device: yolo-prune profile model=... format={table.place.format} imgsz=..."
     sizes = {size: layers_of(dense, size) for size in table.sizes() if size % probes.stride(dense) == 0}
     keys = {size: key for size, layers in sizes.items() if (key := table.find(layers, size))}
     if not sizes:
         raise BenchError(
-            f"target.profile: '{path}' ({table.place}) is of imgsz {', '.join(map(str, table.sizes()))}, which this "
-            f"model cannot take: sizes must be multiples of {probes.stride(dense)}. {anew}"
+            f"target.profile: '{path}' ({table.place}) was measured with imgsz {', '.join(map(str, table.sizes()))}, "
+            f"but the image size of this model must be a multiple of {probes.stride(dense)}. {remedy}"
         )
     if not keys:
-        raise BenchError(f"target.profile: '{path}' ({table.place}) is of another model. {anew}")
+        raise BenchError(f"target.profile: '{path}' ({table.place}) is the profile of another model. {remedy}")
     if len(keys) > 1 and imgsz not in keys:
         raise BenchError(
-            f"target.profile: '{path}' ({table.place}) has this model at imgsz {', '.join(map(str, keys))}, and not at "
-            f"{imgsz}, which is the run's. {anew}"
+            f"target.profile: '{path}' ({table.place}) has times of this model for imgsz {', '.join(map(str, keys))}, "
+            f"but not for the run's imgsz {imgsz}. {remedy}"
         )
     size = imgsz if imgsz in keys else next(iter(keys))
     layers = sizes[size]
     if missing := table.missing(layers):
         LOGGER.info(
-            f"{PREFIX}the profile's model has another number of classes: the times of {len(missing)} layers of the "
-            "head are estimated from those of the same layers at other widths."
+            f"{PREFIX}the profile's model has another number of classes, so the times of {len(missing)} head layers "
+            "are estimated from the times of the same layers with other widths."
         )
     return table.completed(layers).timing(layers, keys[size])
 
 
 @runtimes.undisturbed()
 def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, setting: Setting) -> Table:
-    """The table of this machine, with the layers of a dense model and with the model itself; what is new is kept.
+    """The table of this machine, with times of a dense model and of its layers. New times are measured and stored.
 
-    A model that differs in its classes alone is as good as the model itself.
+    The times of a model that differs only in its classes are used as well.
     """
     place = place_of(format, setting)
     path = _memory(place)
@@ -133,35 +141,35 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
     key = table.find(layers, setting.imgsz)
     missing = table.missing(layers)
     if missing or not key:
-        LOGGER.info(f"{PREFIX}timing layers and models: {place}. This is done once, and kept in {path}.")
+        LOGGER.info(f"{PREFIX}timing layers and models: {place}. This is done once; the times are stored in {path}.")
         if (busy := subjects.busy()) is not None and busy > 0.25 * subjects.cores():
             LOGGER.warning(
-                f"{PREFIX}other programs keep {busy:.1f} of {subjects.cores()} cores busy, which blurs what is timed. "
-                "Delete that file, and start again on an idle machine, if the cut comes out worse than one by FLOPs."
+                f"{PREFIX}other programs use {busy:.1f} of {subjects.cores()} cores, so the times are less exact. If "
+                "the latency of the pruned model is not good, delete that file and start again on an idle machine."
             )
         if missing:
             table.layers |= probe.time_layers(missing, format, setting, bar(f"timing {len(missing)} layers"))
-            _keep(table, path)  # minutes of work, that are not lost where a whole model cannot be timed
+            _keep(table, path)  # timing a model may fail, and timing the layers took minutes
         if not key:
             table.wholes[model_key(layers, setting.imgsz)] = _wholes(dense, table, layers, format, setting)
             _keep(table, path)
     else:
-        LOGGER.info(f"{PREFIX}the times of {place} are those kept in {path}; without that file they are taken anew")
+        LOGGER.info(f"{PREFIX}using the times of {place} from {path}; delete this file to measure again")
     return table
 
 
 @runtimes.undisturbed()
 def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Path:
-    """Measure a model and its layers on this device, for a training machine.
+    """Measure a model and its layers on this device, and write a profile for the training machine.
 
     Args:
-        model: the one that is to be pruned; dense, or pruned before.
-        format: as `runtimes.parse` returns it.
+        model: the model to prune; dense or pruned before.
+        format: a format name from `runtimes.parse`.
         setting: imgsz, batch, device, threads and precision.
         save: the `.json` file to write.
 
     Raises:
-        BenchError: If it cannot be measured here.
+        BenchError: If this machine cannot measure with this format and setting.
     """
     _check(format, setting)
     dense = dense_twin(student_of(model.model))
@@ -173,7 +181,7 @@ def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Pa
 
 
 def place_of(format: str, setting: Setting) -> Place:
-    """Where something is measured."""
+    """The place of a measurement: runtime, device and settings."""
     return Place(
         format=format,
         runtime=runtimes.runtime(format),
@@ -188,21 +196,23 @@ def place_of(format: str, setting: Setting) -> Place:
 def _wholes(
     dense: nn.Module, table: Table, layers: dict[str, list[Layer]], format: str, setting: Setting
 ) -> list[Whole]:
-    """The dense model and some that were cut from it, as their layers add up and as they really are."""
+    """Sums of layers and measured times, of the dense model and of models that are cut from it."""
     recipe = Recipe(target=Target(latency=0.5), criterion=CriterionSpec(name="magnitude"))
     graph = planner.survey(dense, recipe, setting.imgsz)
     sums = table.sums(layers)
     weighed = planner.weigh(dense, graph, recipe, timing=sums)
     if not (deepest := weighed.deepest("latency")):
-        raise TargetError("target.latency: no layer of this model can be cut so that it gets any faster here.")
+        raise TargetError(
+            "target.latency: no cut makes this model faster on this device. Set target.flops or target.params instead."
+        )
     floor = deepest.predicted.kept("latency")
     plans = [weighed.nearest("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]
     cuts = [cut_copy(dense, plan) for plan in plans]
     with Stopwatch(dense, format, setting) as stopwatch:
-        found = stopwatch.measure(cuts)
-    whole = found[0].dense_ms
+        measurements = stopwatch.measure(cuts)
+    whole = measurements[0].dense_ms
     shapes = [_shapes(model) for model in (dense, *cuts)]
-    ratios = [1.0, *(m.ratio.median for m in found)]
+    ratios = [1.0, *(m.ratio.median for m in measurements)]
     return [Whole(layers=sums.total(s), measured=whole * ratio) for s, ratio in zip(shapes, ratios, strict=True)]
 
 
@@ -211,30 +221,30 @@ def _shapes(model: nn.Module) -> Shapes:
 
 
 def _memory(place: Place) -> Path:
-    """The file that keeps what is measured in a place, on this machine, of what these packages make of a model."""
+    """The file for the times of a place on this machine; the versions of the packages are part of its name."""
     versions = {name: installed()[name] for name in PACKAGES}
     made = json.dumps([place.model_dump(), METHOD, versions, platform.node()])
     return datasets.MEMORY / f"latency-{hashlib.sha256(made.encode()).hexdigest()[:16]}.json"
 
 
 def _recall(path: Path, place: Place) -> Table:
-    """What was measured here before."""
+    """The times that were measured here before."""
     try:
-        found = Table.load(path) if path.exists() else None
+        table = Table.load(path) if path.exists() else None
     except BenchError as e:
-        LOGGER.warning(f"{PREFIX}{e} It is measured anew.")
-        found = None
-    return found if found and found.place == place else Table(place=place)
+        LOGGER.warning(f"{PREFIX}{e} The times are measured again.")
+        table = None
+    return table if table and table.place == place else Table(place=place)
 
 
 def _keep(table: Table, path: Path) -> None:
-    """Save what was measured, beside what another run may have saved since this one began."""
+    """Save the times, together with the times that another run may have saved in the meantime."""
     try:
-        found = Table.load(path)
+        saved = Table.load(path)
     except BenchError:  # not there yet, or damaged
-        found = table
-    layers, wholes = found.layers | table.layers, found.wholes | table.wholes
+        saved = table
+    layers, wholes = saved.layers | table.layers, saved.wholes | table.wholes
     try:
         table.model_copy(update={"layers": layers, "wholes": wholes}).save(path)
     except OSError as e:
-        LOGGER.warning(f"{PREFIX}what was measured could not be kept in '{path}': {e}")
+        LOGGER.warning(f"{PREFIX}the measured times could not be written to '{path}': {e}")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How fast is an exported model, and is it still the same?"""
+"""Measures how fast exported models are, and whether they agree with their checkpoints."""

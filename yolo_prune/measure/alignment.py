@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The channels of the convolutions in an exported graph: are they multiples that hardware likes?"""
+"""Checks an exported graph: are the channel counts of its convolutions multiples that hardware prefers?"""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from yolo_prune.errors import BenchError
 
 @dataclass(frozen=True)
 class Alignment:
-    """How many convolutions of a graph have channel counts that hardware likes.
+    """Result of `alignment`: the convolutions of a graph whose channel counts are multiples of a number.
 
     Attributes:
-        multiple: that input and output channels were divided by.
-        convolutions: all of them.
-        others: `{name: (input channels, output channels)}` of those where one or both are no such multiple. The first
-            convolution is one (it reads 3 channels), and often the ones that put out class scores.
+        multiple: the number.
+        convolutions: number of all convolutions.
+        others: `{name: (input channels, output channels)}` of the convolutions that are not aligned: one or both counts
+            are not a multiple. The first convolution, which reads 3 channels, is among them, and often those that
+            output class scores.
     """
 
     multiple: int
@@ -27,7 +28,7 @@ class Alignment:
 
     @property
     def aligned(self) -> int:
-        """Convolutions whose channels are such multiples."""
+        """Number of convolutions whose input and output channels are multiples."""
         return self.convolutions - len(self.others)
 
 
@@ -38,23 +39,23 @@ def alignment(path: str | Path, multiple: int = 8) -> Alignment:
     as much as the larger one.
 
     Raises:
-        BenchError: If onnx is not installed, or the file is no ONNX model.
+        BenchError: If onnx is not installed, or the file is not an ONNX model.
 
     Example:
         >>> import yolo_prune
-        >>> found = yolo_prune.alignment("pruned.onnx", multiple=8)
-        >>> found.aligned + len(found.others) == found.convolutions
+        >>> channels = yolo_prune.alignment("pruned.onnx", multiple=8)
+        >>> channels.aligned + len(channels.others) == channels.convolutions
         True
     """
     try:
         onnx = importlib.import_module("onnx")
         graph = onnx.load(str(path)).graph
     except ImportError as e:
-        raise BenchError("Reading an ONNX file needs onnx: pip install 'yolo-prune[onnx]'") from e
+        raise BenchError("Reading an ONNX file needs onnx. Run: pip install 'yolo-prune[onnx]'") from e
     except Exception as e:  # onnx raises protobuf's own errors
-        raise BenchError(f"'{path}' is not an ONNX model: {type(e).__name__}: {e}") from e
+        raise BenchError(f"'{path}' is not an ONNX model: {type(e).__name__}: {e}. Pass an exported .onnx file.") from e
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for node in graph.node:  # quantized or converted weights keep their shape
+    for node in graph.node:  # these operations do not change the shape of a weight
         if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Identity") and node.input[0] in shapes:
             shapes[node.output[0]] = shapes[node.input[0]]
     count, others = 0, {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Is it really faster, and is it still the same model? Exports models, times them in turn, compares them with torch."""
+"""The benchmark: exports models, times them in turn, and compares the exports with torch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from yolo_prune.measure.subjects import Setting, Source, Subject
 from yolo_prune.report.measurement import PRECISIONS, Measurement, TimingRow
 
 BUDGET = 30.0
-"""Seconds that the rounds of one format may take, where nobody says how many.
+"""Seconds for the rounds of one format, if the number of rounds is not given.
 
-A choice: what a user waits for. Of a model of 17 ms beside a pruned one, these are `clock.MOST` rounds, which gave a
-ratio to +- 0.004 (README).
+This value is a choice: a time that a user accepts to wait. A model of 17 ms and a pruned model then run `clock.MOST`
+rounds, which gave a ratio to +- 0.004 (see docs/).
 """
 
 
@@ -51,60 +51,60 @@ def bench(
         imgsz: image size of the exports, in pixels.
         batch: images per pass.
         device: cpu, or the number of a GPU.
-        threads: CPU threads that each runtime may use; None is one per core.
-        repeats: number of rounds; None is as many as fit into half a minute per format, between 10 and 300.
-        quantize: 16 exports in half precision, 8 in 8 bit. On a CPU, the format torch does not change.
-        data: dataset. With it, every export is compared with its checkpoint. 8 bit needs it for the calibration.
+        threads: CPU threads per runtime; None for one per core.
+        repeats: number of rounds; None for as many as fit into half a minute per format, between 10 and 300.
+        quantize: 16 exports in half precision, 8 in 8 bit. The format torch on a CPU ignores it.
+        data: dataset. With a dataset, every export is compared with its checkpoint. 8 bit needs one for calibration.
         save: a `.json` file to write. It is also written if an export does not agree with its checkpoint.
 
     Returns:
         All figures. `print` shows the tables.
 
     Raises:
-        BenchError: If something cannot be measured here; where possible, before any work.
+        BenchError: If something cannot be measured here; if possible, before any work is done.
         ParityError: If an export does not agree with its checkpoint. Its attribute `measurement` has all figures.
 
     Example:
         >>> import yolo_prune
-        >>> found = yolo_prune.bench(["best.pt", "pruned.pt"], format="onnx", imgsz=640, threads=1)
-        >>> print(found)
+        >>> measurement = yolo_prune.bench(["best.pt", "pruned.pt"], format="onnx", imgsz=640, threads=1)
+        >>> print(measurement)
         imgsz ...
-        >>> pruned = found.rows[1]
+        >>> pruned = measurement.rows[1]
         >>> pruned.flops_ratio < 1, pruned.ratio > 0
         (True, True)
     """
     given = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     setting = Setting.of(imgsz, batch, device, threads, repeats, quantize, data)
-    found = measure_models(given, runtimes.parse(format), setting)
+    measurement = measure_models(given, runtimes.parse(format), setting)
     if save:
-        found.save(save)
-    found.check()
-    return found
+        measurement.save(save)
+    measurement.check()
+    return measurement
 
 
 def measure_models(models: Sequence[Source], formats: Sequence[str], setting: Setting) -> Measurement:
-    """What `bench` does, without a verdict on the agreement.
+    """Measure like `bench`, but without an error if an export does not agree with its checkpoint.
 
     Args:
-        models: as for `bench`.
-        formats: as `runtimes.parse` returns them.
-        setting: everything else.
+        models: the models, as for `bench`.
+        formats: format names from `runtimes.parse`.
+        setting: all other settings.
 
     Raises:
-        BenchError: As `bench` does.
+        BenchError: If something cannot be measured here.
     """
     if not models:
-        raise BenchError("There is no model to measure.")
+        raise BenchError("There is no model to measure. Pass one or more models.")
     runtimes.check(formats, setting.quantize, setting.device)
     if setting.quantize == 8 and not setting.data:
-        raise BenchError("quantize=8 needs data=: the dataset whose images ranges are calibrated on.")
+        raise BenchError("quantize=8 needs images for the calibration. Pass a dataset with data=.")
     opened = [subjects.open_source(item) for item in models]
     with tempfile.TemporaryDirectory(prefix="yolo-prune-bench-") as folder:
         pairs = enumerate(zip(opened, subjects.names(models), strict=True))
-        found = [subjects.subject(model, name, Path(folder) / str(i)) for i, (model, name) in pairs]
-        for subject in found:
+        measured_subjects = [subjects.subject(model, name, Path(folder) / str(i)) for i, (model, name) in pairs]
+        for subject in measured_subjects:
             subjects.count(subject, setting.imgsz)
-        pictures = [parity_check.pictures_of(subject, setting) for subject in found] if setting.data else []
+        pictures = [parity_check.pictures_of(subject, setting) for subject in measured_subjects] if setting.data else []
         result = Measurement(
             versions=installed(),
             device=str(setting.device),
@@ -116,19 +116,19 @@ def measure_models(models: Sequence[Source], formats: Sequence[str], setting: Se
         )
         for format in formats:
             try:
-                _measure_format(format, found, pictures, setting, result)
-            except BenchError as e:  # what was measured in other formats is not lost
+                _measure_format(format, measured_subjects, pictures, setting, result)
+            except BenchError as e:  # the results of other formats are kept
                 result.failed[format] = str(e)
     return result
 
 
 def _measure_format(
-    format: str, found: list[Subject], pictures: list[Array], setting: Setting, result: Measurement
+    format: str, measured_subjects: list[Subject], pictures: list[Array], setting: Setting, result: Measurement
 ) -> None:
     show = bar(f"exporting to {format}") if format != "torch" else iter
-    paths = [subjects.exported(format, subject, setting) for subject in show(found)]
+    paths = [subjects.exported(format, subject, setting) for subject in show(measured_subjects)]
     sessions = [subjects.session(format, path, setting) for path in paths]
-    for subject, session in zip(found, sessions, strict=True):
+    for subject, session in zip(measured_subjects, sessions, strict=True):
         session.prepare(_noise(subject, setting))
     runs = [session.run for session in sessions]
     busy = subjects.busy()
@@ -140,10 +140,12 @@ def _measure_format(
     result.rounds[format] = rounds
     checked = bool(pictures) and format != "torch"
     look = bar(f"comparing {format} with torch") if checked else iter
-    for index, subject in enumerate(look(found)):
+    for index, subject in enumerate(look(measured_subjects)):
         row = _row(format, subject, paths[index], sessions[index], setting)
         _fill(row, times[index], times[0])
-        row.flops_ratio = subject.flops / found[0].flops if subject.flops and found[0].flops else None
+        row.flops_ratio = (
+            subject.flops / measured_subjects[0].flops if subject.flops and measured_subjects[0].flops else None
+        )
         if checked:
             row.parity = parity_check.compare(subject, sessions[index], pictures[index], setting)
             parity_check.validate(subject, paths[index], setting, row.parity)
@@ -163,7 +165,7 @@ def _row(format: str, subject: Subject, path: Path, session: Session, setting: S
         weights=subject.weights,
         size_mb=sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()) / 1e6,
     )
-    graph = path.with_suffix(".onnx")  # what TensorRT builds its engine from stays beside it
+    graph = path.with_suffix(".onnx")  # a TensorRT engine has its ONNX file beside it
     if format in ("onnx", "engine") and graph.is_file():
         channels = alignment(graph)
         row.convolutions, row.aligned = channels.convolutions, channels.aligned

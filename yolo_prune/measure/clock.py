@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How long models take, side by side: the clock, and what may be concluded from it. Times are seconds."""
+"""Times models side by side, and computes medians and intervals from the times. Times are in seconds."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 Pass = Callable[[], object]
-"""One pass of a model; returns when its results are there."""
+"""Runs one forward pass of a model, and returns when the results are ready."""
 Clock = Callable[[], float]
 CONFIDENCE = 0.95
-"""Of the intervals that go with ratios: the usual one."""
+"""Confidence of the intervals of ratios: the usual 95 %."""
 LEAST, MOST = 10, 300
-"""Rounds, where nobody says how many.
+"""Minimum and maximum number of rounds, if the number is not given.
 
-A choice. The interval of a median takes six rounds to exist (see `_tail`), and of ten it leaves out the smallest and
-the largest. 300 rounds gave a ratio to +- 0.004 (README), less than it moves by from one hour to the next.
+These values are a choice. The interval of a median needs at least six rounds (see `_tail`); with ten rounds it leaves
+out the smallest and the largest value. 300 rounds gave a ratio to +- 0.004 (see docs/), which is less than the ratio
+changes from one hour to the next.
 """
 
 
 class Interval(NamedTuple):
-    """A median, and the ends of what it is given with."""
+    """A median, and the lower and upper end of its interval."""
 
     median: float
     low: float
@@ -31,13 +32,16 @@ class Interval(NamedTuple):
 
 
 def warm_up(runs: Sequence[Pass], *, seconds: float = 1.0, least: int = 3, clock: Clock = time.perf_counter) -> float:
-    """Go round for a while without looking; returns how long a round usually took, in seconds.
+    """Run rounds whose times do not count, until processor clocks have risen and caches are filled.
 
     Args:
-        runs: one per model.
-        seconds: that this takes at least: clocks rise and caches fill.
-        least: rounds, also where these take longer. Runtimes that compile on the way are through by then.
-        clock: in seconds.
+        runs: one pass per model.
+        seconds: minimum duration.
+        least: minimum number of rounds. Runtimes that compile during the first passes have finished by then.
+        clock: returns the time in seconds.
+
+    Returns:
+        Median duration of a round in seconds.
     """
     began = clock()
     rounds: list[float] = []
@@ -50,19 +54,19 @@ def warm_up(runs: Sequence[Pass], *, seconds: float = 1.0, least: int = 3, clock
 
 
 def rounds_for(seconds: float, budget: float) -> int:
-    """How many rounds of so many seconds fit into a budget, within `LEAST` and `MOST`."""
+    """Number of rounds of the given duration that fit into a budget, between `LEAST` and `MOST`."""
     return max(LEAST, min(MOST, int(budget / seconds) if seconds > 0 else MOST))
 
 
 def interleave(
     runs: Sequence[Pass], rounds: Iterable[object], *, clock: Clock = time.perf_counter
 ) -> list[list[float]]:
-    """Time models in turn, each once a round, so that whatever slows the machine down meets all of them alike.
+    """Time models in turn, each once per round, so that a slow phase of the machine affects all models equally.
 
     Args:
-        runs: one per model.
-        rounds: gone through once, for its length alone; may show how far it is.
-        clock: in seconds.
+        runs: one pass per model.
+        rounds: an iterable with one item per round; it may show a progress bar.
+        clock: returns the time in seconds.
 
     Returns:
         `times[model][round]` in seconds.
@@ -77,7 +81,7 @@ def interleave(
 
 
 def quartiles(times: Sequence[float]) -> Interval:
-    """Median, first and third quartile; of a single time, that time."""
+    """Median with the first and third quartile; a single time is all three."""
     if len(times) < 2:
         return Interval(times[0], times[0], times[0])
     first, median, third = statistics.quantiles(times, n=4, method="inclusive")
@@ -85,15 +89,15 @@ def quartiles(times: Sequence[float]) -> Interval:
 
 
 def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Interval:
-    """By what factor a model takes longer than another in the same round.
+    """Ratio of the times of two models in the same rounds.
 
     Args:
-        times: of the model, round by round.
-        reference: of the other, in the same rounds.
+        times: times of the model, one per round.
+        reference: times of the other model, in the same rounds.
 
     Returns:
-        The median of the ratios of all rounds, and its 95 % confidence interval; of fewer than six rounds, which do not
-        allow one, the smallest and the largest ratio.
+        The median of the ratios of all rounds, and its 95 % confidence interval. Fewer than six rounds do not allow
+        such an interval: it is then from the smallest to the largest ratio.
     """
     ratios = sorted(a / b for a, b in zip(times, reference, strict=True))
     skip = max(_tail(len(ratios)) - 1, 0)
@@ -101,10 +105,10 @@ def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Interval
 
 
 def _tail(count: int) -> int:
-    """The k for which the k-th smallest and k-th largest of `count` values hold their median with `CONFIDENCE`.
+    """The largest k for which the median lies between the k-th smallest and k-th largest value with `CONFIDENCE`.
 
-    Each value is as likely above the median as below, whatever its distribution, so this is a matter of coin tosses;
-    0 where even the extremes do not hold it surely enough.
+    Each of the `count` values is above the true median with probability 1/2, whatever the distribution, so a binomial
+    distribution gives k. The result is 0 if even the smallest and largest value do not reach the confidence.
     """
     allowed, below, k = (1 - CONFIDENCE) / 2 * 2**count, 0, 0
     while k <= count // 2 and (below := below + math.comb(count, k)) <= allowed:

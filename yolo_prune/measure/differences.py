@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Does an exported model say what its checkpoint says? Outputs are compared as arrays, detection by detection."""
+"""Compares the outputs of an exported model with those of its checkpoint: as arrays, and detection by detection."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from yolo_prune.errors import BenchError
 
 Array = npt.NDArray[Any]
 CONFIDENCE = 0.25
-"""Score from which something counts as detected, as in `yolo predict`."""
+"""Minimum score of a detection, as in `yolo predict`."""
 
 
 class Detections(NamedTuple):
-    """What one image shows: boxes `(n, 4)` in pixels, scores `(n, classes)`."""
+    """The detections of one image: boxes `(n, 4)` in pixels, scores `(n, classes)`."""
 
     boxes: Array
     scores: Array
@@ -26,13 +26,13 @@ class Detections(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read the first output of a detector.
+    """The layout of a detector's first output.
 
     Attributes:
-        classes: how many.
-        extra: numbers per detection beside box and classes (mask coefficients, keypoints, an angle).
+        classes: number of classes.
+        extra: numbers per detection besides box and classes (mask coefficients, keypoints, an angle).
         imgsz: size of the image in pixels.
-        queries: the rows are a transformer's queries, with boxes as shares of the image.
+        queries: the rows are queries of a transformer, with boxes as fractions of the image.
     """
 
     classes: int
@@ -41,13 +41,13 @@ class Layout:
     queries: bool = False
 
     def ordered(self, output: Array) -> bool:
-        """True if the n-th detection of one model is the n-th of the other: they are at fixed places of the image."""
+        """True if the n-th detection has a fixed place in the image: those of two models then belong together."""
         return not self.queries and output.shape[1] == 4 + self.classes + self.extra
 
     def parts(self, output: Array, other: Array) -> list[tuple[Array, Array]]:
-        """Boxes, scores and what else there is, of two outputs: each has a scale of its own.
+        """Boxes, scores and extra numbers of two outputs, as separate pairs because each has its own scale.
 
-        Nothing where the order of detections may differ.
+        The list is empty if the order of detections may differ.
         """
         if not self.ordered(output):
             return []
@@ -59,37 +59,39 @@ class Layout:
         """Detections of every image of a batch.
 
         Args:
-            output: `(n, 4 + classes + extra, places)` as a head without NMS puts it out, `(n, rows, 6 + extra)` as an
-                end-to-end head does, or of queries `(n, queries, 4 + classes)`, in later
-                releases `(n, queries, 6)`.
+            output: `(n, 4 + classes + extra, places)` from a head without NMS, `(n, rows, 6 + extra)` from an
+                end-to-end head, or `(n, queries, 4 + classes)` from queries, `(n, queries, 6)` in later releases.
         """
-        for found in output:
+        for rows in output:
             if self.queries:
-                each = found.shape[1] == 4 + self.classes and bool((found[:, 5:6] % 1).any())  # else score and class
-                yield Detections(found[:, :4] * self.imgsz, found[:, 4:] if each else self._scores(found))
+                each = rows.shape[1] == 4 + self.classes and bool(
+                    (rows[:, 5:6] % 1).any()
+                )  # otherwise columns 4 and 5 are score and class
+                yield Detections(rows[:, :4] * self.imgsz, rows[:, 4:] if each else self._scores(rows))
             elif self.ordered(output):
-                yield Detections(found[:4].T, found[4 : 4 + self.classes].T)
+                yield Detections(rows[:4].T, rows[4 : 4 + self.classes].T)
             else:
-                yield Detections(found[:, :4], self._scores(found))
+                yield Detections(rows[:, :4], self._scores(rows))
 
-    def _scores(self, found: Array) -> Array:
-        """Scores per class of rows that hold one score and one class after the box."""
-        scores = np.zeros((len(found), self.classes), found.dtype)
-        scores[np.arange(len(found)), found[:, 5].astype(int).clip(0, self.classes - 1)] = found[:, 4]
+    def _scores(self, rows: Array) -> Array:
+        """Scores per class, from rows with one score and one class after the box."""
+        scores = np.zeros((len(rows), self.classes), rows.dtype)
+        scores[np.arange(len(rows)), rows[:, 5].astype(int).clip(0, self.classes - 1)] = rows[:, 4]
         return scores
 
 
 @dataclass
 class Comparison:
-    """Largest differences so far; feed it with `add`.
+    """Largest differences of all batches that were passed to `add`.
 
     Attributes:
-        layout: of the first output; None where the task detects nothing.
-        outputs: of raw outputs (boxes and scores apart), relative to the largest of each; None where nothing can be
-            compared in order.
-        boxes: of boxes of what the reference detects, in pixels.
-        scores: of their scores.
-        detections: that were looked at.
+        layout: layout of the first output; None if the task has no detections.
+        confidence: minimum score of the compared detections.
+        outputs: largest difference of raw outputs (boxes and scores separately), relative to the largest value of each;
+            None if no outputs have the same order.
+        boxes: largest difference of the boxes of detections, in pixels.
+        scores: largest difference of the scores of detections.
+        detections: number of compared detections of the reference.
     """
 
     layout: Layout | None = None
@@ -103,12 +105,12 @@ class Comparison:
         """Compare the outputs for one batch.
 
         Args:
-            reference: of the checkpoint; may be more than the export has, in any order.
-            exported: of the export.
-            count: images of the batch that count; the others fill it up.
+            reference: outputs of the checkpoint; there may be more than the export has, in any order.
+            exported: outputs of the export.
+            count: number of images to compare; the others only fill the batch.
 
         Raises:
-            BenchError: If an output of the export has no counterpart of its shape.
+            BenchError: If the checkpoint has no output in the shape of an output of the export.
         """
         pairs = [(a[:count], b[:count]) for a, b in _matched(reference, exported)]
         if self.layout:
@@ -132,12 +134,12 @@ class Comparison:
                     self.boxes = _worst(self.boxes, _difference(box, got.boxes[other]))
 
 
-def _nearest(box: Array, kind: int, found: Detections) -> int | None:
-    """The detection of a class whose box is nearest; None where there is none of this class."""
-    rows = np.flatnonzero(found.scores[:, kind] > 0)
+def _nearest(box: Array, kind: int, detections: Detections) -> int | None:
+    """Row of the detection of class `kind` with the nearest box; None if there is no detection of this class."""
+    rows = np.flatnonzero(detections.scores[:, kind] > 0)
     if not len(rows):
         return None
-    return int(rows[np.abs(found.boxes[rows] - box).max(1).argmin()])
+    return int(rows[np.abs(detections.boxes[rows] - box).max(1).argmin()])
 
 
 def _matched(reference: list[Array], exported: list[Array]) -> list[tuple[Array, Array]]:
@@ -146,13 +148,16 @@ def _matched(reference: list[Array], exported: list[Array]) -> list[tuple[Array,
         index = next((i for i, a in enumerate(left) if a.shape == output.shape), None)
         if index is None:
             shapes = [tuple(a.shape) for a in reference]
-            raise BenchError(f"The export puts out {tuple(output.shape)}, its checkpoint {shapes}: nothing to compare.")
+            raise BenchError(
+                f"The export has an output of shape {tuple(output.shape)}, but its checkpoint has {shapes}. Export the "
+                "checkpoint again."
+            )
         pairs.append((left.pop(index), output))
     return pairs
 
 
 def _difference(a: Array, b: Array) -> float:
-    """The largest absolute difference; infinite where one of both is not a number, or infinite, and the other not."""
+    """The largest absolute difference; infinite if only one of two values is NaN or infinite."""
     with np.errstate(invalid="ignore"):
         far = np.abs(a.astype(np.float64) - b.astype(np.float64))
     same = (a == b) | (np.isnan(a) & np.isnan(b))
@@ -165,7 +170,10 @@ def _worst(before: float | None, now: float) -> float:
 
 
 def batches(images: Array, size: int) -> Iterator[tuple[Array, int]]:
-    """Images `(n, ...)` in batches of one size; the last is filled up with its last image. Each with how many count."""
+    """`(batch, number of images that count)`: images `(n, ...)` in batches of equal size.
+
+    The last batch is filled with copies of its last image.
+    """
     for start in range(0, len(images), size):
         part = images[start : start + size]
         fill = [part[-1:]] * (size - len(part))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Calling the standard exporter, without a word and without installing anything."""
+"""Calls the exporter of Ultralytics without its output, and without installing packages."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def export(model: Model, format: str, *, quantize: int = 32, **settings: Any) -> Path:
-    """Export a model with `YOLO.export`, next to the file it was loaded from, without a word and without installing.
+    """Export a model with `YOLO.export`, next to the file from which it was loaded.
+
+    The exporter prints nothing and installs nothing.
 
     Args:
         model: a `YOLO` object that was loaded from a file.
-        format: as Ultralytics calls it.
-        quantize: 32, 16 or 8; `half` and `int8` in releases that do not know it.
-        **settings: of the exporter: imgsz, batch, device, data, ...
+        format: name of the format in Ultralytics.
+        quantize: 32, 16 or 8. Releases without this argument get `half` or `int8` instead.
+        **settings: arguments of the exporter: imgsz, batch, device, data, ...
 
     Raises:
-        BenchError: If the exporter fails; with the last lines that it wrote.
+        BenchError: If the exporter fails; the message has the last lines that the exporter wrote.
     """
     if "quantize" in DEFAULT_CFG_DICT:
         settings |= {"quantize": quantize} if quantize != 32 else {}
@@ -39,16 +41,16 @@ def export(model: Model, format: str, *, quantize: int = 32, **settings: Any) ->
         exported = model.export(format=format, **settings)
     path = Path(exported)
     if not path.exists():
-        raise BenchError(f"The export to {format} left nothing at '{exported}'.")
+        raise BenchError(f"The export to {format} wrote no file '{exported}'. Export the model with 'yolo export'.")
     return path
 
 
 @contextlib.contextmanager
 def _same_gpus() -> Iterator[None]:
-    """Leave the GPUs that this process sees as they are: early releases hide all of them where one uses the CPU."""
+    """Keep all GPUs visible for this process: early Ultralytics releases hide them all for an export on the CPU."""
     before = os.environ.get(VISIBLE)
-    torch.cuda.is_available()  # CUDA reads the variable once, so it has to be before the export
-    torch.cuda.device_count()  # torch remembers the first count that it makes
+    torch.cuda.is_available()  # CUDA reads the variable only once: now, before the export
+    torch.cuda.device_count()  # torch stores the result of the first call
     try:
         yield
     finally:

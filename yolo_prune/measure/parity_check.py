@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""An exported model beside its checkpoint: the same images through both, and the same validation."""
+"""Compares an exported model with its checkpoint, on the same images and in the same validation."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from yolo_prune.measure.subjects import Setting, Source, Subject
 from yolo_prune.report.measurement import PRECISIONS, TOLERANCES, Parity, Tolerance
 
 IMAGES = 16
-"""Images of a dataset that outputs are compared on.
+"""Number of images of a dataset for the comparison of outputs.
 
-A choice: what is exported wrongly is likely to show on any image; more of them take longer. mAP, which is compared as
-well, takes all images of the dataset.
+This value is a choice: an error of the export probably shows on any image, and more images take longer. The mAP, which
+is compared as well, uses all images of the dataset.
 """
 HEADS = {"segment": "nm", "pose": "nk", "obb": "ne"}
-"""Where the heads of tasks that detect more than boxes say how many numbers they add to each."""
+"""For tasks with more than boxes: the attribute of the head that has the number of extra values per detection."""
 
 
 @runtimes.undisturbed()
@@ -50,10 +50,10 @@ def parity(
         images: a folder, a list of files, or an array `(n, channels, imgsz, imgsz)` with values from 0 to 1.
         imgsz: image size of the export, in pixels.
         batch: batch size of the export.
-        device: where both run.
-        quantize: precision of the export: 16 or 8; None is 32. It decides which tolerance applies.
-        tolerance: the limits, if not those of this precision.
-        confidence: detections with at least this score are compared.
+        device: the device on which both models run.
+        quantize: precision of the export: 16 or 8; None for 32. The limits depend on it.
+        tolerance: the limits; None for those of the precision.
+        confidence: minimum score of the detections to compare.
 
     Returns:
         All differences.
@@ -64,8 +64,8 @@ def parity(
 
     Example:
         >>> import yolo_prune
-        >>> found = yolo_prune.parity("pruned.pt", "pruned.onnx", "images/val", imgsz=640)
-        >>> found.outputs < 0.001, found.failures
+        >>> parity = yolo_prune.parity("pruned.pt", "pruned.onnx", "images/val", imgsz=640)
+        >>> parity.outputs < 0.001, parity.failures
         (True, [])
     """
     path = Path(exported)
@@ -75,8 +75,8 @@ def parity(
     opened, pictures = subjects.open_source(model), pixels(images, imgsz)
     session = subjects.session(format, path, setting)
     with tempfile.TemporaryDirectory(prefix="yolo-prune-parity-") as folder:
-        found = subjects.subject(opened, path.name, Path(folder))
-        result = compare(found, session, pictures, setting, confidence)
+        measured_subject = subjects.subject(opened, path.name, Path(folder))
+        result = compare(measured_subject, session, pictures, setting, confidence)
     if tolerance:
         result.tolerance = tolerance
     if result.failures:
@@ -87,48 +87,50 @@ def parity(
 
 
 def pictures_of(subject: Subject, setting: Setting) -> Array:
-    """Images of the dataset as validation shows them, `(n, channels, imgsz, imgsz)`.
+    """Images of the dataset, prepared as in validation: `(n, channels, imgsz, imgsz)`.
 
     Raises:
         RunError: If the dataset cannot be read, or has other classes.
     """
     assert setting.data
     with quietly(f"Reading {setting.data}"):
-        found = calibration(subject.model, setting.data, setting.imgsz, IMAGES).images(IMAGES)
-    shown: Array = found.cpu().numpy()
+        images = calibration(subject.model, setting.data, setting.imgsz, IMAGES).images(IMAGES)
+    shown: Array = images.cpu().numpy()
     return shown
 
 
 def compare(
     subject: Subject, session: Session, pictures: Array, setting: Setting, confidence: float = CONFIDENCE
 ) -> Parity:
-    """Run the same images through torch and an export.
+    """Run the same images through the checkpoint in torch and through an export.
 
     Raises:
-        BenchError: If one of both does not take them.
+        BenchError: If one of the two cannot run these images.
     """
     reference = runtimes.open_session("torch", subject.path, setting.device, setting.threads)
-    found = Comparison(_layout(subject.model, setting.imgsz), confidence)
+    comparison = Comparison(_layout(subject.model, setting.imgsz), confidence)
     for part, count in batches(pictures, setting.batch):
         outputs = [_through(each, part, subject.name) for each in (reference, session)]
-        found.add(outputs[0], outputs[1], count)
+        comparison.add(outputs[0], outputs[1], count)
     precision = PRECISIONS[setting.quantize]
     if precision != "int8" and session.computed in TOLERANCES:
-        precision = session.computed  # a runtime may compute in fewer bits than it was given
+        precision = session.computed  # a runtime may compute in a lower precision than that of the export
     return Parity(
         images=len(pictures),
         precision=precision,
-        outputs=found.outputs,
-        boxes=found.boxes,
-        scores=found.scores,
-        detections=found.detections,
-        finite=all(math.isfinite(v) for v in (found.outputs, found.boxes, found.scores) if v is not None),
+        outputs=comparison.outputs,
+        boxes=comparison.boxes,
+        scores=comparison.scores,
+        detections=comparison.detections,
+        finite=all(
+            math.isfinite(v) for v in (comparison.outputs, comparison.boxes, comparison.scores) if v is not None
+        ),
         tolerance=TOLERANCES[precision],
     )
 
 
 def validate(subject: Subject, path: Path, setting: Setting, result: Parity) -> None:
-    """Fill in how well checkpoint and export do on the validation images."""
+    """Add the mAP of checkpoint and export on the validation images to `result`."""
     if subject.quality is None:
         subject.quality = _quality(subject, subject.path, setting)
     result.quality_torch = subject.quality
@@ -136,7 +138,7 @@ def validate(subject: Subject, path: Path, setting: Setting, result: Parity) -> 
 
 
 def _quality(subject: Subject, path: Path, setting: Setting) -> float:
-    """MAP50-95 on squares, as fixed exports need them; the fitness for tasks that do not have it."""
+    """MAP50-95 on square images, which exports with a fixed size need; the fitness for tasks without mAP50-95."""
     half = setting.quantize == 16 and setting.device.type != "cpu" and path.suffix != ".pt"
     name = f"Validating {subject.name} as {path.name}"
     with tempfile.TemporaryDirectory(prefix="yolo-prune-val-") as folder, quietly(name):
@@ -161,10 +163,10 @@ def _through(session: Session, images: Array, name: str) -> list[Array]:
         session.prepare(images)
         session.run()
         return session.outputs()
-    except Exception as e:  # every runtime has its own
+    except Exception as e:  # every runtime has its own errors
         raise BenchError(
-            f"{name} does not take images {tuple(images.shape)}: {type(e).__name__}: {' '.join(str(e).split())} "
-            "Pass the imgsz and the batch that it was exported for."
+            f"{name} cannot run images of shape {tuple(images.shape)}: {type(e).__name__}: {' '.join(str(e).split())} "
+            "Pass the imgsz and the batch of the export."
         ) from e
 
 
@@ -179,10 +181,13 @@ def _layout(model: Model, imgsz: int) -> Layout | None:
 
 def _format_of(path: Path) -> str:
     if not path.exists():
-        raise BenchError(f"'{path}' does not exist.")
+        raise BenchError(f"'{path}' does not exist. Pass the path of an exported model.")
     for format in ("openvino", "ncnn"):
         if path.name.lower().endswith(f"_{format}_model"):
             return format
     if path.suffix not in runtimes.SUFFIXES or path.suffix == ".pt":
-        raise BenchError(f"'{path}' is no export that can be compared: {', '.join(list(runtimes.FORMATS)[1:])}.")
+        raise BenchError(
+            f"'{path}' is not an export that can be compared. Pass a file of one of these formats: "
+            f"{', '.join(list(runtimes.FORMATS)[1:])}."
+        )
     return runtimes.SUFFIXES[path.suffix]

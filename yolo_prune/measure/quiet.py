@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Silence around exporters and runtimes, which write a lot, in Python, in C and from programs that they start."""
+"""Hides the output of exporters and runtimes, which write a lot: in Python, in C, and in programs that they start."""
 
 from __future__ import annotations
 
@@ -18,20 +18,27 @@ from ultralytics.utils import LOGGER, checks
 
 from yolo_prune.errors import BenchError, PruneError
 
+_ONE_AT_A_TIME = threading.RLock()
+"""A use restores the descriptors that it found at its start, so uses in two threads must not overlap."""
+
 
 @contextlib.contextmanager
 def quietly(what: str) -> Iterator[None]:
-    """Keep what is written meanwhile, by this thread and by programs that it starts, and show it if this fails.
+    """Hide the output of this thread and of the programs that it starts. After an error, its last lines are shown.
 
-    A training goes on around this, so what its other threads print or log appears as ever. Only what they write in C,
-    past Python, is kept as well: exporters write there, too, and a process has one standard output.
+    A training may be running, so other threads can still print and log. Two kinds of their output are hidden, because a
+    process has only one standard output: output from C code, and output through a stream that was opened before, such
+    as the handler of another logger.
 
-    Ultralytics is kept from installing packages as well.
+    Ultralytics cannot install packages inside this context.
+
+    Args:
+        what: the activity, for the error message.
 
     Raises:
-        BenchError: For anything that is raised inside and is no PruneError; with the last lines that were written.
+        BenchError: If an error that is not a PruneError is raised inside; the message has the last lines of output.
     """
-    with tempfile.TemporaryFile() as log:
+    with _ONE_AT_A_TIME, tempfile.TemporaryFile() as log:
         try:
             with _installing_nothing(), _root_handlers_kept(), _descriptors_to(log) as terminals:
                 with _this_thread_to(log, terminals):
@@ -59,7 +66,7 @@ def _installing_nothing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _root_handlers_kept() -> Iterator[None]:
-    """A first `logging.warning` makes a handler, here for a stream that is soon closed."""
+    """Remove handlers that are added inside: the first `logging.warning` adds one, for a stream that is soon closed."""
     before = list(logging.root.handlers)
     try:
         yield
@@ -69,7 +76,11 @@ def _root_handlers_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _descriptors_to(log: IO[bytes]) -> Iterator[dict[int, int]]:
-    """Send standard output and error of the process to a file; yields `{1: ..., 2: ...}`, where they really lead."""
+    """Redirect standard output and error of the process to a file.
+
+    Yields:
+        `{1: ..., 2: ...}`: copies of the descriptors from before the redirection.
+    """
     _flush()
     terminals = {number: os.dup(number) for number in (1, 2)}
     try:
@@ -85,9 +96,9 @@ def _descriptors_to(log: IO[bytes]) -> Iterator[dict[int, int]]:
 
 @contextlib.contextmanager
 def _this_thread_to(log: IO[bytes], terminals: dict[int, int]) -> Iterator[None]:
-    """Send what this thread logs to a file, and what it prints nowhere; what others write goes where it would go.
+    """Send the logs of this thread to a file, and drop what it prints. Other threads write to their usual streams.
 
-    Logs tell why something failed. What is printed is progress bars, which would crowd them out.
+    The logs show why something failed. Most printed lines are progress bars, which would hide the logs.
     """
     loggers = (logging.root, LOGGER)
     handlers = [h for logger in loggers for h in logger.handlers if type(h) is logging.StreamHandler]
@@ -96,9 +107,9 @@ def _this_thread_to(log: IO[bytes], terminals: dict[int, int]) -> Iterator[None]
         kept = io.TextIOWrapper(io.FileIO(log.fileno(), "w", closefd=False), "utf-8", "replace", write_through=True)
 
         def route(stream: Any, own: IO[str]) -> Any:
-            found = _ByThread(stream, own, _past_descriptors(stream, terminals))
-            stack.callback(found.end)
-            return found
+            stream_by_thread = _ByThread(stream, own, _past_descriptors(stream, terminals))
+            stack.callback(stream_by_thread.end)
+            return stream_by_thread
 
         for handler in handlers:
             stack.callback(handler.setStream, handler.stream)
@@ -109,9 +120,9 @@ def _this_thread_to(log: IO[bytes], terminals: dict[int, int]) -> Iterator[None]
 
 
 class _ByThread:
-    """A stream that this thread writes to one place, and every other thread to another.
+    """A stream with one target for this thread and another target for all other threads.
 
-    Others may keep it for longer than it is needed: after its end it is the stream that it stood for.
+    Other code may hold this object longer than the context. After `end` it behaves like the original stream.
     """
 
     def __init__(self, stream: Any, own: IO[str], theirs: Any) -> None:
@@ -126,9 +137,9 @@ class _ByThread:
 
 
 def _past_descriptors(stream: Any, terminals: dict[int, int]) -> Any:
-    """A stream that leads where `stream` did before its descriptor was redirected; itself where it has no such one."""
+    """A stream to the target that `stream` had before the redirection; `stream` itself if it was not redirected."""
     number: int | None = None
-    with contextlib.suppress(Exception):  # a notebook's streams have no descriptor
+    with contextlib.suppress(Exception):  # streams of a notebook have no descriptor
         number = stream.fileno()
     if number not in terminals:
         return stream
@@ -138,5 +149,5 @@ def _past_descriptors(stream: Any, terminals: dict[int, int]) -> Any:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a notebook's streams may have none
+        with contextlib.suppress(Exception):  # streams of a notebook may have no `flush`
             stream.flush()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The runtimes that exported models run in, set up as Ultralytics sets them up, each with nothing around it.
+"""The runtimes for exported models, with the settings of Ultralytics but without its pre- and postprocessing.
 
-A session takes images once (`prepare`), runs on them as often as wanted (`run`, which is what is timed) and hands out
-the outputs of the last run (`outputs`).
+A session gets images once (`prepare`), runs on them any number of times (`run`, which is timed), and returns the
+outputs of the last run (`outputs`).
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ class Session(Protocol):
     """A model that is loaded into its runtime.
 
     Attributes:
-        computed: precision of its arithmetic, where the runtime says so.
+        computed: precision of the arithmetic; None if the runtime does not report it.
     """
 
     computed: str | None
 
     def prepare(self, images: Array) -> None:
-        """Take float32 images `(n, channels, height, width)`, 0 to 1, to where the model reads them."""
+        """Copy float32 images `(n, channels, height, width)`, 0 to 1, to the inputs of the model."""
 
     def run(self) -> None:
-        """One pass over the prepared images; returns when the outputs are there."""
+        """Run one pass over the prepared images, and return when the outputs are ready."""
 
     def outputs(self) -> list[Array]:
-        """All outputs of the last pass, in the model's order."""
+        """All outputs of the last pass, in the order of the model."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a format needs.
+    """The requirements of a format.
 
     Attributes:
-        modules: that are imported, in the order in which the runtime is named first.
-        extra: of this package that brings them.
-        precisions: values of `quantize` on a CPU, and those on a GPU; none where it does not run there.
+        modules: modules that have to be installed; the first one is the runtime.
+        extra: the extra of this package that installs these modules.
+        cpu: values of `quantize` on a CPU; empty if the format does not run on a CPU.
+        gpu: values of `quantize` on a GPU; empty if the format does not run on a GPU.
     """
 
     modules: tuple[str, ...] = ()
@@ -74,14 +75,14 @@ FORMATS = {
 ALIASES = {"pt": "torch", "pytorch": "torch", "tensorrt": "engine", "trt": "engine", "onnxruntime": "onnx"}
 SUFFIXES = {".pt": "torch", ".torchscript": "torchscript", ".onnx": "onnx", ".engine": "engine"}
 CALIBRATION = {"openvino": ("nncf",)}
-"""Modules that 8 bit takes on top."""
+"""Additional modules for 8 bit exports."""
 
 
 def parse(formats: str | Sequence[str]) -> list[str]:
-    """Names of formats, as given in one string or several, without repetition.
+    """Format names from a comma-separated string or a list, without duplicates.
 
     Raises:
-        BenchError: If there is none, or one is not known.
+        BenchError: If there is no name, or a name is unknown.
     """
     given = formats.split(",") if isinstance(formats, str) else list(formats)
     names = [name.strip().lower() for name in given if name.strip()]
@@ -91,45 +92,46 @@ def parse(formats: str | Sequence[str]) -> list[str]:
         if name not in FORMATS and name not in ALIASES:
             near = get_close_matches(name, [*FORMATS, *ALIASES])
             hint = f"Did you mean '{near[0]}'? " if near else ""
-            raise BenchError(f"format={name} cannot be measured. {hint}Formats: {', '.join(FORMATS)}.")
+            raise BenchError(f"format={name} is not a known format. {hint}Formats: {', '.join(FORMATS)}.")
     return list(dict.fromkeys(ALIASES.get(name, name) for name in names))
 
 
 def check(formats: Sequence[str], quantize: int, device: torch.device) -> None:
-    """Pass if every format can be exported and run here.
+    """Check that every format can be exported and run here.
 
     Args:
-        formats: as `parse` returns them.
+        formats: format names from `parse`.
         quantize: 32, 16 or 8.
-        device: to run on.
+        device: the device on which the exports run.
 
     Raises:
-        BenchError: For the first that cannot; a missing package is named with what installs it.
+        BenchError: For the first format that cannot; if a package is missing, the message says how to install it.
     """
     gpu = device.type != "cpu"
     for name in formats:
-        found = FORMATS[name]
+        requirements = FORMATS[name]
         if name == "engine" and not torch.cuda.is_available():
-            raise BenchError("format=engine needs an NVIDIA GPU, and torch sees none here. Leave it out of format=.")
-        here, there = (found.gpu, found.cpu) if gpu else (found.cpu, found.gpu)
+            raise BenchError("format=engine needs an NVIDIA GPU, but torch sees none. Leave engine out of format=.")
+        here, there = (requirements.gpu, requirements.cpu) if gpu else (requirements.cpu, requirements.gpu)
         if not here:
-            where = "the CPU: pass device=cpu" if gpu else "a GPU: pass device=0"
-            raise BenchError(f"format={name} runs on {where}, or leave it out of format=.")
+            where = "on the CPU only. Pass device=cpu" if gpu else "on a GPU only. Pass device=0"
+            raise BenchError(f"format={name} runs {where}, or leave {name} out of format=.")
         if name != "torch" and quantize not in here:
             other = f", only on {'the CPU' if gpu else 'a GPU'}" if quantize in there else ""
             bits = {32: "32 (the default)", 16: "16 (half)", 8: "8 (int8)"}
             raise BenchError(
                 f"Ultralytics does not export format={name} with quantize={quantize} for {device}{other}. "
-                f"It can have {', '.join(bits[q] for q in here)}."
+                f"Pass one of these values: {', '.join(bits[q] for q in here)}."
             )
         if name == "onnx" and quantize == 16 and not gpu and not halves_onnx():
             raise BenchError(
-                "This Ultralytics exports format=onnx with quantize=16 on a GPU only: pip install -U ultralytics"
+                "This Ultralytics exports format=onnx with quantize=16 on a GPU only. Install a newer release: pip "
+                "install -U ultralytics"
             )
         extra = CALIBRATION.get(name, ()) if quantize == 8 else ()
-        _installed(name, (*found.modules, *extra))
+        _installed(name, (*requirements.modules, *extra))
         if name == "onnx" and gpu and "CUDAExecutionProvider" not in _import("onnxruntime").get_available_providers():
-            raise BenchError("The installed onnxruntime has no CUDA. Install: pip install onnxruntime-gpu")
+            raise BenchError("The installed onnxruntime has no CUDA. Run: pip install onnxruntime-gpu")
 
 
 def _installed(format: str, modules: Iterable[str]) -> None:
@@ -138,11 +140,11 @@ def _installed(format: str, modules: Iterable[str]) -> None:
         extra = FORMATS[format].extra
         ours = bool(extra) and set(missing) <= set(FORMATS[format].modules)
         what = f"'yolo-prune[{extra}]'" if ours else " ".join(missing)
-        raise BenchError(f"format={format} needs {', '.join(missing)}, not installed here: pip install {what}")
+        raise BenchError(f"format={format} needs {', '.join(missing)}, not installed here. Run: pip install {what}")
 
 
 def runtime(format: str) -> str:
-    """Name and version of what runs a format."""
+    """Name and version of the runtime of a format."""
     module = (*FORMATS[format].modules, "torch")[0]
     try:
         version = metadata.version(module)
@@ -152,13 +154,13 @@ def runtime(format: str) -> str:
 
 
 def batch_of(format: str, batch: int) -> int:
-    """Images that an export is made for; ncnn knows no batches, and its session runs images one after another."""
+    """Batch size of an export. It is 1 for ncnn, which has no batches: its session runs images one after another."""
     return 1 if format == "ncnn" else batch
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave torch's number of threads and its random numbers as they are: what is measured changes no training."""
+    """Restore torch's number of threads and its random state, so that a measurement does not change a training."""
     threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -171,11 +173,11 @@ def open_session(format: str, path: Path, device: torch.device, threads: int, qu
     """Load a model into its runtime.
 
     Args:
-        format: as `parse` returns it.
-        path: of the exported file or folder, or of the checkpoint.
-        device: to run on.
-        threads: that the runtime may use on a CPU. Those of torch are one setting for the whole process.
-        quantize: 16 makes torch itself compute in half precision, on a GPU.
+        format: a format name from `parse`.
+        path: path of the exported file or folder, or of the checkpoint.
+        device: the device on which the model runs.
+        threads: CPU threads of the runtime. For torch this is a setting of the whole process.
+        quantize: 16 makes torch compute in half precision on a GPU.
     """
     if device.type == "cpu":
         torch.set_num_threads(threads)
@@ -183,7 +185,7 @@ def open_session(format: str, path: Path, device: torch.device, threads: int, qu
         half = quantize == 16 and device.type != "cpu"
         return Torch(_backend(path, device, half).eval().model, device, half)
     if format == "torchscript":
-        importlib.import_module("torchvision")  # its operators may be in the file
+        importlib.import_module("torchvision")  # the file may contain its operators
         traced: Any = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
         return Torch(traced.eval(), device, any(p.dtype == torch.float16 for p in traced.parameters()))
     if format == "engine":
@@ -194,14 +196,14 @@ def open_session(format: str, path: Path, device: torch.device, threads: int, qu
 
 
 def _backend(path: Path, device: torch.device, half: bool) -> Any:
-    """Ultralytics' own, with the head that is exported where nobody asks for the other."""
+    """The backend of Ultralytics, with the same head that an export has by default."""
     takes = inspect.signature(AutoBackend.__init__).parameters
     head = {"end2end": False} if "end2end" in takes and path.suffix == ".pt" else {}
     return AutoBackend(str(path), device=device, fp16=half, verbose=False, **head)
 
 
 class Torch:
-    """What torch itself runs: a module, fused as Ultralytics predicts with it, traced, or around a TensorRT engine."""
+    """A session in torch: a fused module (as in Ultralytics' prediction), a traced module, or a TensorRT engine."""
 
     computed: str | None = None
 
@@ -228,7 +230,7 @@ class Torch:
 
 
 class OnnxRuntime:
-    """ONNX Runtime; on a GPU with inputs and outputs there."""
+    """A session in ONNX Runtime; on a GPU, inputs and outputs stay in GPU memory."""
 
     computed: str | None = None
 
@@ -239,7 +241,7 @@ class OnnxRuntime:
         self._gpu = device.type != "cpu"
         if not self._gpu:
             options.intra_op_num_threads = threads
-            # Threads of one session that wait for its next run must not take time from the other sessions.
+            # The waiting threads of a session must not use processor time while other sessions run.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._gpu:
@@ -279,7 +281,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO on the CPU, set to latency as Ultralytics sets it."""
+    """A session in OpenVINO on the CPU, with the hint for latency that Ultralytics uses."""
 
     def __init__(self, path: Path, threads: int) -> None:
         ov = _import("openvino")
@@ -305,7 +307,7 @@ class OpenVino:
 
 
 class Ncnn:
-    """ncnn on the CPU; it knows no batches, images run one after another."""
+    """A session in ncnn on the CPU. ncnn has no batches: images run one after another."""
 
     computed: str | None = None
 
@@ -316,7 +318,7 @@ class Ncnn:
         self._net.opt.use_vulkan_compute = False
         self._net.opt.num_threads = threads
         if self._net.load_param(str(file)) or self._net.load_model(str(file.with_suffix(".bin"))):
-            raise BenchError(f"ncnn cannot load '{path}'.")
+            raise BenchError(f"ncnn cannot load '{path}'. Export the model again.")
         self._input, self._names = self._net.input_names()[0], sorted(self._net.output_names())
         self._images: list[Any] = []
         self._last: list[list[Any]] = []
@@ -340,16 +342,16 @@ class Ncnn:
         return [np.stack([np.array(mat) for mat in mats]) for mats in zip(*self._last, strict=True)]
 
 
-def _tensors(found: Any) -> Iterator[Tensor]:
-    """Floating point tensors in nested outputs, in their order."""
-    if isinstance(found, Tensor):
-        if found.is_floating_point():
-            yield found
-    elif isinstance(found, dict):
-        for value in found.values():
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """The floating point tensors of nested outputs, in order."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point():
+            yield outputs
+    elif isinstance(outputs, dict):
+        for value in outputs.values():
             yield from _tensors(value)
-    elif isinstance(found, list | tuple):
-        for value in found:
+    elif isinstance(outputs, list | tuple):
+        for value in outputs:
             yield from _tensors(value)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The models that a measurement is about, how it is made, and where."""
+"""The subjects of a measurement (the models), its settings, and the hardware."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from yolo_prune.measure.runtimes import Session
 from yolo_prune.planning import planner
 from yolo_prune.report.measurement import PRECISIONS
 
-Source: TypeAlias = Union[Model, str, Path]  # noqa: UP007  # needed when this is run, and Model may be Any
+Source: TypeAlias = Union[Model, str, Path]  # noqa: UP007  # evaluated at run time, when Model may be Any
 
 
 @dataclass
 class Subject:
-    """A model to be measured.
+    """A model to measure.
 
     Attributes:
-        name: in tables.
-        model: loaded from `path`.
-        path: its checkpoint in a temporary folder, beside which it is exported.
-        flops: of one image; None where the model cannot be traced.
-        params: parameters.
-        quality: mAP in torch, once it was measured.
-        weights: their fingerprint.
+        name: name in tables.
+        model: the `YOLO` object, loaded from `path`.
+        path: the checkpoint in a temporary folder, where exports are written too.
+        flops: FLOPs of one image; None if the model cannot be traced.
+        params: number of parameters; None if the model cannot be traced.
+        quality: mAP in torch; None until it is measured.
+        weights: fingerprint of the weights.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Setting:
-    """How everything is measured; what the arguments of `bench` mean."""
+    """The settings of a measurement, from the arguments of `bench`."""
 
     imgsz: int
     batch: int
@@ -75,17 +75,19 @@ class Setting:
         quantize: int | None = None,
         data: str | Path | None = None,
     ) -> Setting:
-        """Check arguments as a user gave them.
+        """Check the user's arguments and make a setting from them.
 
         Raises:
-            BenchError: For the first that is wrong.
+            BenchError: For the first argument that is wrong.
         """
         whole = {"batch": batch, "threads": threads, "repeats": repeats, "imgsz": imgsz}
         for key, value in whole.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise BenchError(f"{key}={value}: must be a whole number of at least 1.")
         if threads and threads > cores():
-            raise BenchError(f"threads={threads}: this process may use {cores()} cores here, so at most that many.")
+            raise BenchError(
+                f"threads={threads}: must be at most {cores()}, the number of cores that this process may use."
+            )
         if imgsz % 32:
             raise BenchError(f"imgsz={imgsz}: must be a multiple of 32.")
         if quantize not in PRECISIONS:
@@ -102,21 +104,21 @@ def _device(name: str | int) -> torch.device:
     if not number.isdigit():
         raise BenchError(f"device={name}: must be cpu, or the number of one NVIDIA GPU.")
     if int(number) >= count:
-        raise BenchError(f"device={name} is not here: torch sees {count or 'no'} GPUs. Pass device=cpu.")
+        raise BenchError(f"device={name} is not available: torch sees {count or 'no'} GPUs. Pass device=cpu.")
     return torch.device("cuda", int(number))
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def busy() -> float | None:
-    """Cores that others keep busy, seen over half a second in which this process does nothing."""
+    """Number of cores that other processes use, measured for half a second in which this process only waits."""
     try:
         import psutil
     except ImportError:
-        time.sleep(0.5)  # what was busy with the export may come to rest all the same
+        time.sleep(0.5)  # threads of the export can still finish in this time
         return None
     return float(psutil.cpu_percent(interval=0.5)) / 100 * (psutil.cpu_count() or 1)
 
@@ -127,81 +129,81 @@ def hardware(device: torch.device) -> str:
 
 
 def open_source(source: Source) -> Model:
-    """The `YOLO` object of what a user gave.
+    """The `YOLO` object for a user's argument, which may be a path.
 
     Raises:
-        PruneError: If it is no checkpoint that can be opened.
+        PruneError: If a path is not a checkpoint that can be opened.
     """
     if not isinstance(source, str | Path):
         return source
     if Path(source).suffix not in (".pt", ".yaml", ".yml"):
-        raise BenchError(f"'{source}' is no checkpoint: pass the .pt file; it is exported here.")
+        raise BenchError(f"'{source}' is not a checkpoint. Pass the .pt file; it is exported for the measurement.")
     return checkpoints.open_model(source)
 
 
 def reopen(model: Model, path: Path) -> Model:
-    """The same kind of `YOLO` object, for another file."""
+    """A `YOLO` object of the same class, loaded from another file."""
     kind = type(model)
     named = {"task": model.task} if "task" in inspect.signature(kind).parameters else {}
     return kind(str(path), **named)
 
 
 def names(sources: Sequence[Source]) -> list[str]:
-    """Short names that differ."""
+    """Short names of the models, made unique."""
     given = [
         str(item) if isinstance(item, str | Path) else str(item.ckpt_path or item.model_name or "model")
         for item in sources
     ]
     short = [Path(name).name for name in given]
-    found = given if len(set(short)) < len(short) and len(set(given)) == len(given) else short
-    return [name if found.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(found, start=1)]
+    chosen = given if len(set(short)) < len(short) and len(set(given)) == len(given) else short
+    return [name if chosen.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(chosen, start=1)]
 
 
 def subject(model: Model, name: str, folder: Path) -> Subject:
-    """Save a model where it may be exported: the exporter writes beside the file that a model was loaded from."""
+    """Save a model to a folder for exports: the exporter writes into the folder from which the model was loaded."""
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoints.save(model, folder / f"{Path(name).stem or 'model'}.pt")
     return Subject(name, reopen(model, path), path, weights=fingerprint(model))
 
 
 def fingerprint(model: Model) -> str:
-    """What tells the weights of a model from those of any other."""
+    """A hash of the weights of a model."""
     module: Any = model.model
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def count(found: Subject, imgsz: int) -> None:
-    """Fill in FLOPs and parameters; a model that cannot be traced is measured without."""
+def count(measured_subject: Subject, imgsz: int) -> None:
+    """Add FLOPs and parameters to a subject; warn if its model cannot be traced, and leave them out."""
     try:
-        module: Any = found.model.model
-        found.flops, found.params = planner.present_cost(module, imgsz)
+        module: Any = measured_subject.model.model
+        measured_subject.flops, measured_subject.params = planner.present_cost(module, imgsz)
     except PruneError as e:
-        LOGGER.warning(f"yolo-prune: the FLOPs of {found.name} cannot be counted: {e}")
+        LOGGER.warning(f"yolo-prune: the FLOPs of {measured_subject.name} cannot be counted: {e}")
 
 
-def exported(format: str, found: Subject, setting: Setting) -> Path:
-    """Export a model; torch is the checkpoint itself."""
+def exported(format: str, measured_subject: Subject, setting: Setting) -> Path:
+    """Export a model and return the path; for the format torch, this is the path of the checkpoint."""
     if format == "torch":
-        return found.path
+        return measured_subject.path
     batch = runtimes.batch_of(format, setting.batch)
     settings: dict[str, Any] = {"imgsz": setting.imgsz, "batch": batch, "device": str(setting.device)}
     if setting.quantize == 8:
         settings["data"] = str(setting.data)
-    return export(found.model, format, quantize=setting.quantize, verbose=False, **settings)
+    return export(measured_subject.model, format, quantize=setting.quantize, verbose=False, **settings)
 
 
 def session(format: str, path: Path, setting: Setting) -> Session:
     """Load an export into its runtime.
 
     Raises:
-        BenchError: If the runtime does not take it.
+        BenchError: If the runtime cannot load the export.
     """
     with quietly(f"Loading '{path.name}' as {format}"):
-        found = runtimes.open_session(format, path, setting.device, setting.threads, setting.quantize)
+        loaded = runtimes.open_session(format, path, setting.device, setting.threads, setting.quantize)
     if setting.device.type == "cpu":
-        torch.set_num_threads(setting.threads)  # Ultralytics may have set its own number on the way
-    return found
+        torch.set_num_threads(setting.threads)  # loading with Ultralytics may have changed the number
+    return loaded

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What goes? From scores to a plan, and what it costs."""
+"""Planning: which channels are removed. Makes a plan from scores, and computes the cost of a model."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""How what is removed is shared out over the layers of a model."""
+"""Allocations: how the removal is distributed over the layers of a model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from yolo_prune.planning.select import Allocation
 from yolo_prune.recipe.options import fraction, make, whole_number
 
 MOST_SHARES = 20
-"""A bound, not an optimum: every share is a pass over the images for every layer, which takes minutes (see README)."""
+"""Maximum number of shares: each one needs a pass over the images for every layer, which takes minutes (see docs/)."""
 
 
 @dataclass(frozen=True)
 class Prunable:
-    """What is to be cut: all that an allocator may look at.
+    """The input of an allocator.
 
     Attributes:
-        model: only read.
-        levels: the groups that may be cut, each with its allowed numbers of grains, from the present one downward.
-        scores: `{set name: (size,)}`, higher matters more.
+        model: the model; it is not changed.
+        levels: the groups that may be cut, each with its allowed numbers of grains, from the present number downward.
+        scores: `{set name: (size,)}`; a higher score means a more important channel.
         calibration: training images, or None.
-        progress: wraps what is gone through, to show how far it is.
+        progress: wraps an iterable to show a progress bar.
     """
 
     model: nn.Module
@@ -41,16 +41,16 @@ class Prunable:
 
 
 class Allocator(Protocol):
-    """Decides which groups compete, and by what.
+    """Decides which groups compete with one another, and by which measure.
 
     Attributes:
-        images: how many training images it looks at; 0 if it looks at none.
+        images: number of training images that it uses; 0 for none.
     """
 
     images: int
 
     def __call__(self, prunable: Prunable) -> Allocation:
-        """Allocate."""
+        """Make the allocation."""
 
 
 ALLOCATIONS: Registry[str, Callable[..., Allocator]] = Registry("An allocation named '{}' is already registered.")
@@ -58,7 +58,7 @@ ALLOCATIONS: Registry[str, Callable[..., Allocator]] = Registry("An allocation n
 
 @ALLOCATIONS.register("global")
 class Global:
-    """All channels of the model compete with one another: what matters least for its cost goes, wherever it is."""
+    """All channels of the model compete: those with the lowest score per cost are removed, in any layer."""
 
     images = 0
 
@@ -69,7 +69,7 @@ class Global:
 
 @ALLOCATIONS.register("uniform")
 class Uniform:
-    """All groups lose the same share of their channels, as nearly as the allowed widths let them."""
+    """All groups lose the same share of their channels, as far as the allowed widths permit."""
 
     images = 0
 
@@ -80,10 +80,10 @@ class Uniform:
 
 @ALLOCATIONS.register("isomorphic")
 class Isomorphic:
-    """Channels compete within groups of the same structure, and all kinds of structure lose the same share of channels.
+    """Only groups of the same structure compete. All kinds of structure lose the same share of their channels.
 
-    "Isomorphic Pruning for Vision Models" (Fang et al., ECCV 2024, arXiv:2407.04616): scores of channels that lie in
-    differently built parts of a model do not follow one distribution, and are not to be compared.
+    "Isomorphic Pruning for Vision Models" (Fang et al., ECCV 2024, arXiv:2407.04616): scores of channels in parts of
+    different structure have different distributions, so they must not be compared.
     """
 
     images = 0
@@ -96,18 +96,20 @@ class Isomorphic:
 
 @ALLOCATIONS.register("sensitivity")
 class Sensitivity:
-    """Groups compete by what the loss was seen to rise by as each of them was cut by itself; see `sensitivity.curves`.
+    """Groups compete by the measured rise of the loss when only one group is cut; see `sensitivity.curves`.
 
-    The scores decide which channels of a group go.
+    The scores decide which channels of a group are removed.
     """
 
     def __init__(self, images: int = 32, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> None:
-        """Remember the options.
+        """Store the options.
 
         Args:
-            images: training images to measure the loss on. 32 are a choice: more are less noisy, and take longer.
-            shares: where it is measured, as fractions of what the limits on widths let go. Three are a choice, too:
-                between them the curve is straight, and each is a pass over the images for every layer.
+            images: number of training images on which the loss is measured. The default of 32 is a choice: more images
+                give less noise but take longer.
+            shares: points at which the loss is measured, as fractions of the channels that the limits on widths allow
+                to remove. The default of three points is a choice: the curve is linear between points, and each point
+                needs a pass over the images for every layer.
         """
         self.images = whole_number("images", images, kind="allocation")
         if not isinstance(shares, list | tuple) or not 0 < len(shares) <= MOST_SHARES:
@@ -121,7 +123,7 @@ class Sensitivity:
             RecipeError: If there are no training images.
         """
         if prunable.calibration is None:
-            raise RecipeError("allocation sensitivity looks at training images, and there are none: pass data=.")
+            raise RecipeError("allocation: sensitivity needs training images, but there are none. Pass data=.")
         images = prunable.calibration.first(self.images)
         free = [(g, levels) for g, levels in prunable.levels if len(levels) > 1]
         return Allocation(
@@ -130,13 +132,13 @@ class Sensitivity:
 
 
 def _structure(channels: ChannelSet, layers: Mapping[str, nn.Module]) -> Hashable:
-    """Kinds of the layers that a set of channels goes through, in model order, and whether they write or read it."""
+    """The layers of a set in model order: their type, whether they are grouped, and whether they read the channels."""
     places = dict.fromkeys((slot.tensor.rpartition(".")[0], slot.dim) for slot in channels.slots)
     return tuple((type(layers[n]).__name__, getattr(layers[n], "groups", 1) > 1, dim) for n, dim in places)
 
 
 def create(name: str, options: Mapping[str, Any]) -> Allocator:
-    """Make the allocator that a recipe asks for.
+    """Create an allocator from its name and options in a recipe.
 
     Raises:
         RecipeError: If there is no such allocation, or an option is unknown or out of range.

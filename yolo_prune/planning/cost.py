@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Cost of a model as a function of its tensors' shapes: FLOPs, parameters, and time where it was measured."""
+"""Cost of a model as a function of its tensors' shapes: FLOPs, parameters and, if it was measured, latency."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Term(NamedTuple):
-    """What a tensor costs: `both * d0 * d1 + first * d0 + second * d1`, each size rounded up to multiples of a step."""
+    """Cost of a tensor: `both * d0 * d1 + first * d0 + second * d1`, with sizes rounded up to multiples of `steps`."""
 
     both: float
     first: float = 0.0
@@ -27,12 +27,12 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of a model as a function of its tensors' shapes, as measured in one runtime on one device.
+    """Latency of a model as a function of its tensors' shapes, as measured in one runtime on one device.
 
     Attributes:
-        terms: `{weight name: milliseconds}`, for what depends on widths.
-        fixed: milliseconds that no width changes.
-        multiple: widths between multiples of this take as long as the next one.
+        terms: `{weight name: milliseconds}`, for the part of the latency that depends on widths.
+        fixed: milliseconds that do not depend on any width.
+        multiple: a width between two multiples of this takes as long as the larger multiple.
     """
 
     terms: Mapping[str, Term]
@@ -40,7 +40,7 @@ class Timing:
     multiple: int
 
     def total(self, shapes: Shapes) -> float:
-        """Milliseconds of one pass."""
+        """Milliseconds of one forward pass."""
         return self.fixed + sum(_time(term, *shapes[name][:2]) for name, term in self.terms.items())
 
 
@@ -53,16 +53,16 @@ def _time(term: Term, d0: int, d1: int) -> float:
 class Cost:
     """MACs and parameters as sums over tensors: `macs = sum(weight[t] * numel(t)) + fixed`.
 
-    Only what runs in deployment counts: of the two copies of an end-to-end head's towers, one; no branch that is there
-    for training alone.
+    Only parts that run in deployment count: one of the two branches of an end-to-end head, and no branch that is only
+    for training.
 
     Attributes:
         macs: `{tensor name: MACs per element of the tensor}` for one image.
-        fixed: MACs that no width changes.
+        fixed: MACs that do not depend on any width.
         params: names of the parameters that count.
         shapes: shapes of all tensors in this model.
-        imgsz: image height and width in pixels the MACs are for.
-        timing: what takes how long, where the target is a latency.
+        imgsz: image height and width in pixels for which the MACs are counted.
+        timing: the latency as a function of widths, if the target is a latency.
     """
 
     macs: Mapping[str, float]
@@ -73,28 +73,28 @@ class Cost:
     timing: Timing | None = None
 
     def flops(self, shapes: Shapes | None = None) -> float:
-        """FLOPs (2 x MACs) of one image, with `shapes` in place of this model's where given."""
+        """FLOPs (2 x MACs) of one image. `shapes` replaces the shapes of this model, for the tensors that it has."""
         return 2 * (self.fixed + sum(weight * self._numel(name, shapes) for name, weight in self.macs.items()))
 
     def parameters(self, shapes: Shapes | None = None) -> int:
-        """Parameters, with `shapes` in place of this model's where given."""
+        """Number of parameters. `shapes` replaces the shapes of this model, for the tensors that it has."""
         return sum(self._numel(name, shapes) for name in self.params)
 
     def total(self, metric: str, shapes: Shapes | None = None) -> float:
-        """FLOPs, parameters or milliseconds, by the name of a recipe's metric: "flops", "params" or "latency".
+        """The cost in a recipe's metric: FLOPs for "flops", parameters for "params", milliseconds for "latency".
 
         Raises:
-            PruneError: If the latency is asked for, and was not measured.
+            PruneError: If `metric` is "latency" and the latency was not measured.
         """
         if metric == "latency":
             return self._timing.total({**self.shapes, **(shapes or {})})
         return self.flops(shapes) if metric == "flops" else self.parameters(shapes)
 
     def terms(self, metric: str) -> tuple[float, dict[str, Term]]:
-        """What a metric is the sum of: what no width changes, and a term for every tensor.
+        """The summands of a metric: the part that does not depend on any width, and a term for every tensor.
 
         Raises:
-            PruneError: If the metric is the latency, and was not measured.
+            PruneError: If `metric` is "latency" and the latency was not measured.
         """
         if metric == "latency":
             return self._timing.fixed, dict(self._timing.terms)
@@ -106,14 +106,17 @@ class Cost:
     @property
     def _timing(self) -> Timing:
         if self.timing is None:
-            raise PruneError("The latency of this model was not measured: its cost knows FLOPs and parameters only.")
+            raise PruneError(
+                "The latency of this model was not measured, so its cost has FLOPs and parameters only. Plan with "
+                "target.latency to measure it."
+            )
         return self.timing
 
     def _numel(self, name: str, shapes: Shapes | None) -> int:
         return math.prod(shapes.get(name, self.shapes[name]) if shapes else self.shapes[name])
 
 
-def measure(model: nn.Module, graph: Graph, timing: Timing | None = None) -> Cost:
-    """The cost of a model from what its trace took down. The model is only read."""
+def cost_of(model: nn.Module, graph: Graph, timing: Timing | None = None) -> Cost:
+    """The cost of a model, from the MACs in its graph. The model is not changed."""
     shapes = {n: tuple(t.shape) for n, t in model.state_dict(keep_vars=True).items()}
     return Cost(graph.work, graph.deployed, shapes, graph.imgsz, graph.fixed_work, timing)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""From a model and a recipe to a `Plan`: groups, scores, selection. Reads the model, changes nothing."""
+"""Makes a `Plan` from a model and a recipe: finds the groups, scores channels and selects. It changes no model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from yolo_prune.errors import NothingToRemoveError, RecipeError, TargetError
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.graph.structure import ChannelSet
 from yolo_prune.planning import allocation
-from yolo_prune.planning.cost import Cost, Timing, measure
+from yolo_prune.planning.cost import Cost, Timing, cost_of
 from yolo_prune.planning.select import Allocation, Constraints, Goal, least, levels, select
 from yolo_prune.recipe import AllocationSpec, CriterionSpec, LayerLimits, Recipe
 
@@ -28,9 +28,9 @@ STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
     "criterion": CriterionSpec(name="magnitude"),
     "allocation": AllocationSpec(),
 }
-"""What takes the place of a criterion or an allocation that looks at training images where there are none."""
+"""Replacements for a criterion or an allocation that needs training images, for planning without data."""
 ROUND_TO = 8
-"""What tensor cores want widths in FP16 to be multiples of (8) or to be padded to; the README has what 16 changes."""
+"""Default of `channels.round_to`: tensor cores pad FP16 widths to multiples of 8. docs/ compares it with 16."""
 
 
 def make_plan(
@@ -46,18 +46,18 @@ def make_plan(
     """Plan one cut.
 
     Args:
-        model: the model (what `YOLO(...).model` holds); dense, or pruned before.
+        model: the module in `YOLO(...).model`; dense or pruned before.
         recipe: target, criterion, constraints, protected modules.
-        imgsz: image size in pixels that FLOPs are counted at.
-        keep: fraction of the *dense* model to keep after this cut; the recipe's target where None.
-        frozen: names of modules that are not trained, and so are not cut.
-        calibration: training images, for criteria and allocations that look at data.
-        progress: wraps what these go through, to show how far it is.
-        timing: what takes how long, for a latency target.
+        imgsz: image size in pixels for which FLOPs are counted.
+        keep: fraction of the *dense* model to keep after this cut; None for the recipe's target.
+        frozen: names of modules that are not trained and therefore not cut.
+        calibration: training images, for criteria and allocations that need data.
+        progress: wraps an iterable to show a progress bar.
+        timing: the latency as a function of widths, for a latency target.
 
     Raises:
         TargetError: If the target is out of reach.
-        NothingToRemoveError: If the model already meets it.
+        NothingToRemoveError: If the model already meets the target.
         UnsupportedModelError: If the model has a part whose dependencies are not known.
         RecipeError: If a pattern of protect or channels.layers matches nothing, or the criterion is unknown.
         PruneError: If weights are NaN or infinite, or the model cannot take images of `imgsz`.
@@ -66,24 +66,26 @@ def make_plan(
 
 
 def rehearsal(recipe: Recipe) -> Recipe:
-    """The recipe without what needs data: what it plans is as large, but other channels go.
+    """The recipe with a criterion and an allocation that need no data.
+
+    Its plans have the same size as those of the recipe, but remove other channels.
 
     Raises:
-        RecipeError: If the recipe's own criterion is unknown, or options of it or the allocation are wrong.
+        RecipeError: If the recipe's criterion is unknown, or an option of the criterion or allocation is wrong.
     """
     return recipe.model_copy(update={key: STAND_INS[key] for key in looks(recipe)})
 
 
 def images_for(recipe: Recipe) -> int:
-    """How many training images a recipe's criterion or allocation looks at; 0 if both look at weights alone."""
+    """Number of training images that a recipe's criterion and allocation need; 0 if both use weights only."""
     return max(looks(recipe).values(), default=0)
 
 
 def looks(recipe: Recipe) -> dict[str, int]:
-    """`{field: images}`: which of criterion and allocation look at training images, and at how many.
+    """`{field: number of training images}` for those of criterion and allocation that need training images.
 
     Raises:
-        RecipeError: If the criterion is unknown, or options of it or the allocation are wrong.
+        RecipeError: If the criterion is unknown, or an option of the criterion or allocation is wrong.
     """
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
     counts = {
@@ -94,23 +96,23 @@ def looks(recipe: Recipe) -> dict[str, int]:
 
 
 def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:
-    """Trace a model as a recipe asks for it."""
+    """Trace a model with the settings of a recipe."""
     return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """Everything that a plan follows from, once it is said how far the cut goes.
+    """Everything that is needed for a plan, except how much to remove.
 
     Attributes:
-        graph: of the model.
-        cost: of the model.
-        dense: shapes in the dense model of the tensors that earlier cuts made smaller.
+        graph: the graph of the model.
+        cost: the cost of the model.
+        dense: shapes in the dense model, for the tensors that earlier cuts made smaller.
         widths: `{set name: channels in the dense model}`.
-        constraints: on the widths.
+        constraints: the constraints on widths.
         scores: `{set name: (size,)}`.
         comparable: scores are amounts of the loss.
-        share_out: how the removal is shared out over groups.
+        share_out: how the removal is distributed over groups.
     """
 
     graph: Graph
@@ -123,11 +125,11 @@ class Weighed:
     share_out: Allocation
 
     def plan(self, metric: str, keep: float) -> Plan:
-        """The plan that leaves a fraction of the dense model, in "flops", "params" or "latency".
+        """The plan that keeps the fraction `keep` of the dense model's "flops", "params" or "latency".
 
         Raises:
-            TargetError: If it is out of reach.
-            NothingToRemoveError: If the model already meets it.
+            TargetError: If this fraction is out of reach.
+            NothingToRemoveError: If the model is already as small.
         """
         goal = _goal(self.cost, self.dense, metric, keep)
         free = [g for g in self.graph.groups if not g.protected]
@@ -136,11 +138,11 @@ class Weighed:
         return build_plan(self.graph, self.cost, kept, self.dense)
 
     def nearest(self, metric: str, keep: float) -> Plan:
-        """The plan that leaves a fraction of the dense model, or as little more of it as can be.
+        """The plan that keeps the fraction `keep` of the dense model; if this is out of reach, the deepest plan.
 
         Raises:
             TargetError: If nothing can be removed at all.
-            NothingToRemoveError: If the model already meets it.
+            NothingToRemoveError: If the model is already as small.
         """
         try:
             return self.plan(metric, keep)
@@ -150,14 +152,14 @@ class Weighed:
             return self.plan(metric, e.reached * (1 + 1e-9))
 
     def deepest(self, metric: str) -> Plan | None:
-        """The plan that leaves as little of the dense model as can be; None where nothing can be removed."""
+        """The plan that removes as much as possible; None if nothing can be removed."""
         try:
             return self.nearest(metric, 0.0)
         except TargetError:
             return None
 
     def present(self, metric: str) -> float:
-        """Fraction of the dense model that the model is."""
+        """Cost of the model as a fraction of the dense model's cost."""
         return self.cost.total(metric) / self.cost.total(metric, self.dense)
 
 
@@ -170,14 +172,15 @@ def plan_for(
     progress: Progress = iter,
     timing: Timing | None = None,
 ) -> Plan:
-    """`make_plan` for a model that was traced before."""
+    """Plan one cut of a model that is already traced; see `make_plan`."""
     wanted = recipe.target.keep if keep is None else keep
     if wanted is None:
         raise RecipeError(
-            "target.max_drop: how small the model can get is found while training (callbacks=prune). To plan or apply "
-            "one cut, say how far it goes: target.flops, target.params or target.latency."
+            "target.max_drop: a training run (callbacks=prune) finds how small the model can get, so there is no size "
+            "to plan for. To plan or apply one cut, give target.flops, target.params or target.latency."
         )
-    _goal(measure(model, graph, timing), _dense(model, graph)[0], recipe.target.metric, wanted)  # before any weighing
+    # Checks the target before channels are scored, which takes long.
+    _goal(cost_of(model, graph, timing), _dense(model, graph)[0], recipe.target.metric, wanted)
     return weigh(model, graph, recipe, calibration, progress, timing).plan(recipe.target.metric, wanted)
 
 
@@ -194,34 +197,34 @@ def weigh(
     constraints = _constraints(model, graph, recipe, timing)
     for key in looks(recipe) if calibration is None else ():
         raise RecipeError(
-            f"{key} {getattr(recipe, key).name} looks at training images: say which, as in data=coco8.yaml; or take "
-            f"one that looks at weights alone, as in recipe.{key}={STAND_INS[key].name}."
+            f"{key}: {getattr(recipe, key).name} needs training images. Pass a dataset, for example data=coco8.yaml, "
+            f"or choose a {key} that uses weights only, for example recipe.{key}={STAND_INS[key].name}."
         )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
     tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
     sets: Iterable[ChannelSet] = [s for g in free for s in g.sets]
     if isinstance(criterion, Observer) and calibration is not None:
         criterion.observe(model, calibration.first(criterion.images), progress)
-        sets = progress(sets)  # inverting what was observed takes minutes on large models
+        sets = progress(sets)  # scoring inverts large matrices, which takes minutes on large models
     scores = {s.name: criteria.score(criterion, tensors, s) for s in sets}
     comparable = bool(getattr(criterion, "comparable", False))
     allowed = [(g, levels(g, constraints, widths)) for g in free]
     allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
     share_out = allocate(allocation.Prunable(model, allowed, scores, calibration, progress))
-    cost = measure(model, graph, timing)
+    cost = cost_of(model, graph, timing)
     return Weighed(graph, cost, dense, widths, constraints, scores, comparable, share_out)
 
 
 def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
-    """What a run by this recipe would do at once, but without data; of a search for the size, its first step."""
+    """The plan that a run with this recipe would make, but without data. In a search for the size, its first step."""
     keep = recipe.target.keep
     if keep is None:
-        cost, metric = measure(model, graph), recipe.target.metric
+        cost, metric = cost_of(model, graph), recipe.target.metric
         present = cost.total(metric) / cost.total(metric, _dense(model, graph)[0])
         floor = reachable(model, graph, recipe)
         if present <= floor:
             raise NothingToRemoveError(
-                "target.max_drop: nothing may be removed from this model under channels and protect. Raise "
+                "target.max_drop: the limits in channels and protect allow no removal from this model. Raise "
                 "channels.max_removed, lower channels.min or channels.round_to, or protect less."
             )
         keep = (present + floor) / 2
@@ -229,40 +232,40 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
 
 
 def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
-    """The least fraction of the dense model that the recipe's constraints can leave, in its target's metric.
+    """The smallest fraction of the dense model that the recipe's constraints allow, in its target's metric.
 
     Args:
-        model: dense, or pruned before.
-        graph: its trace.
-        recipe: for the metric and the constraints.
+        model: the model; dense or pruned before.
+        graph: the graph of the model.
+        recipe: the recipe with the metric and the constraints.
     """
-    cost, metric = measure(model, graph), recipe.target.metric
+    cost, metric = cost_of(model, graph), recipe.target.metric
     dense, widths = _dense(model, graph)
     constraints = _constraints(model, graph, recipe)
     return least(graph.groups, cost, metric, constraints, widths) / cost.total(metric, dense)
 
 
 def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> Constraints:
-    """Limits on widths as a recipe gives them: for all layers, and for those that its patterns name.
+    """The limits on widths in a recipe: for all layers, and for the layers that its patterns match.
 
-    Where the target is a latency, a width between two steps of the runtime would cost accuracy and save nothing.
+    For a latency target, widths are multiples of the runtime's step: a width between two steps would save no time.
 
     Raises:
-        RecipeError: If a pattern names no layer.
+        RecipeError: If a pattern matches no layer.
     """
     channels, multiple = recipe.channels, timing.multiple if timing else 1
     everywhere = multiple if timing and channels.round_to is None else channels.round_to or ROUND_TO
-    found: dict[str, list[LayerLimits]] = {}
+    limits_of: dict[str, list[LayerLimits]] = {}
     for pattern, limits in channels.layers.items():
         modules = set(named(model, pattern, "channels.layers"))
         layers = [n for g in graph.groups for n in g.layers if modules & {n, *_around(n)}]
         if not layers:
             raise RecipeError(
-                f"channels.layers: '{pattern}' names no layer that has a width of its own. Give the name of a "
-                "convolution, or of a block that holds some."
+                f"channels.layers: '{pattern}' matches no layer that has a width of its own. Give the name of a "
+                "convolution or of a block with convolutions."
             )
         for name in dict.fromkeys(layers):
-            found.setdefault(name, []).append(limits)
+            limits_of.setdefault(name, []).append(limits)
 
     def given(key: str, of: list[LayerLimits]) -> list[Any]:
         return [v for v in (getattr(limits, key) for limits in of) if v is not None]
@@ -274,12 +277,12 @@ def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing 
             min(given("max_removed", of), default=channels.max_removed),
         )
 
-    each = {name: strictest(limits) for name, limits in found.items()}
+    each = {name: strictest(limits) for name, limits in limits_of.items()}
     return Constraints(math.lcm(multiple, everywhere), channels.min, channels.max_removed, each)
 
 
 def _around(layer: str) -> Iterator[str]:
-    """Names of the modules that a layer is in."""
+    """Names of the modules that contain a layer, from the innermost to the outermost."""
     while layer := layer.rpartition(".")[0]:
         yield layer
 
@@ -289,26 +292,26 @@ def _goal(cost: Cost, dense: Shapes, metric: str, keep: float) -> Goal:
     if present <= keep * whole:
         what = metric if metric == "latency" else "size"
         raise NothingToRemoveError(
-            f"target.{metric}: the model already is at {present / whole:.3f} of its dense {what}; "
-            f"a target of {keep:g} leaves nothing to remove. Ask for less."
+            f"target.{metric}: the model already is at {present / whole:.3f} of its dense {what}, so a target of "
+            f"{keep:g} leaves nothing to remove. Set a smaller target."
         )
     return Goal(metric, keep * whole, whole)
 
 
 def _dense(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:
-    """Of the dense model: shapes of the tensors that are smaller now, and `{set name: channels}`."""
+    """Shapes in the dense model of the tensors that are smaller now, and the dense `{set name: channels}`."""
     record = read_record(model)
     return (record.plan.shapes, record.widths) if record and record.plan else ({}, graph.widths)
 
 
 def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], dense: Shapes) -> Plan:
-    """Translate kept channels per set into kept indices per tensor, the attributes that follow, and a forecast.
+    """Translate kept channels per set into a plan: kept indices per tensor, new attribute values and a forecast.
 
     Args:
-        graph: of the model.
-        cost: of the model.
-        kept: `{set name: kept channels}`; a set that is not named stays whole.
-        dense: shapes in the dense model of the tensors that earlier cuts made smaller.
+        graph: the graph of the model.
+        cost: the cost of the model.
+        kept: `{set name: kept channels}`; a set that is not in it keeps all its channels.
+        dense: shapes in the dense model, for the tensors that earlier cuts made smaller.
     """
     removed: dict[tuple[str, int], set[int]] = {}
     narrower = []
@@ -363,7 +366,7 @@ def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], de
 
 
 def protected_parts(graph: Graph) -> tuple[Protected, ...]:
-    """What may not be touched, gathered by reason."""
+    """The protected layers, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for group in graph.groups:
         if group.protected:
@@ -372,19 +375,19 @@ def protected_parts(graph: Graph) -> tuple[Protected, ...]:
 
 
 def widths(model: nn.Module, graph: Graph | None = None) -> dict[str, int]:
-    """`{set name: channels}` of a model, for attentions that get thinner and for those that lose heads."""
-    found = (graph or trace(model)).widths
-    return {**trace(model, heads="heads").widths, **found} if has_heads(model) else found
+    """`{set name: channels}` of a model, for both values of `channels.attention`."""
+    channels = (graph or trace(model)).widths
+    return {**trace(model, heads="heads").widths, **channels} if has_heads(model) else channels
 
 
 def present_cost(model: nn.Module, imgsz: int) -> tuple[float, int]:
-    """FLOPs (2 x MACs, one image) and parameters of a model as it is, of what runs in deployment."""
+    """FLOPs (2 x MACs, one image) and parameters of a model, without parts that do not run in deployment."""
     return dense_cost(model, None, imgsz)
 
 
 def dense_cost(model: nn.Module, plan: Plan | None, imgsz: int) -> tuple[float, int]:
-    """FLOPs and parameters of the dense model that `plan` turned into `model` (None: it is dense still)."""
-    cost = measure(model, trace(model, imgsz=imgsz))
+    """FLOPs and parameters of the dense model from which `plan` made `model` (None: `model` itself is dense)."""
+    cost = cost_of(model, trace(model, imgsz=imgsz))
     shapes = plan.shapes if plan else {}
     return cost.flops(shapes), cost.parameters(shapes)
 

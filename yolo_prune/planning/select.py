@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Scores, a target and constraints in; which channels stay out."""
+"""Selects the channels to keep, from scores, a target and constraints."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from yolo_prune.planning.cost import Cost
 
 Curve = Sequence[tuple[float, float]]
 COST_WEIGHT = 0.25
-"""Exponent of the cost in "share of the scores per cost", for scores that are no amounts of the loss.
+"""Exponent of the cost in "share of the scores per cost", for scores that are not amounts of the loss.
 
-A choice; it was never measured against others. At 0 the cost does not count: many cheap channels go for little. At 1
-it counts in full, as it does for amounts of the loss: shares of scores say little about the loss, so that the costliest
-layers would be emptied first, up to the limits on widths.
+This value is a choice; it was not compared with others. With 0, the cost does not count: many channels are removed that
+save little. With 1, the cost counts in full, as it does for amounts of the loss. But shares of scores say little about
+the loss, so the layers with the highest cost would be cut first, down to the limits on widths.
 """
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What the selection has to reach.
+    """The goal of the selection.
 
     Attributes:
         metric: "flops", "params" or "latency".
-        limit: the most that may be left, in that metric's unit.
-        dense: the same metric of the dense model; messages speak in fractions of it.
+        limit: maximum cost after the cut, in the unit of the metric.
+        dense: cost of the dense model in the same metric; messages contain fractions of it.
     """
 
     metric: str
@@ -44,10 +44,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Constraints:
-    """Per group: widths are multiples of `round_to`, at least `min`, and at least `1 - max_removed` of dense.
+    """Limits on widths: multiples of `round_to`, at least `min`, and at least `1 - max_removed` of the dense width.
 
     Attributes:
-        layers: `{layer name: what holds for its outputs instead}`.
+        layers: `{layer name: the constraints for the outputs of this layer, instead of these}`.
     """
 
     round_to: int
@@ -56,7 +56,7 @@ class Constraints:
     layers: Mapping[str, Constraints] = field(default_factory=dict)
 
     def of(self, group: Group) -> Constraints:
-        """What holds for a group: of what holds for its layers, the strictest."""
+        """The constraints for a group: the strictest of the constraints for its layers."""
         all_of_them = [self.layers.get(name, self) for name in group.layers] or [self]
         return Constraints(
             math.lcm(*(c.round_to for c in all_of_them)),
@@ -67,20 +67,20 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How what is removed is shared out over the groups.
+    """How the removal is distributed over the groups.
 
     Attributes:
-        classes: `{group name: any value}`. Groups with the same value compete with one another by loss per cost, and
-            every such class loses the same share of its channels. Empty: all groups compete.
-        curves: `{group name: ((share removed, loss), ...)}`, the share of the present channels, ascending: what the
-            loss rises by, in place of what the scores say. Empty: the scores decide.
+        classes: `{group name: any value}`. Groups with the same value form a class: they compete with one another by
+            loss per cost. All classes lose the same share of their channels. Empty: all groups compete.
+        curves: `{group name: ((share removed, loss), ...)}`, ascending: the measured rise of the loss for a removed
+            share of the present channels. It is used instead of the scores. Empty: the scores are used.
     """
 
     classes: Mapping[str, Hashable] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
 
-EVERYWHERE = Allocation()
+ALL_COMPETE = Allocation()
 
 
 def select(
@@ -91,32 +91,37 @@ def select(
     constraints: Constraints,
     dense_widths: Mapping[str, int],
     comparable: bool = False,
-    allocation: Allocation = EVERYWHERE,
+    allocation: Allocation = ALL_COMPETE,
 ) -> dict[str, tuple[int, ...]]:
-    """Choose the channels to keep: greedy by score lost per cost saved, over the whole model or class by class.
+    """Choose the channels to keep: a greedy search by lost score per saved cost, over the whole model or per class.
 
-    A step takes the lowest scored channels of one group down to its next allowed width. What it loses is their scores,
-    if those are amounts of the loss; else the share of the scores still there (so a group that is already thin resists,
-    as in LAMP, Lee et al., ICLR 2021, arXiv:2010.07611), weighed against a small power of the cost only. What it saves
-    is the true change of the whole model's cost at that moment, as a thinner producer also thins its consumers. When
-    the goal is passed, steps that still fit are taken back, dearest first. With several classes of groups, the next
-    step is in the class that has lost the least share of its dense channels when it is half done.
+    A step removes the channels with the lowest scores of one group, down to the group's next allowed width.
+
+    - Loss of a step: the sum of the removed scores, if scores are amounts of the loss. Otherwise the removed share of
+      the group's remaining scores (so a group that is already thin loses fewer channels, as in LAMP, Lee et al., ICLR
+      2021, arXiv:2010.07611); this share is divided by a small power of the saved cost.
+    - Saved cost of a step: the change of the whole model's cost at this moment. It includes the layers that read the
+      removed channels.
+
+    After the goal is reached, steps are undone as long as the goal still holds, those with the highest loss per cost
+    first. With several classes, the next step is in the class that has lost the smallest share of its dense channels
+    in the middle of this step.
 
     Args:
-        groups: all groups; protected ones are left alone.
-        cost: of this model.
-        scores: `{set name: (size,)}`, higher matters more.
-        goal: what to reach.
-        constraints: on the widths.
+        groups: all groups; protected groups are not cut.
+        cost: the cost of this model.
+        scores: `{set name: (size,)}`; a higher score means a more important channel.
+        goal: the goal to reach.
+        constraints: the constraints on widths.
         dense_widths: `{set name: channels in the dense model}`.
         comparable: scores are amounts of the loss, and can be compared between sets.
-        allocation: which groups compete, and by what.
+        allocation: which groups compete, and by which measure.
 
     Returns:
         `{set name: kept channels, ascending}` for the sets that get narrower.
 
     Raises:
-        TargetError: If the constraints do not allow the goal; says what they allow.
+        TargetError: If the constraints do not allow the goal; the message says what they allow.
     """
     ledger = _Ledger(cost, goal.metric)
     classes: dict[Hashable, list[_Move]] = {}
@@ -128,14 +133,14 @@ def select(
             classes.setdefault(allocation.classes.get(group.name), []).append(move)
     queues = [_Class(moves) for moves in classes.values()]
     _cut(queues, ledger, goal)
-    _give_back(queues, ledger, goal)
+    _undo_steps(queues, ledger, goal)
     return {name: kept for moves in classes.values() for m in moves if m.at for name, kept in m.kept().items()}
 
 
 def least(
     groups: Sequence[Group], cost: Cost, metric: str, constraints: Constraints, dense_widths: Mapping[str, int]
 ) -> float:
-    """What is left, in the metric's unit, once everything is removed that the constraints allow."""
+    """Cost of the model, in the metric's unit, after everything is removed that the constraints allow."""
     ledger = _Ledger(cost, metric)
     for group in groups:
         steps = [] if group.protected else levels(group, constraints, dense_widths)
@@ -145,7 +150,7 @@ def least(
 
 
 class _Ledger:
-    """Cost of the model as channels go: the sum of the terms of its tensors."""
+    """Tracks the cost of the model while channels are removed: the sum of the terms of its tensors."""
 
     def __init__(self, cost: Cost, metric: str) -> None:
         self.fixed, terms = cost.terms(metric)
@@ -161,26 +166,26 @@ class _Ledger:
         return self.fixed + float(np.sum(self._cost(self.dims, slice(None))))
 
     def change(self, rows: NDArray[np.intp], less: NDArray[np.float64]) -> float:
-        """Cost saved by making `rows` smaller by `less`, `(2, rows)`."""
+        """Cost saved if the sizes of the tensors `rows` shrink by `less`, `(2, rows)`."""
         now = self.dims[:, rows]
         return float(np.sum(self._cost(now, rows) - self._cost(now - less, rows)))
 
     def _cost(self, dims: NDArray[np.float64], rows: NDArray[np.intp] | slice) -> NDArray[np.float64]:
         steps, (both, first, second) = self.steps[:, rows], self.factors[:, rows]
         d0, d1 = np.ceil(dims / steps) * steps
-        found: NDArray[np.float64] = both * d0 * d1 + first * d0 + second * d1
-        return found
+        costs: NDArray[np.float64] = both * d0 * d1 + first * d0 + second * d1
+        return costs
 
 
 class _Move:
-    """One group on its way down: allowed widths, what each step loses, where it stands."""
+    """The steps of one group: its allowed widths, the loss of each step, and the present level."""
 
     def __init__(self, group: Group, ledger: _Ledger, levels: list[int], dense_widths: Mapping[str, int]) -> None:
         self.group = group
         self.ledger = ledger
         self.levels = levels
         self.at = 0
-        self.back = False  # it was given a step back
+        self.back = False  # a step of this group was undone
         self.per_grain = sum(s.size for s in group.sets) // group.grain
         self.dense = sum(dense_widths.get(s.name, s.size) for s in group.sets)
         shrink: dict[int, list[int]] = {}
@@ -192,10 +197,10 @@ class _Move:
         self.shrink = np.array(list(shrink.values()), dtype=np.float64).reshape(-1, 2).T
 
     def judge(self, scores: Mapping[str, Tensor], comparable: bool, curve: Curve | None) -> None:
-        """Fix in which order the channels go, and what each step loses."""
+        """Set the order in which channels are removed, and the loss of each step."""
         self.order = {s.name: ascending(scores[s.name]) for s in self.group.sets}
         self.power = 1.0 if comparable or curve else COST_WEIGHT
-        self.losses = self._along(curve) if curve else self._losses(scores, comparable)
+        self.losses = self._losses_on_curve(curve) if curve else self._losses(scores, comparable)
 
     def _losses(self, scores: Mapping[str, Tensor], comparable: bool) -> list[float]:
         losses = np.zeros(len(self.levels) - 1)
@@ -207,33 +212,36 @@ class _Move:
                 losses[i] += (below[then] - below[now]) / left if left > 0 else 0.0
         return [float(x) for x in losses / (1 if comparable else len(self.group.sets))]
 
-    def _along(self, curve: Curve) -> list[float]:
-        """Differences along a curve, which goes on beyond its end as steeply as it came there, or did on average."""
+    def _losses_on_curve(self, curve: Curve) -> list[float]:
+        """Loss of each step, from a curve. Beyond its end, the curve continues with its last or its average slope.
+
+        The steeper of the two slopes is used.
+        """
         shares, losses = zip((0.0, 0.0), *curve, strict=True)
         slope = max((losses[-1] - losses[-2]) / (shares[-1] - shares[-2]), losses[-1] / shares[-1])
         gone = 1 - np.array(self.levels) / self.group.grain
-        found = np.interp(gone, shares, losses) + slope * np.maximum(gone - shares[-1], 0)
-        return [float(x) for x in np.diff(found)]
+        losses_at_levels = np.interp(gone, shares, losses) + slope * np.maximum(gone - shares[-1], 0)
+        return [float(x) for x in np.diff(losses_at_levels)]
 
     def saving(self, start: int) -> float:
-        """Cost saved (or spent again) between level `start` and the next."""
+        """Cost saved by the step from level `start` to the next level."""
         steps = self.levels[start] - self.levels[start + 1]
         return self.ledger.change(self.rows, self.shrink * steps)
 
     def price(self) -> tuple[float, float]:
-        """Score lost per cost saved by the next step; of what costs the same, the more goes, the dearer."""
+        """Lost score per saved cost of the next step, and the removed share, which decides between equal prices."""
         saved = self.saving(self.at)
         price = self.losses[self.at] / saved**self.power if saved > 0 else math.inf
         return price, self.gone(self.at + 1) / self.dense
 
     def worth(self) -> tuple[float, float]:
-        """Score per cost of the step before, if it is taken back."""
+        """Regained score per added cost if the last step is undone."""
         refund = self.refund()
         worth = self.losses[self.at - 1] / refund**self.power if refund > 0 else 0.0
         return worth, self.gone(self.at) / self.dense
 
     def gone(self, at: int) -> int:
-        """Channels of the dense model that are not there at a level."""
+        """Number of channels of the dense model that are removed at a level."""
         return self.dense - self.per_grain * self.levels[at]
 
     def step(self, by: int) -> None:
@@ -243,7 +251,7 @@ class _Move:
         self.at += by
 
     def refund(self) -> float:
-        """Cost that going back up one level adds."""
+        """Cost that is added if the last step is undone."""
         delta = self.levels[self.at] - self.levels[self.at - 1]
         return -self.ledger.change(self.rows, self.shrink * delta)
 
@@ -257,7 +265,7 @@ class _Move:
 
 
 def levels(group: Group, constraints: Constraints, dense_widths: Mapping[str, int]) -> list[int]:
-    """Allowed numbers of grains, from the present one downward."""
+    """Allowed numbers of grains of a group, from the present number downward."""
     dense = max(dense_widths.get(s.name, s.size) for s in group.sets)
     constraints = constraints.of(group)
     if all(s.whole for s in group.sets):
@@ -269,20 +277,20 @@ def levels(group: Group, constraints: Constraints, dense_widths: Mapping[str, in
 
 
 def ascending(scores: Tensor) -> NDArray[np.intp]:
-    """Channels, lowest score first. Ties go to the later channel, so that the order is the same on every machine."""
+    """Channels, lowest score first. Equal scores keep the order of the channels: the same on every machine."""
     return np.argsort(scores.numpy(), kind="stable")
 
 
 def removed(channels: ChannelSet, group: Group, level: int) -> int:
-    """How many channels of a set are gone when its group is down to `level` grains."""
+    """Number of channels of a set that are removed when its group has `level` grains left."""
     return channels.size - channels.size // group.grain * level
 
 
 class _Class:
-    """Groups that compete with one another, by price.
+    """Groups that compete with one another by price.
 
-    Prices only rise as the rest of the model gets thinner, so an outdated price is a lower bound and the queue may be
-    refreshed lazily.
+    Prices only rise while the rest of the model gets thinner. So an old price in the queue is a lower bound, and is
+    updated only when it is at the top.
     """
 
     def __init__(self, moves: list[_Move]) -> None:
@@ -293,28 +301,28 @@ class _Class:
         heapq.heapify(self.queue)
 
     def cheapest(self) -> _Move | None:
-        """The group that goes next."""
+        """The group with the cheapest next step; None if no step saves cost."""
         while self.queue:
             price, i = self.queue[0]
             now = self.moves[i].price()
             if now <= price:
-                return self.moves[i] if math.isfinite(now[0]) else None  # what saves nothing is not removed
+                return self.moves[i] if math.isfinite(now[0]) else None  # infinite: saves no cost
             heapq.heapreplace(self.queue, (now, i))
         return None
 
     def dearest(self, room: float, again: bool) -> _Move | None:
-        """The group that gets its last step back, if any may: its cost must fit into `room`."""
+        """The group whose last step is undone next, if its cost fits into `room`; None if there is no such group."""
         able = [m for m in self.moves if m.at and m.refund() <= room and (again or not m.back)]
         best = max(able, key=_Move.worth, default=None)
         return best if best and best.worth() > (0.0, 0.0) else None
 
     def share(self, move: _Move, at: int) -> float:
-        """Share of the dense channels that is gone in the middle of a group's step from level `at` to the next."""
+        """Removed share of the dense channels in the middle of a group's step from level `at` to the next."""
         middle = (move.gone(at) + move.gone(at + 1)) / 2
         return (self.gone - move.gone(move.at) + middle) / self.dense
 
     def step(self, move: _Move, by: int) -> None:
-        """Let a group step down (1) or back up (-1)."""
+        """Move a group one level down (1) or back up (-1)."""
         before = move.gone(move.at)
         move.step(by)
         self.gone += move.gone(move.at) - before
@@ -327,7 +335,7 @@ class _Class:
 
 
 def _cut(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:
-    """Step down until the goal is reached: in the class that has lost least, where it is cheapest."""
+    """Take steps until the goal is reached: the cheapest step of the class that has lost the smallest share."""
     total = ledger.total()
     turns: list[tuple[float, int]] = []
 
@@ -341,7 +349,7 @@ def _cut(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:
         if not turns:
             raise TargetError(_out_of_reach(goal, total / goal.dense), reached=total / goal.dense)
         _, number = heapq.heappop(turns)
-        move = classes[number].cheapest()  # not always the one it was queued for: prices rise
+        move = classes[number].cheapest()  # may be another group than when it was queued, because prices rise
         assert move
         classes[number].step(move, 1)
         total = ledger.total()
@@ -352,20 +360,21 @@ def _out_of_reach(goal: Goal, least: float) -> str:
     ask = math.ceil(least * 100) / 100
     if ask >= 1:
         return (
-            f"target.{goal.metric}: nothing may be removed from this model under channels and protect. Raise "
+            f"target.{goal.metric}: the limits in channels and protect allow no removal from this model. Raise "
             "channels.max_removed, lower channels.min or channels.round_to, or protect less."
         )
     return (
-        f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached; what may be "
-        f"removed under channels (channels.layers included) and protect leaves {least:.3f}. Ask for at least "
-        f"{ask:.2f}, or raise channels.max_removed, or lower channels.min or channels.round_to."
+        f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached. With the limits in "
+        f"channels (channels.layers included) and protect, at least {least:.3f} is left. Set the target to {ask:.2f} "
+        "or more, raise channels.max_removed, or lower channels.min or channels.round_to."
     )
 
 
-def _give_back(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:
-    """Take back steps as long as the goal still holds: in the class that lost most, most score per cost first.
+def _undo_steps(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:
+    """Undo steps as long as the goal still holds: in the class that lost most, the highest score per cost first.
 
-    Where shares are to be equal, each group gets one step at most, or what is cheap would get back everything.
+    With several classes, at most one step of each group is undone: else the groups of low cost would get all channels
+    back, and shares would not be equal.
     """
     alone = len(classes) == 1
     while True:
@@ -373,5 +382,5 @@ def _give_back(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:
         offers = [(c.share(m, m.at - 1), c, m) for c in classes if (m := c.dearest(room, alone))]
         if not offers:
             return
-        _, of, move = max(offers, key=lambda offer: offer[0])
-        of.step(move, -1)
+        _, owner, move = max(offers, key=lambda offer: offer[0])
+        owner.step(move, -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the loss rises by as one group of channels after the other gets thinner. Measured, and remembered."""
+"""Measures how much the loss rises when single groups of channels are cut, and stores the results in a file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from yolo_prune.graph.structure import Group
 from yolo_prune.planning.select import Curve, ascending, removed
 
 VERSION = 1
-"""Of the files that keep losses; files of another version are not read, and the losses are measured anew."""
-Gone = dict[str, dict[int, list[int]]]  # {tensor name: {dimension: indices that are to go}}
+"""Version of the files with losses. A file of another version is not used; the losses are measured again."""
+Gone = dict[str, dict[int, list[int]]]  # {tensor name: {dimension: indices to silence}}
 
 
 def curves(
@@ -37,23 +37,24 @@ def curves(
     calibration: Calibration,
     progress: Progress,
 ) -> dict[str, Curve]:
-    """Silence the lowest scored channels of each group by itself, and see what that does to the task's loss.
+    """For each group, silence its channels with the lowest scores and measure the loss. Other groups stay as they are.
 
-    The sensitivity analysis of "Pruning Filters for Efficient ConvNets" (Li et al., ICLR 2017, arXiv:1608.08710), with
-    the loss in place of the accuracy. Each measurement is a pass over all images. If the calibration has a folder for
-    it, what was measured is written there after each group, and not measured again for the same model and images.
+    This is the sensitivity analysis of "Pruning Filters for Efficient ConvNets" (Li et al., ICLR 2017,
+    arXiv:1608.08710), with the loss instead of the accuracy. Each measurement is a pass over all images. If the
+    calibration has a folder for results, they are written there after each group. They are not measured again for the
+    same model and images.
 
     Args:
-        model: only read.
-        levels: groups, each with its allowed numbers of grains, from the present one downward.
-        scores: `{set name: (size,)}`: the lowest go first.
-        shares: how much of what may go is silenced, as fractions.
+        model: the model; it is not changed.
+        levels: groups, each with its allowed numbers of grains, from the present number downward.
+        scores: `{set name: (size,)}`; channels with the lowest scores are silenced first.
+        shares: fractions of the removable channels to silence.
         calibration: images and loss.
-        progress: wraps the groups, to show how far it is.
+        progress: wraps the groups to show a progress bar.
 
     Returns:
-        `{group name: ((share of the present channels removed, rise of the loss), ...)}`, ascending in both; a loss that
-        falls again counts as the highest before it.
+        `{group name: ((removed share of the present channels, rise of the loss), ...)}`, ascending in both. If the
+        loss falls from one share to the next, the highest loss so far counts.
 
     Raises:
         GradientError: If a loss is not finite.
@@ -61,7 +62,7 @@ def curves(
     memory = _Memory(calibration.memory and calibration.memory / f"sensitivity-{_key(model, calibration)}.json")
     twin = calibration.twin(model)
     whole = memory.recall("whole", lambda: _finite(calibration.mean_loss(twin), "of the whole model"))
-    found: dict[str, Curve] = {}
+    curve_of: dict[str, Curve] = {}
     for group, allowed in progress(levels):
         losses, knots = [], _knots(allowed, shares)
         for level in knots:
@@ -76,19 +77,19 @@ def curves(
         highest = accumulate(losses, max, initial=0.0)
         next(highest)
         if knots:
-            found[group.name] = [(1 - n / group.grain, loss) for n, loss in zip(knots, highest, strict=True)]
-    return found
+            curve_of[group.name] = [(1 - n / group.grain, loss) for n, loss in zip(knots, highest, strict=True)]
+    return curve_of
 
 
 def _knots(levels: Sequence[int], shares: Sequence[float]) -> list[int]:
-    """The levels nearest to these shares of what may go, from the present one downward."""
+    """The levels nearest to these shares of the removable channels, in descending order."""
     most = levels[0] - levels[-1]
     nearest = {min(levels[1:], key=lambda n: abs(levels[0] - n - share * most)) for share in shares if most}
     return sorted(nearest, reverse=True)
 
 
 def _lowest(group: Group, level: int, scores: Mapping[str, Tensor]) -> Gone:
-    """What goes if a group is cut down to `level` grains."""
+    """The indices to silence if a group is cut down to `level` grains."""
     gone: Gone = {}
     for channels in group.sets:
         first = ascending(scores[channels.name])[: removed(channels, group, level)].tolist()
@@ -99,7 +100,7 @@ def _lowest(group: Group, level: int, scores: Mapping[str, Tensor]) -> Gone:
 
 @contextmanager
 def _silenced(model: nn.Module, gone: Gone) -> Iterator[None]:
-    """Let channels of `model` put out zeros for a while."""
+    """Silence channels of `model` inside this context."""
     state = model.state_dict()
     before = {name: state[name].clone() for name in gone}
     silence(model, gone)
@@ -113,14 +114,14 @@ def _silenced(model: nn.Module, gone: Gone) -> Iterator[None]:
 def _finite(loss: float, which: str) -> float:
     if not math.isfinite(loss):
         raise GradientError(
-            f"The loss {which} is not finite, so that no layer can be judged by it. Take a checkpoint from before the "
-            "training diverged, or another allocation."
+            f"The loss {which} is not finite, so no layer can be judged by it. Take a checkpoint from before the "
+            "training diverged, or choose another allocation."
         )
     return loss
 
 
 class _Memory:
-    """Losses by name, in a JSON file that outlives the process."""
+    """Losses by name, stored in a JSON file for later processes."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -128,27 +129,27 @@ class _Memory:
         self.new = False
 
     def recall(self, name: str, measure: Callable[[], float]) -> float:
-        """A loss that is known, or is measured now."""
+        """The stored loss of this name; it is measured now if it is not stored."""
         if name not in self.losses:
             self.losses[name] = measure()
             self.new = True
         return self.losses[name]
 
     def save(self) -> None:
-        """Write down what is new; a disk that does not allow it must not cost what was measured."""
+        """Write new losses to the file. If this fails, warn only: the losses are still in memory."""
         if self.path and self.new:
             try:
                 write_text(self.path, json.dumps({"version": VERSION, "losses": self.losses}, indent=1) + "\n")
             except OSError as e:
                 warnings.warn(
-                    f"What was measured could not be kept in '{self.path}': {e}", RuntimeWarning, stacklevel=2
+                    f"The measured losses could not be written to '{self.path}': {e}", RuntimeWarning, stacklevel=2
                 )
                 self.path = None
         self.new = False
 
 
 def _read(path: Path) -> dict[str, float]:
-    """Losses in a file; none if there is no such file or it is damaged: they are measured anew then."""
+    """The losses in a file; empty if the file is missing or damaged, so that they are measured again."""
     try:
         data = json.loads(path.read_bytes())
         losses = {str(name): float(loss) for name, loss in data["losses"].items()}
@@ -159,18 +160,18 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _key(model: nn.Module, calibration: Calibration) -> str:
-    """What a loss depends on: weights, images with labels and texts, numbers among the settings (gains), versions."""
-    found = hashlib.sha256()
+    """A hash of everything on which a loss depends: weights, images with labels and texts, loss gains, versions."""
+    digest = hashlib.sha256()
     for name, tensor in (*model.state_dict().items(), *_tensors(calibration)):
         value = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     gains = {k: float(v) for k, v in vars(calibration.settings).items() if isinstance(v, int | float)}
     texts = [
         [repr(v) for k, v in sorted(item.items()) if isinstance(v, str | list | tuple)] for item in calibration.items
     ]
-    found.update(json.dumps([gains, texts, installed()], sort_keys=True).encode())
-    return found.hexdigest()[:16]
+    digest.update(json.dumps([gains, texts, installed()], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def _tensors(calibration: Calibration) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the user asks for: recipes as validated data, and how they are read."""
+"""Recipes: the user's settings for pruning as validated data, and the functions that read them."""
 
 from yolo_prune.recipe.load import bundled_names, load_recipe
 from yolo_prune.recipe.schema import AllocationSpec, CriterionSpec, LayerLimits, Recipe, Schedule, Target, json_schema

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Recipes from bundled names, files, mappings and the command line."""
+"""Reads recipes from bundled names, files, mappings and the command line."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_recipe(
 
     Args:
         source: a bundled name, a path to a YAML file, a mapping or a `Recipe`; None is the default recipe.
-        overrides: single fields, with dots: `{"target.flops": 0.4}`. Text is read as YAML. A target replaces one in
-            another metric.
+        overrides: values of single fields: `{"target.flops": 0.4}`. A string is read as YAML. A target in another
+            metric replaces the target of the recipe.
 
     Raises:
-        RecipeError: If it cannot be used. One message has every problem: where, what was given, what is allowed.
+        RecipeError: If the recipe is not valid. The message lists all problems: where, what was given, what is allowed.
 
     Example:
         >>> import yolo_prune
@@ -49,7 +49,7 @@ def load_recipe(
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        raise RecipeError(f"The recipe ({origin}) cannot be used:\n" + "\n".join(explain(e))) from None
+        raise RecipeError(f"The recipe ({origin}) is not valid:\n" + "\n".join(explain(e))) from None
 
 
 def bundled_names() -> list[str]:
@@ -72,7 +72,7 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe | None) -> tuple[dict[
     raise RecipeError(
         f"There is no recipe '{name}'. "
         + (f"Did you mean '{near[0]}'? " if near else "")
-        + f"Bundled are {', '.join(bundled_names())}; or pass the path of a .yaml file."
+        + f"Pass one of the bundled recipes ({', '.join(bundled_names())}) or the path of a .yaml file."
     )
 
 
@@ -90,7 +90,9 @@ def _parse(path: Path) -> dict[str, Any]:
         hint = f" The bundled recipe is called '{path.stem}'." if path.stem in bundled_names() else ""
         raise RecipeError(f"The recipe '{path}' cannot be read: {getattr(e, 'strerror', e)}.{hint}") from None
     if len(raw) > MAX_BYTES:
-        raise RecipeError(f"The recipe '{path}' is larger than {MAX_BYTES // 1024} KiB; that is not a recipe.")
+        raise RecipeError(
+            f"The recipe '{path}' is larger than {MAX_BYTES // 1024} KiB. Check the path: this is not a recipe."
+        )
     try:
         data = read_yaml(raw.decode("utf-8"))
     except UnicodeDecodeError:
@@ -98,13 +100,13 @@ def _parse(path: Path) -> dict[str, Any]:
     except ValueError as e:
         raise RecipeError(f"The recipe '{path}' is not valid YAML: {e}.") from None
     if not isinstance(data, dict):
-        found = "an empty file" if data is None else f"a {type(data).__name__}"
-        raise RecipeError(f"The recipe '{path}' must be a mapping such as 'target: {{flops: 0.5}}', found {found}.")
+        kind = "an empty file" if data is None else f"a {type(data).__name__}"
+        raise RecipeError(f"The recipe '{path}' must be a mapping such as 'target: {{flops: 0.5}}', found {kind}.")
     return data
 
 
 def _compatible(target: Any, named: set[str]) -> dict[str, Any]:
-    """What is left of a target where some of its fields are given anew: they may exclude others."""
+    """The fields of a target that stay when the fields `named` are overridden: fields can exclude one another."""
     out: set[str] = set()
     if metrics := named & set(METRICS):
         out |= {*METRICS, *(() if "latency" in metrics else (*WHERE, "profile"))}
@@ -118,11 +120,11 @@ def _compatible(target: Any, named: set[str]) -> dict[str, Any]:
 def _override(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = str(dotted).split(".")
     if not all((*parents, last)):
-        raise RecipeError(f"'recipe.{dotted}' does not name a field; write it as in recipe.target.flops=0.4.")
+        raise RecipeError(f"'recipe.{dotted}' is not the name of a field. Write a field as in recipe.target.flops=0.4.")
     if parents[:2] == ["channels", "layers"]:
         raise RecipeError(
-            f"'recipe.{dotted}': names of layers have dots of their own; write all of channels.layers as one mapping, "
-            "as in recipe.channels.layers='{model.0: {max_removed: 0.25}}'."
+            f"'recipe.{dotted}': a single layer cannot be overridden, because names of layers contain dots. Write all "
+            "of channels.layers as one mapping, as in recipe.channels.layers='{model.0: {max_removed: 0.25}}'."
         )
     if isinstance(value, str) and not (dotted == "protect" and value.startswith("*")):  # a glob, not a YAML alias
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What is wrong with a recipe, in words: where, what was given, what is allowed."""
+"""Error messages for recipes: where the error is, what was given, and what is allowed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pydantic_core import ErrorDetails
 from yolo_prune.recipe.schema import Recipe, json_schema
 
 MISSING = {"target": "'target: {flops: 0.5}'", "recover.rewind.epoch": "'rewind: {epoch: 3}'"}
-ANY = "*"  # stands for any name of a layer in the path of a field
+ANY = "*"  # stands for any layer name in the path of a field
 
 
 class _Short(Repr):
-    """A value as a message quotes it: never pages of it."""
+    """Quotes a value in a message, and shortens long values."""
 
     def repr_int(self, x: int, level: int) -> str:
-        """Digits, unless there are more than Python is willing to print."""
+        """The digits, unless the number is so long that Python refuses to print it."""
         return "a huge number" if x.bit_length() > 256 else repr(x)
 
 
@@ -30,12 +30,12 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def short(value: Any) -> str:
-    """A value as a message quotes it."""
+    """A value as it is quoted in a message, shortened if it is long."""
     return _SHORT.repr(value)
 
 
 def explain(error: ValidationError) -> list[str]:
-    """One line for each thing that is wrong."""
+    """One line per error."""
     return [f"  {line}" for line in dict.fromkeys(_line(e) for e in error.errors())]
 
 
@@ -45,7 +45,7 @@ def _line(e: ErrorDetails) -> str:
     if kind in ("extra_forbidden", "invalid_key"):
         return f"{path}: unknown key; {_remedy(where, got)}"
     if kind == "missing":
-        return f"{path}: is missing; give it, for example {MISSING.get(path, path)}"
+        return f"{path}: is missing; add it, for example {MISSING.get(path, path)}"
     if kind == "value_error":
         said = e["msg"].removeprefix("Value error, ")
         return f"{path}: {said}, got {got}" if path else said
@@ -58,7 +58,7 @@ def _line(e: ErrorDetails) -> str:
 
 
 def _remedy(where: list[str], got: str) -> str:
-    """What to write in place of an unknown key."""
+    """What to write instead of an unknown key."""
     key, keys = where[-1], _keys()
     if where[:2] == ["channels", "layers"]:
         where = ["channels", "layers", ANY, *where[3:]]
@@ -68,11 +68,11 @@ def _remedy(where: list[str], got: str) -> str:
         return f"write it as '{parent}: {{{field}: {got}}}'"
     moved = [k for k in keys if k.rpartition(".")[2] == key]
     near = moved or get_close_matches(key, here, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(here)}"
+    return f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(here)}"
 
 
 def _keys() -> list[str]:
-    """Dotted paths of all fields, sections included."""
+    """Dotted paths of all fields, including sections."""
 
     def inside(model: Any, path: str) -> Iterator[str]:
         for name, field in model.model_fields.items():
@@ -86,7 +86,7 @@ def _keys() -> list[str]:
 
 
 def _describe(schema: dict[str, Any], where: list[str]) -> dict[str, Any]:
-    """The part of the JSON schema that is about a field; of a list's items, about the list."""
+    """The part of the JSON schema that describes a field; for an item of a list, the part that describes the list."""
     node = schema
     for name in where:
         known = {key: field for option in _options(node) for key, field in option.get("properties", {}).items()}
@@ -102,7 +102,7 @@ def _options(node: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _allowed(node: dict[str, Any]) -> str:
-    """In words, the values that a part of the JSON schema admits."""
+    """A description of the values that a part of the JSON schema allows."""
     options = _options(node)
     if len(options) > 1:
         return " or ".join(map(_allowed, options))

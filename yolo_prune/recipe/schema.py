@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`Recipe`: what the user asks for, as validated data. Unknown keys and impossible values are refused, all at once."""
+"""`Recipe`: the user's settings as validated data. Unknown keys and impossible values are errors, reported together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-NAMED = ("criterion", "allocation")  # fields that are a name, or a mapping with options
+NAMED = ("criterion", "allocation")  # these fields are a name, or a mapping with a name and options
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -21,32 +21,32 @@ class _Part(BaseModel):
 METRICS = ("flops", "params", "latency", "max_drop")
 """Fields of a target that exclude one another."""
 WHERE = ("format", "device", "imgsz", "batch", "threads", "quantize")
-"""What says how a latency is measured."""
+"""Fields of a target that define how a latency is measured."""
 
 
 class Target(_Part):
-    """How much of the dense model is kept: a fraction of it, or as little as a drop of the fitness allows."""
+    """How much of the dense model is kept: a given fraction, or the least with an allowed drop of the fitness."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
     flops: Fraction | None = Field(None, description="fraction of the dense model's FLOPs to keep")
     params: Fraction | None = Field(None, description="fraction of the dense model's parameters to keep")
     max_drop: Fraction | None = Field(
-        None, description="find the fewest FLOPs at which the fitness drops by no more than this while training"
+        None, description="search, while training, for the fewest FLOPs at which the fitness drops by at most this"
     )
 
     latency: Fraction | None = Field(None, description="fraction of the dense model's measured latency to keep")
     format: Literal["torch", "torchscript", "onnx", "openvino", "ncnn", "engine"] | None = Field(
-        None, description="latency: runtime that it is measured in; onnx (ONNX Runtime) where left out"
+        None, description="latency: runtime of the measurement; default: onnx (ONNX Runtime)"
     )
-    device: str | None = Field(None, description="latency: cpu, or the number of a GPU; cpu where left out")
-    imgsz: int | None = Field(None, ge=32, multiple_of=32, description="latency: image size; the run's where left out")
-    batch: int | None = Field(None, ge=1, description="latency: images per pass; 1 where left out")
-    threads: int | None = Field(None, ge=1, description="latency: that a runtime may use; one per core where left out")
+    device: str | None = Field(None, description="latency: cpu, or the number of a GPU; default: cpu")
+    imgsz: int | None = Field(None, ge=32, multiple_of=32, description="latency: image size; default: that of the run")
+    batch: int | None = Field(None, ge=1, description="latency: images per pass; default: 1")
+    threads: int | None = Field(None, ge=1, description="latency: CPU threads of the runtime; default: one per core")
     quantize: Literal[16, 32] | None = Field(
-        None, description="latency: 16 exports in half precision; 32 where left out"
+        None, description="latency: precision of the export, 16 is half precision; default: 32"
     )
     profile: str | None = Field(
-        None, description="latency: file that 'yolo-prune profile' wrote on the target device, instead of this machine"
+        None, description="latency: file from 'yolo-prune profile' on the target device, if this is another machine"
     )
 
     @field_validator("device", mode="before")
@@ -60,40 +60,40 @@ class Target(_Part):
             raise ValueError("give exactly one of flops, params, latency and max_drop, for example {flops: 0.5}")
         where = [key for key in (*WHERE, "profile") if getattr(self, key) is not None]
         if where and self.latency is None:
-            raise ValueError(f"{where[0]} says how a latency is measured; give latency beside it, or leave it out")
+            raise ValueError(f"{where[0]} needs latency beside it: add latency, or leave {where[0]} out")
         if self.profile is not None and len(where) > 1:
-            raise ValueError(f"{where[0]} is what the profile was measured with; leave it out beside profile")
+            raise ValueError(f"{where[0]} is already fixed by the profile; leave {where[0]} out")
         return self
 
     @property
     def metric(self) -> Literal["flops", "params", "latency"]:
-        """What is counted."""
+        """The metric in which the size of the model is counted."""
         if self.latency is not None:
             return "latency"
         return "flops" if self.params is None else "params"
 
     @property
     def keep(self) -> float | None:
-        """Fraction of the dense model to keep, in `metric`; None where the run has to find it."""
+        """Fraction of the dense model to keep, in `metric`; None if the run searches for it."""
         return next((value for value in (self.flops, self.params, self.latency) if value is not None), None)
 
 
 class Schedule(_Part):
-    """When the model is cut, and how much each cut takes."""
+    """When the model is cut, and how much each cut removes."""
 
     rounds: int | None = Field(
         None,
         ge=1,
         le=100,
-        description="number of cuts; left out: 1 where the weights are refitted and nothing guards them, else 3; "
-        "5 to search for the size",
+        description="number of cuts; default: 5 with target.max_drop; otherwise 1 with a refit and without a guard, "
+        "else 3",
     )
     start: int | None = Field(None, ge=0, description="epoch before which the first cut is made, counted from 0")
     interval: int | None = Field(
-        None, ge=1, description="epochs between cuts; by default over the first half of the run"
+        None, ge=1, description="epochs between cuts; default: cuts are spread over the first half of the run"
     )
     curve: Literal["one-shot", "linear", "cubic"] = Field(
-        "cubic", description="how the removal is spread over the rounds; cubic takes most of it early"
+        "cubic", description="how the removal is spread over the rounds; cubic removes most of it early"
     )
 
     @model_validator(mode="after")
@@ -108,7 +108,7 @@ class _Named(_Part):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was given beside the name."""
+        """The options that were given beside the name."""
         return dict(self.model_extra or {})
 
 
@@ -122,7 +122,7 @@ class CriterionSpec(_Named):
 
 
 class AllocationSpec(_Named):
-    """How the removal is shared out over the layers, with options beside the name."""
+    """How the removal is distributed over the layers, with options beside the name."""
 
     name: Literal["global", "uniform", "isomorphic", "sensitivity"] = Field(
         "global", description="how much each layer loses"
@@ -130,12 +130,12 @@ class AllocationSpec(_Named):
 
 
 class LayerLimits(_Part):
-    """What holds for the layers that a pattern names, in place of the values for all."""
+    """Limits for the layers that a pattern matches, instead of the limits for all layers."""
 
     round_to: int | None = Field(None, ge=1, le=1024, description="widths of these layers are multiples of this")
     min: int | None = Field(None, ge=1, description="none of these layers gets narrower than this")
     max_removed: Fraction | None = Field(
-        None, description="most that is removed of any of these layers, as a fraction of its dense width"
+        None, description="maximum removed from any of these layers, as a fraction of its dense width"
     )
 
 
@@ -146,17 +146,15 @@ class Channels(_Part):
         None,
         ge=1,
         le=1024,
-        description="widths are multiples of this; left out: of 8, or of what the latency was seen to go in steps of",
+        description="widths are multiples of this; default: 8, or the measured step of the runtime for a latency",
     )
     min: int = Field(8, ge=1, description="no layer gets narrower than this")
-    max_removed: Fraction = Field(
-        0.75, description="most that is removed of any layer, as a fraction of its dense width"
-    )
+    max_removed: Fraction = Field(0.75, description="maximum removed from any layer, as a fraction of its dense width")
     attention: Literal["dims", "heads"] = Field(
-        "dims", description="dims thins every head of an attention alike, heads removes whole heads"
+        "dims", description="dims removes equally many channels of every attention head, heads removes whole heads"
     )
     layers: dict[str, LayerLimits] = Field(
-        {}, description="other limits for some layers: names or globs of modules, each with round_to, min, max_removed"
+        {}, description="limits for some layers: names or globs of modules, each with round_to, min or max_removed"
     )
 
     @field_validator("layers", mode="before")
@@ -166,9 +164,9 @@ class Channels(_Part):
 
 
 class Rewind(_Part):
-    """Which weights a cut goes back to."""
+    """The weights to which the model is rewound after a cut."""
 
-    epoch: int = Field(ge=0, description="epoch, counted from 0, at whose start the weights are kept")
+    epoch: int = Field(ge=0, description="epoch, counted from 0, at whose start the weights are stored")
 
 
 class Recover(_Part):
@@ -178,37 +176,37 @@ class Recover(_Part):
         64,
         ge=0,
         le=100_000,
-        description="training images to refit the remaining weights on, layer after layer; 0 leaves them as they are",
+        description="number of training images for the refit of the remaining weights; 0: no refit",
     )
     batchnorm: int = Field(
         32,
         ge=0,
-        description="without refit: training batches to re-estimate batch norm statistics with; 0 leaves them",
+        description="without refit: number of training batches for new batch norm statistics; 0: keep the old ones",
     )
     average: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="after a refit: share of the epochs up to the next cut or the end that the delivered average "
-        "reaches over; 0: Ultralytics' own",
+        description="after a refit: length of the moving average of the saved model, as a share of the epochs up to "
+        "the next cut or the end; 0: that of Ultralytics",
     )
     rewind: Rewind | None = Field(
         None,
         title="Rewind",
-        description="after each cut, what is left goes back to the weights of this epoch; nothing is refitted then",
+        description="after each cut, the remaining weights get their values of this epoch, instead of a refit",
     )
     learning_rate: Literal["run", "rewind"] = Field(
         "run",
-        description="run: one schedule over the whole run; rewind: it begins anew at each cut and ends at the next",
+        description="run: one schedule over the whole run; rewind: a new schedule from each cut to the next",
     )
     distill: bool = Field(
-        False, description="train with the checkpoint that the run starts from as teacher, as with distill_model="
+        False, description="distill from the checkpoint at the start of the run, as with distill_model="
     )
 
     @model_validator(mode="before")
     @classmethod
     def _rewound(cls, data: Any) -> Any:
-        """Weights that are rewound right afterwards need no refit."""
+        """Switch the refit off if weights are rewound, because rewinding would overwrite the refitted weights."""
         return {**data, "refit": 0} if isinstance(data, Mapping) and data.get("rewind") is not None else data
 
 
@@ -216,11 +214,11 @@ class Guard(_Part):
     """What happens when a round costs too much accuracy."""
 
     max_drop: Fraction | None = Field(
-        None, description="largest drop of the fitness after a round, against the model the run starts from; none: any"
+        None, description="maximum drop of the fitness after a round, from the model at the start; default: no limit"
     )
     on_breach: Literal["rollback", "stop"] = Field(
         "rollback",
-        description="rollback: back to the last good model, and on with half the step; stop: back, and no further cut",
+        description="rollback: restore the last good model, go on with half the step; stop: restore it, no more cuts",
     )
 
 
@@ -241,13 +239,14 @@ class Recipe(_Part):
     schedule: Schedule = Field(Schedule(), description="when, and how much each time")
     criterion: CriterionSpec = Field(CriterionSpec(), description="a name, or a mapping with options")
     allocation: AllocationSpec = Field(
-        AllocationSpec(), description="how the removal is shared out over the layers: a name, or a mapping with options"
+        AllocationSpec(),
+        description="how the removal is distributed over layers: a name, or a mapping with options",
     )
     channels: Channels = Field(Channels(), description="constraints on widths")
-    protect: tuple[str, ...] = Field((), strict=False, description="modules that are never touched: names or globs")
-    recover: Recover = Field(Recover(), description="what follows each cut")
+    protect: tuple[str, ...] = Field((), strict=False, description="modules that are never pruned: names or globs")
+    recover: Recover = Field(Recover(), description="what is done after each cut")
     guard: Guard = Field(Guard(), description="what happens when a round costs too much accuracy")
-    proof: bool = Field(True, description="prove each cut on a copy before it is made")
+    proof: bool = Field(True, description="prove each cut on a copy of the model before the cut is made")
     measure: bool = Field(True, description="validate before and after each cut, for the report")
 
     @field_validator(*NAMED, mode="before")
@@ -262,7 +261,7 @@ class Recipe(_Part):
         if recover.rewind and start is not None and start < recover.rewind.epoch:
             raise ValueError(
                 f"the first cut, at epoch {start} (schedule.start), cannot rewind to epoch {recover.rewind.epoch}, "
-                "which comes later; rewind to an earlier epoch, cut later, or leave schedule.start out"
+                "because this epoch is later; rewind to an earlier epoch, cut later, or leave schedule.start out"
             )
         return recover
 
@@ -274,16 +273,18 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _one_limit(self) -> Recipe:
         if self.target.max_drop is not None and self.guard.max_drop is not None:
-            raise ValueError("guard.max_drop: target.max_drop is a limit already; leave one of them out")
+            raise ValueError("guard.max_drop: target.max_drop already sets a limit; leave one of the two out")
         if self.guard.on_breach == "stop" and self.guard.max_drop is None:
-            raise ValueError("guard.on_breach: stop needs guard.max_drop beside it")
+            raise ValueError("guard.on_breach: stop needs a limit; add guard.max_drop, or leave guard.on_breach out")
         if self.target.max_drop is not None and self.schedule.curve == "one-shot":
-            raise ValueError("schedule.curve: one-shot is a single cut, and target.max_drop searches; leave it out")
+            raise ValueError(
+                "schedule.curve: one-shot is a single cut, but target.max_drop needs several; leave schedule.curve out"
+            )
         return self
 
     @property
     def limit(self) -> float | None:
-        """Largest drop of the fitness that a round may cost; None where anything goes.
+        """Maximum drop of the fitness after a round; None for no limit.
 
         Example:
             >>> import yolo_prune
@@ -293,7 +294,7 @@ class Recipe(_Part):
         return self.guard.max_drop if self.target.max_drop is None else self.target.max_drop
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with every default spelled out; `load_recipe` reads it.
+        """Plain data with all default values; `load_recipe` can read it.
 
         Example:
             >>> import yolo_prune
@@ -316,7 +317,7 @@ class Recipe(_Part):
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of recipes, for completion in editors."""
+    """The JSON schema of recipes, for completion in editors."""
     schema = Recipe.model_json_schema()
     for field in schema["properties"].values():
         field.update(*field.pop("allOf", ()))  # pydantic before 2.9 wraps references

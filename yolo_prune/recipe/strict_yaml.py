@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""YAML as recipes are written in: plain data, each key once, no aliases."""
+"""Reads the YAML of recipes: plain data, without duplicate keys and without aliases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys, which hide one another, and without aliases, which can explode."""
+    """Safe YAML without duplicate keys, which hide each other, and without aliases, which can fill the memory."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, refusing duplicate keys."""
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-# YAML 1.1 takes 1e-4 for a text, where everybody means a number.
+# YAML 1.1 reads 1e-4 as a string, but users mean a number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -39,7 +39,7 @@ def read_yaml(text: str) -> Any:
     """Read YAML.
 
     Raises:
-        ValueError: Says what is wrong with it, and where.
+        ValueError: If the text is not valid; the message says what is wrong, and where.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -47,9 +47,9 @@ def read_yaml(text: str) -> Any:
         mark = e.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         if e.context == "while scanning an alias":
-            raise ValueError(f"{where}aliases cannot be used; put quotes around a text that begins with *") from None
+            raise ValueError(f"{where}aliases are not allowed; put quotes around a text that begins with *") from None
         raise ValueError(where + ", ".join(filter(None, (e.context, e.problem)))) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except Exception as e:  # PyYAML lets through whatever its constructors stumble over, such as a 13th month
+    except Exception as e:  # constructors of PyYAML raise errors of their own, for example for a 13th month
         raise ValueError(" ".join(str(e).split())) from None

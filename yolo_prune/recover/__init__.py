@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What can be recovered right after a cut, before training goes on."""
+"""Recovery right after a cut, before training goes on."""
 
 from yolo_prune.recover.batchnorm import recalibrate
 from yolo_prune.recover.refit import refit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Batch norm statistics, estimated anew."""
+"""Estimates batch norm statistics again after a cut."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from yolo_prune.recover.scope import inside, modes_kept
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, images: Iterable[Tensor], frozen: Sequence[str] = ()) -> int:
-    """Estimate the running statistics of every batch norm anew, as plain averages over `images`.
+    """Estimate the running statistics of every batch norm again, as plain averages over `images`.
 
-    Removed channels shift what the next layers see, so the old statistics are wrong.
+    A cut changes the inputs of the remaining layers, so the old statistics are wrong.
 
     Args:
-        model: the model; its mode and each batch norm's momentum are as before afterwards.
-        images: batches `(n, channels, height, width)` on the model's device, as training feeds them.
-        frozen: names of modules whose statistics stay as they are, with everything inside them.
+        model: the model. Its mode and the momentum of its batch norms are restored at the end.
+        images: batches `(n, channels, height, width)` on the model's device, as in training.
+        frozen: names of modules whose statistics are not changed, including all modules inside them.
 
     Returns:
-        Number of batches used. With none, nothing changes.
+        Number of batches used. With 0 batches, the statistics are not changed.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats}
     norms = [m for n, m in layers.items() if not inside(n, frozen)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Least-squares reconstruction: layers that read a thinned input put out again what they did before."""
+"""Refit by least squares: the weights of cut layers are fitted to the outputs from before the cut."""
 
 from __future__ import annotations
 
@@ -19,26 +19,30 @@ from yolo_prune.data.layer_samples import ReadableLayer
 from yolo_prune.recover.scope import inside, modes_kept
 
 POSITIONS = 8000
-"""Of all images together that a layer is fitted to. A choice: more take memory and time in proportion."""
-PER_COLUMN = 3
-"""But at least so many positions for each unknown weight of an output.
+"""Positions, of all images together, to which a layer is fitted.
 
-A choice: with one for each, the fit would follow every one of them and the ridge alone would hold it; from a few on, it
-is an average.
+This value is a choice: memory and time grow in proportion.
+"""
+PER_COLUMN = 3
+"""Minimum number of positions per unknown weight of an output.
+
+This value is a choice: with one position per weight, the fit would be exact at every position, noise included, and only
+the ridge would limit it. With a few positions per weight, the noise is averaged.
 """
 RIDGE = 0.01
-"""Penalty on the distance to the old weights, as a fraction of the mean variance of what the layer reads.
+"""Penalty on the distance to the old weights, as a fraction of the mean variance of the layer's inputs.
 
-A choice; the README's results were reached with it, and it was not compared with others. Less lets the weights follow
-the few images; more leaves them as they were before the cut, and undoes the refit.
+This value is a choice; it was not compared with others. The results in docs/ were measured with it. With a smaller
+value, the weights fit the few images too closely. With a larger value, the weights stay as they were before the cut,
+and the refit has no effect.
 """
 TINY = 1e-12
-"""Added to it, so that a layer that reads nothing but zeros can be solved for; far below any real variance."""
+"""Added to the penalty, so that the equations can be solved if all inputs are 0; far below any real variance."""
 LEAST = 0.05
-"""Of a batch norm's variance that always stays, as a fraction.
+"""Minimum of a batch norm's new variance, as a fraction of its old variance.
 
-A choice, for few or tiny images: a channel that is constant on them would have none, and be blown up on others. The
-bound lets a deviation grow to `LEAST ** -0.5`, 4.5 times what it was, and no further.
+This value is a choice, for few or tiny images. A channel that is constant on these images would get the variance 0, and
+its outputs on other images would be huge. With this minimum, outputs grow at most by `LEAST ** -0.5` = 4.5 times.
 """
 NORMS = (nn.BatchNorm2d,)
 
@@ -54,26 +58,27 @@ def refit(
 ) -> int:
     """Fit every convolution and linear layer of a cut model to the outputs of the model before the cut.
 
-    Layer after layer in the order of the forward pass, each on what the layers refitted before it put out, so that
-    errors do not add up; closed form, with a penalty on the distance to the old weights; grouped and depthwise
-    convolutions group by group; transposed ones if their patches do not overlap. Each batch norm gets the statistics of
-    what it now reads, so that training starts from what evaluation sees. The idea is that of "Channel Pruning for
-    Accelerating Very Deep Neural Networks" (He et al., ICCV 2017, arXiv:1707.06168) and "ThiNet" (Luo et al., ICCV
-    2017, arXiv:1707.06342), applied to all layers.
+    Layers are fitted in the order of the forward pass. The inputs of a layer are the outputs of the layers that are
+    already refitted, so errors do not add up. The solution is a closed form, with a penalty on the distance to the old
+    weights. Grouped and depthwise convolutions are fitted group by group. Transposed convolutions are fitted if their
+    patches do not overlap. Each batch norm gets the statistics of its new inputs, so training starts from the model
+    that evaluation uses. The idea comes from "Channel Pruning for Accelerating Very Deep Neural Networks" (He et al.,
+    ICCV 2017, arXiv:1707.06168) and "ThiNet" (Luo et al., ICCV 2017, arXiv:1707.06342); here it is applied to all
+    layers.
 
     Args:
-        before: the model before the cut; only read.
-        after: the same model after the cut; its weights change in place.
-        plan: the cut.
-        images: `(n, channels, height, width)` on the model's device, as validation shows them; labels are not needed.
-        frozen: names of modules that stay as they are, with everything inside them.
-        progress: wraps the layers that are fitted, to show how far it is.
+        before: the model before the cut; it is not changed.
+        after: the same model after the cut; its weights are changed in place.
+        plan: the plan of the cut.
+        images: `(n, channels, height, width)` on the model's device, as in validation. Labels are not needed.
+        frozen: names of modules that are not changed, including all modules inside them.
+        progress: wraps the fitted layers to show a progress bar.
 
     Returns:
-        Number of images that were used: fewer than given where memory did not suffice for all.
+        Number of images used. It is smaller than `n` if the memory is too small for all images.
 
     Raises:
-        RuntimeError: If memory does not even suffice for one image.
+        RuntimeError: If the memory is too small even for one image.
     """
     saved = {name: tensor.detach().clone() for name, tensor in after.state_dict().items()}
     while True:
@@ -91,7 +96,7 @@ def refit(
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    said = str(error).lower()  # PyTorch has a class of error for some devices only
+    said = str(error).lower()  # PyTorch has its own error class for some devices only
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
@@ -110,13 +115,13 @@ def _refit(
         if name in targets.wanted:
             hooks.append(layer.register_forward_pre_hook(partial(_fit, targets.wanted, name, bar)))
         elif isinstance(layer, NORMS) and layer.track_running_stats and not inside(name, frozen):
-            hooks.append(layer.register_forward_pre_hook(_restate))
+            hooks.append(layer.register_forward_pre_hook(_update_statistics))
     _run(after, images, hooks)
-    next(bar, None)  # lets it close
+    next(bar, None)  # closes the progress bar
 
 
 def _run(model: nn.Module, images: Tensor, hooks: Sequence[RemovableHandle]) -> None:
-    """One forward pass in evaluation mode; afterwards the model is without the hooks, and in the mode it was in."""
+    """Run one forward pass in evaluation mode, then remove the hooks and restore the mode of the model."""
     try:
         with modes_kept(model):
             model.eval()(images)
@@ -126,7 +131,7 @@ def _run(model: nn.Module, images: Tensor, hooks: Sequence[RemovableHandle]) -> 
 
 
 class _Targets:
-    """What every layer has to put out, at a sample of positions."""
+    """The expected outputs of every layer, at a sample of positions."""
 
     def __init__(self, model: nn.Module, plan: Plan, images: Tensor, frozen: Sequence[str]) -> None:
         self.wanted: dict[str, tuple[Tensor, Tensor]] = {}
@@ -142,7 +147,7 @@ class _Targets:
                 hooks.append(layer.register_forward_hook(partial(self._note_upsampling, name)))
         _run(model, images, hooks)
         for name, calls in self._calls.items():
-            if calls > 1:  # shared by several inputs: no single one to fit to
+            if calls > 1:  # runs on several inputs, so there is no single output to fit to
                 self.wanted.pop(name)
 
     def _note(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -168,7 +173,10 @@ class _Targets:
 
 
 def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wanted: Tensor) -> None:
-    """A linear layer on pixels, with an output for each channel and place in the patch; a channel has one bias."""
+    """Fit a transposed convolution like a linear layer on pixels.
+
+    It has one output per channel and place in the patch, and one bias per channel.
+    """
     inputs, outputs, *patch = layer.weight.shape
     device = _precise(layer.weight.device)
     read = layer_samples.written(layer, value, where)[0].to(device, torch.float64)
@@ -177,7 +185,7 @@ def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wan
     moment = read @ read.T / read.shape[1]
     moment.diagonal().add_(RIDGE * moment.diagonal().mean() + TINY)
     factor = torch.linalg.cholesky(moment)
-    if layer.bias is not None:  # what of a constant the pixels cannot put out by themselves
+    if layer.bias is not None:  # the part of a constant output that the weights cannot produce
         alone = 1 - torch.cholesky_solve(read.mean(1, keepdim=True), factor).T @ read
         bias = (missing * alone).mean((1, 2)) / alone.mean()
         missing = missing - bias[:, None, None]
@@ -204,16 +212,16 @@ def _fit(
 
 
 def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
-    """The weights nearest to a layer's outputs, with a penalty on the distance to the old ones.
+    """Solve for the weights that best produce the wanted outputs, with a penalty on the distance to the old weights.
 
     Args:
-        read: `(groups, columns, samples)`.
-        wanted: `(outputs, samples)`.
-        old: weight, `(outputs, ...)`.
+        read: inputs of the layer, `(groups, columns, samples)`.
+        wanted: outputs to produce, `(outputs, samples)`.
+        old: old weight, `(outputs, ...)`.
         ridge: the penalty, as a fraction of the mean variance of the columns.
 
     Returns:
-        The weight, in the shape of `old`, and the offset `(outputs,)` that goes with it.
+        The new weight in the shape of `old`, and its bias `(outputs,)`.
     """
     device = _precise(old.device)
     groups, columns, samples = read.shape
@@ -232,14 +240,14 @@ def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tu
 
 
 def _precise(device: torch.device) -> torch.device:
-    """Where to solve; mps has no double precision."""
+    """The device on which to solve in double precision, which mps does not have."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _restate(norm: nn.BatchNorm2d, given: tuple[Tensor, ...]) -> None:
+def _update_statistics(norm: nn.BatchNorm2d, given: tuple[Tensor, ...]) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
     value = given[0].float()
-    floor = LEAST * norm.running_var  # what hardly varies on a few images would be blown up
+    floor = LEAST * norm.running_var  # see LEAST
     norm.running_var.copy_(value.var((0, 2, 3), unbiased=False).maximum(floor))
     norm.running_mean.copy_(value.mean((0, 2, 3)))

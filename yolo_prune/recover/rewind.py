@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Weight rewinding: what is left after a cut goes back to the weights of an early epoch."""
+"""Weight rewinding: after a cut, the remaining weights get their values of an early epoch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from yolo_prune.env.files import write_bytes
 from yolo_prune.env.releases import DAMAGED
 from yolo_prune.errors import PlanError, RunError
 
-FILE = "rewind.pt"  # in the folder of the weights, as long as the run lasts
-RESTORE = "Put the file of this run back, or start the run anew."
+FILE = "rewind.pt"  # in the folder of the weights, until the run ends
+RESTORE = "Restore the file of this run, or start the run again."
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class Early:
     """The weights of an early epoch of a run.
 
     Attributes:
-        tensors: the model's state, what is not whole numbers in float32, on the CPU.
-        plan: what had been removed when the run began: dense model in, this state's model out; None if nothing.
-        updates: of the moving average at that time.
+        tensors: the model's state on the CPU; floating point tensors are float32.
+        plan: the composed plan of all cuts before the run, from the dense model to these weights; None if there were
+            no cuts.
+        updates: number of updates of the moving average at that time.
     """
 
     tensors: Mapping[str, Tensor]
@@ -37,15 +38,15 @@ class Early:
 
     @classmethod
     def of(cls, model: nn.Module, plan: Plan | None, updates: int) -> Early:
-        """Take the weights of a model down, as they are now."""
+        """Copy the present weights of a model."""
         state = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
         return cls({n: t.float() if t.is_floating_point() else t for n, t in state.items()}, plan, updates)
 
     def write(self, path: Path) -> None:
-        """Write the file; it appears whole or not at all.
+        """Write the file. If this fails, no incomplete file is left.
 
         Raises:
-            RunError: If the disk does not take it: the run could not go back to it later.
+            RunError: If the file cannot be written: without it, the run could not rewind later.
         """
         plan = self.plan.to_dict() if self.plan else None
         buffer = io.BytesIO()
@@ -53,7 +54,7 @@ class Early:
         try:
             write_bytes(path, buffer.getvalue())
         except OSError as e:
-            raise RunError(f"The weights to rewind to, '{path}', could not be written: {e}. Make room for it.") from e
+            raise RunError(f"The weights to rewind to could not be written to '{path}': {e}. Free disk space.") from e
 
     @classmethod
     def read(cls, path: Path) -> Early:
@@ -68,16 +69,16 @@ class Early:
             return cls(dict(data["model"]), plan, int(data["updates"]))
         except (*DAMAGED, ValueError, TypeError, PlanError) as e:
             what = "missing" if isinstance(e, FileNotFoundError) else f"damaged ({type(e).__name__}: {e})"
-            raise RunError(f"The file of the weights to rewind to, '{path}', is {what}. {RESTORE}") from e
+            raise RunError(f"The file with the weights to rewind to, '{path}', is {what}. {RESTORE}") from e
 
     def thinned(self, plan: Plan, wanted: Mapping[str, tuple[int, ...]]) -> Early:
-        """These weights in the structure that a model has after a cut.
+        """Cut these weights to the structure of the model after a cut.
 
         "Stabilizing the Lottery Ticket Hypothesis" (Frankle et al., arXiv:1912.05671 and arXiv:1903.01611): the part of
-        a network that pruning leaves is trained again from its weights of an early epoch.
+        a network that pruning keeps is trained again from its weights of an early epoch.
 
         Args:
-            plan: everything removed so far, composed, the cut included: dense model in, cut model out.
+            plan: the composed plan of all cuts, including the last one, from the dense model to the cut model.
             wanted: `{name: shape}` of the state of the cut model.
 
         Raises:
@@ -96,5 +97,7 @@ class Early:
             if {n: tuple(t.shape) for n, t in tensors.items()} != wanted:
                 raise PlanError("it has other layers")
         except (KeyError, PlanError) as e:
-            raise RunError(f"The weights to rewind to, {FILE}, are not of this run's model: {e}. {RESTORE}") from e
+            raise RunError(
+                f"The weights to rewind to, {FILE}, are not those of this run's model: {e}. {RESTORE}"
+            ) from e
         return replace(self, tensors=tensors, plan=plan)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What recovery may touch, and what is as before afterwards."""
+"""Helpers of the recovery steps: which modules they may change, and restoring the modes of modules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:
-    """True for the name of one of `modules`, or of something in one of them."""
+    """True if `name` is one of `modules`, or is inside one of them."""
     return any(name == m or name.startswith(f"{m}.") for m in modules)
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module back into training or evaluation mode at the end, as it was."""
+    """Restore the training or evaluation mode of every module at the end of the context."""
     modes = {module: module.training for module in model.modules()}
     try:
         yield

@@ -187,7 +187,7 @@ def name_cuts(axes: Axes, history: History, colours: Mapping[str, str], size: fl
         }
         colour = colours["back" if rolled_back else "ink"]
         label = axes.annotate(text, (left, 1.0), (0, 6), color=colour, fontsize=size, annotation_clip=False, **place)
-        svg.tip(label, "\n".join(_story(row) for row in rows))
+        svg.tip(label, "; ".join(_story(row) for row in rows))
 
 
 def names_of_cuts(rounds: Sequence[RoundRow], wide: Callable[[str], float], end: float, gap: float) -> list[Name]:

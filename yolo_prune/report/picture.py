@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """`prune.png`: the channels that a run removed from each layer, and the fitness over the run, in 1600 x 900 pixels.
 
-The picture has its own Figure. The figures and settings of pyplot do not change, because Ultralytics uses them too.
+The picture has its own Figure, because Ultralytics uses the figures of pyplot. The settings of matplotlib are replaced
+while the picture is drawn, and restored after that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Matplotlib charts as elements of a page. They use the fonts and the colours of the page, in light and dark mode.
 
-Each chart has its own Figure, in matplotlib's default style. pyplot and the settings of the user do not change.
+Each chart has its own Figure, in matplotlib's default style. pyplot is not used. The settings of the user are replaced
+while a chart is drawn, and restored after that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 SIZE = 12.0  # of all text on a page, in pixels; in matplotlib's SVG, a pixel is as large as a point
 DPI = 72
 TIP = "tip: "
+UNPRINTABLE = {"Cc", "Cs", "Cn"}  # control characters, surrogates, and what is no character
 
 # Names of colours in the style sheet. While matplotlib draws, a unique colour stands for each name.
 NAMES = (
@@ -67,7 +70,7 @@ def tip(artist: Artist, text: str) -> None:
 
 def printable(text: str) -> str:
     """A text without control characters: file names may contain them, but XML may not."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "".join("\N{REPLACEMENT CHARACTER}" if category(letter) in UNPRINTABLE else letter for letter in text)
 
 
 def plain_axes(axes: Axes, colours: Mapping[str, str], size: float = SIZE) -> None:

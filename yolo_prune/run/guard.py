@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from yolo_prune.cut.record import RoundFacts
+from yolo_prune.errors import RunError
 from yolo_prune.recipe import Recipe
 from yolo_prune.report.front import round_file
 
@@ -44,16 +45,35 @@ def stages(start: float, rounds: Sequence[RoundFacts]) -> list[Stage]:
         start: size of the model that the run starts from, as a fraction of the dense model.
         rounds: the finished rounds, from the record.
     """
-    first = Stage(0, start, nan_if_none(rounds[0].reference) if rounds else math.nan, True)
+    first = Stage(0, start, first_reference(rounds), True)
     return [
         first,
-        *(Stage(r.number, nan_if_none(r.keep), nan_if_none(r.end), r.held) for r in rounds if r.held is not None),
+        *(
+            Stage(r.number, recorded(r.keep, "keep"), recorded(r.end, "end"), r.held)
+            for r in rounds
+            if r.held is not None
+        ),
     ]
 
 
-def nan_if_none(value: float | None) -> float:
-    """A value as a number: NaN if it is None."""
-    return math.nan if value is None else value
+def recorded(value: float | None, name: str) -> float:
+    """A value that the record of a judged round must have.
+
+    Raises:
+        RunError: If the record does not have the value.
+    """
+    if value is None:
+        raise RunError(
+            f"The pruning record of this run is damaged: a round has no '{name}'. Resume from another checkpoint of "
+            "the run, or start the run again."
+        )
+    return value
+
+
+def first_reference(rounds: Sequence[RoundFacts]) -> float:
+    """The fitness that drops are counted from; NaN before the first round, and in a run without a limit."""
+    reference = rounds[0].reference if rounds else None
+    return math.nan if reference is None else reference
 
 
 def last_good(finished: Sequence[Stage]) -> Stage:

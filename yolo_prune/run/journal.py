@@ -192,7 +192,7 @@ def log_verdict(trainer: PruningTrainer, run: RunState, facts: RoundFacts, good:
     row = run.report.rounds[-1]
     row.held, row.fitness.end = facts.held, facts.end
     save(trainer, run.report)
-    end, reference = guard.nan_if_none(facts.end), guard.nan_if_none(facts.reference)
+    end, reference = guard.recorded(facts.end, "end"), guard.recorded(facts.reference, "reference")
     fell = f"fitness {end:.4f}, {abs(reference - end):.4f} {'below' if reference > end else 'above'} {reference:.4f}"
     back = f"round {good.number}" if good.number else "the start"
     LOGGER.info(
@@ -235,7 +235,7 @@ def write_front(trainer: PruningTrainer, run: RunState, record: Record) -> None:
     start: dict[str, float] = {run.recipe.target.metric: record.start}
     if record.start == 1.0:
         start = {"flops": 1.0, "params": 1.0}
-    make_front(run.report, run.recipe.limit, guard.nan_if_none(record.rounds[0].reference), start).save(
+    make_front(run.report, run.recipe.limit, guard.recorded(record.rounds[0].reference, "reference"), start).save(
         trainer.save_dir
     )
 

@@ -126,7 +126,7 @@ def save(trainer: PruningTrainer, changes: int, accumulation: GradientAccumulati
         "stopper": {name: getattr(trainer.stopper, name) for name in PATIENCE},
         "stop": bool(trainer.stop),
         "pending": accumulation.pending,
-        "restart": vars(trainer.warm_up),
+        "restart": vars(trainer.warm_up),  # the name in files of 0.1.0
         "gradients": gradients,
     }
     buffer = io.BytesIO()

@@ -246,7 +246,7 @@ class Aim(NamedTuple):
 
 def _present(record: Record) -> float:
     """Present size of the model, as a fraction of the dense model: after the last cut that was not rolled back."""
-    kept = [guard.nan_if_none(r.keep) for r in record.rounds if r.held is not False]
+    kept = [guard.recorded(r.keep, "keep") for r in record.rounds if r.held is not False]
     return kept[-1] if kept else record.start
 
 

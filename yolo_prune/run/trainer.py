@@ -218,7 +218,7 @@ def _stripped_by(strip: Callable[..., Any], folder: Path) -> Iterator[None]:
     stock = engine.strip_optimizer
 
     def strip_optimizer(f: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = Path(f).resolve().parent == folder.resolve()
+        ours = Path(f).parent.resolve() == folder.resolve()
         return (strip if ours else stock)(f, *args, **kwargs)
 
     engine.strip_optimizer = strip_optimizer

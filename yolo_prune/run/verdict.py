@@ -42,7 +42,7 @@ def judge(trainer: PruningTrainer, run: RunState, ended: bool = False) -> tuple[
         raise RunError(
             "No epoch since the last cut was validated, so the drop in fitness is not known. Resume with val=True."
         )
-    held = guard.holds(fitness, guard.nan_if_none(last.reference), run.recipe.limit)
+    held = guard.holds(fitness, guard.recorded(last.reference, "reference"), run.recipe.limit)
     record = replace(record, rounds=(*earlier, replace(last, end=fitness, held=held)))
     live.store_record(trainer, record)
     good = guard.last_good(guard.stages(record.start, record.rounds))
@@ -118,7 +118,7 @@ def reference(trainer: PruningTrainer, run: RunState, record: Record, before: fl
     if limit is None:
         return None
     if record.rounds:
-        return guard.nan_if_none(record.rounds[0].reference)
+        return guard.recorded(record.rounds[0].reference, "reference")
     reference = ranks.agree(lambda: float(max(record.reference or 0.0, trainer.best_fitness or before or 0.0)))
     if reference <= limit:
         raise RunError(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What each operation of torch does to labels: one function per kind of operation.
+"""The effect of each torch operation on labels: one function per kind of operation.
 
-Sources of truth are the operations' definitions. What is not listed pins whatever it reads.
+The effects follow from the definitions of the operations. An operation that is not registered pins all its inputs.
 """
 
-from yolo_prune.graph.ops import elementwise, layers, moving, reducing  # noqa: F401  they register what they know
+from yolo_prune.graph.ops import elementwise, layers, moving, reducing  # noqa: F401  registers the effects
 from yolo_prune.graph.ops.base import EFFECTS, Call
 
 __all__ = ["EFFECTS", "Call"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""An operation of torch as it ran, and the register of what each does to labels."""
+"""A torch operation with its arguments, and the registry of the operations' effects on labels."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from yolo_prune.graph.labels import Labels, Tag, tag_of
 
 @dataclass
 class Call:
-    """One operation as it ran.
+    """One call of an operation.
 
     Attributes:
-        name: as in `aten::add`, without the namespace and, for in-place variants, the underscore.
+        name: the name in `aten::add`, without the namespace and without the underscore of in-place variants.
         func: the operation.
-        args: its arguments, tensors with their tags.
-        kwargs: likewise.
-        out: what it returned.
-        labels: of the model.
-        trusted: the module that ran it has a rule, which vouches for sizes that are written out.
-        count: `(tensor that holds labels | None, parameter | None, MACs)` takes down work.
+        args: the positional arguments; tensors have their tags.
+        kwargs: the keyword arguments; tensors have their tags.
+        out: the result.
+        labels: the labels of the model.
+        trusted: the module that called the operation has a rule, so sizes in its code are safe.
+        count: `(tensor with labels | None, parameter | None, MACs)` counts MACs.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Call:
         return [t for t in flat if isinstance(t, Tensor)]
 
     def pin_all(self, reason: str) -> None:
-        """Pin whatever the operation read."""
+        """Pin the labels of all inputs of the operation."""
         for tag in filter(None, map(tag_of, self.tensors)):
             for plane in tag.planes:
                 self.labels.pin(plane, reason)
@@ -66,21 +66,21 @@ EFFECTS: Registry[str, Effect] = Registry("'{}' already has an effect.")
 
 
 def effect(*names: str) -> Callable[[Effect], Effect]:
-    """Register what the operations with these names do.
+    """Register a function as the effect of the operations with these names.
 
     Raises:
-        ValueError: If one of them already has an effect.
+        ValueError: If one of the operations already has an effect.
     """
     return EFFECTS.register(*names)
 
 
-def first(out: Any) -> Tensor:
-    """The (first) tensor of an output."""
+def first_tensor(out: Any) -> Tensor:
+    """The first tensor of a result; the result itself if it is a tensor."""
     tensor: Tensor = out[0] if isinstance(out, list | tuple) else out
     return tensor
 
 
 def first_input(call: Call) -> tuple[Tensor, Tag]:
-    """The first tensor an operation read, and what it carries."""
+    """The first input tensor of an operation, and its tag."""
     tensor = call.tensors[0]
     return tensor, tag_of(tensor) or Tag()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Operations on single elements: what meets is one; whether a silenced channel stays 0."""
+"""Elementwise operations: they couple the channels of their inputs. A silenced channel may not be 0 afterwards."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_prune.graph.labels import Tag, put, tag_of, varying
-from yolo_prune.graph.ops.base import Call, effect, first, first_input
+from yolo_prune.graph.labels import Tag, attach, tag_of, varying
+from yolo_prune.graph.ops.base import Call, effect, first_input, first_tensor
 from yolo_prune.graph.ops.moving import same
 
 
@@ -25,19 +25,19 @@ def keeps_silence(call: Call) -> None:
     *("log_sigmoid_forward", "acos", "logical_not", "bitwise_not", "isnan", "isinf", "isfinite"),
 )
 def breaks_silence(call: Call) -> None:
-    """f(0) is not 0: after this, a silenced channel is not what a removed one is."""
+    """f(0) is not 0: after this operation, silencing a channel is no longer the same as removing it."""
     _, tag = first_input(call)
-    put(first(call.out), Tag(tag.planes, False))
+    attach(first_tensor(call.out), Tag(tag.planes, False))
 
 
 @effect("clamp", "clamp_min", "clamp_max")
 def clamp(call: Call) -> None:
-    """Silence stays if 0 lies within the bounds."""
+    """A silenced channel stays silent if 0 lies within the bounds."""
     _, tag = first_input(call)
     low, high = call.get("min"), call.get("max")
     numbers = all(x is None or isinstance(x, int | float) for x in (low, high))
     inside = numbers and (low is None or low <= 0) and (high is None or high >= 0)
-    put(call.out, Tag(tag.planes, tag.silent and inside))
+    attach(call.out, Tag(tag.planes, tag.silent and inside))
 
 
 @effect(
@@ -46,22 +46,22 @@ def clamp(call: Call) -> None:
     *("_prelu_kernel", "remainder", "fmod", "floor_divide", "atan2"),
 )
 def elementwise(call: Call) -> None:
-    """Element meets element: where both have labels these become one, where one has none its size is fixed."""
+    """Combine tensors element by element. Labels that meet become the same; those at a fixed width are pinned."""
     tensors = [t for t in call.tensors if t.ndim]
     tags = [tag_of(t) or Tag() for t in tensors]
-    ndim, found = call.out.ndim, list[Tensor]()
+    ndim, merged = call.out.ndim, list[Tensor]()
     for tensor, tag in zip(tensors, tags, strict=True):
         for plane in tag.planes:
             plane = plane.expand(call.out.shape) if plane.ndim <= ndim else plane
             _meets_fixed(call, tensor, plane, tensors, tags)
-            partner = next((i for i, p in enumerate(found) if varying(p) & varying(plane)), None)
+            partner = next((i for i, p in enumerate(merged) if varying(p) & varying(plane)), None)
             if partner is None:
-                found.append(plane)
+                merged.append(plane)
                 continue
-            call.labels.unify(found[partner], plane)
-            if len(varying(plane)) > len(varying(found[partner])):
-                found[partner] = plane
-    put(call.out, Tag(tuple(found), _stays_silent(call, tags)))
+            call.labels.unify(merged[partner], plane)
+            if len(varying(plane)) > len(varying(merged[partner])):
+                merged[partner] = plane
+    attach(call.out, Tag(tuple(merged), _stays_silent(call, tags)))
 
 
 def _meets_fixed(call: Call, tensor: Tensor, plane: Tensor, tensors: list[Tensor], tags: list[Tag]) -> None:

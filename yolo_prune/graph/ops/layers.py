@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Operations of layers: what is summed over is one, a normalisation over channels pins them."""
+"""Operations of layers: a sum over channels couples them, a normalization over channels pins them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from yolo_prune.graph.labels import NONE, Labels, Tag, put, tag_of, tight, varying
-from yolo_prune.graph.ops.base import Call, effect, first, first_input
+from yolo_prune.graph.labels import NONE, Labels, Tag, attach, collapse, tag_of, varying
+from yolo_prune.graph.ops.base import Call, effect, first_input, first_tensor
 
 
 @effect("convolution", "conv2d", "conv1d", "conv3d", "conv_transpose2d", "_convolution")
 def convolution(call: Call) -> None:
-    """Sums over input channels; in groups, the same places of every group live together."""
+    """A convolution sums over input channels. In a grouped one, channels with the same index in a group are coupled."""
     x, weight = call.args[:2]
     w, tag = tag_of(weight), tag_of(x) or Tag()
     transposed, groups = bool(call.get("transposed", False)), int(call.get("groups", 1))
@@ -24,34 +24,34 @@ def convolution(call: Call) -> None:
         call.pin_all("is convolved with weights that are computed")
         return
     rows, columns = (w.planes[0].flatten(1)[:, 0], w.planes[1][0].flatten(1)[:, 0])
-    given = _channels(call, tag, x.shape[1])
+    in_labels = _channels(call, tag, x.shape[1])
     if not tag.silent:
-        call.labels.pin(given, "feeds a convolution through an activation that is not 0 at 0")
-    made = (_transposed if transposed else _direct)(call.labels, rows, columns, given, groups)
+        call.labels.pin(in_labels, "feeds a convolution through an activation that is not 0 at 0")
+    out_labels = (_transposed if transposed else _direct)(call.labels, rows, columns, in_labels, groups)
     if (bias := tag_of(call.get("bias"))) and bias.planes:
-        call.labels.unify(bias.planes[0], made)
-    put(call.out, Tag((made.view(1, -1, *[1] * (call.out.ndim - 2)).expand(call.out.shape),)))
+        call.labels.unify(bias.planes[0], out_labels)
+    attach(call.out, Tag((out_labels.view(1, -1, *[1] * (call.out.ndim - 2)).expand(call.out.shape),)))
     positions = math.prod((x if transposed else call.out).shape[2:]) * x.shape[0]
     call.count(None, w.source, positions * weight.numel())
 
 
-def _direct(labels: Labels, rows: Tensor, columns: Tensor, given: Tensor, groups: int) -> Tensor:
-    """Output labels of a convolution; its weight is (out, in // groups, ...)."""
+def _direct(labels: Labels, rows: Tensor, columns: Tensor, in_labels: Tensor, groups: int) -> Tensor:
+    """Output labels of a convolution with a weight of shape (out, in // groups, ...)."""
     if groups == 1:
-        labels.unify(columns, given)
+        labels.unify(columns, in_labels)
         return rows
     outs = rows.view(groups, -1)
     if columns.numel() == 1:  # depthwise: each input channel has its own outputs
-        labels.unify(outs, given[:, None].expand_as(outs))
+        labels.unify(outs, in_labels[:, None].expand_as(outs))
     else:
-        labels.unify(columns.expand(groups, -1), given.view(groups, -1))
+        labels.unify(columns.expand(groups, -1), in_labels.view(groups, -1))
         labels.unify(outs, outs[:1].expand_as(outs))
     return rows
 
 
-def _transposed(labels: Labels, rows: Tensor, columns: Tensor, given: Tensor, groups: int) -> Tensor:
-    """Output labels of a transposed convolution; its weight is (in, out // groups, ...)."""
-    labels.unify(rows, given)
+def _transposed(labels: Labels, rows: Tensor, columns: Tensor, in_labels: Tensor, groups: int) -> Tensor:
+    """Output labels of a transposed convolution with a weight of shape (in, out // groups, ...)."""
+    labels.unify(rows, in_labels)
     if groups == 1:
         return columns
     if len(rows) == groups:  # depthwise
@@ -63,7 +63,7 @@ def _transposed(labels: Labels, rows: Tensor, columns: Tensor, given: Tensor, gr
 
 
 def _channels(call: Call, tag: Tag, size: int) -> Tensor:
-    """Labels of the channels (dimension 1) of an input: `(size,)`; NONE where it has none."""
+    """`(size,)`: labels of the channels (dimension 1) of an input; NONE for channels without a label."""
     planes = [p for p in tag.planes if 1 in varying(p)]
     if any(varying(p) != {1} for p in planes):
         call.pin_all("is rearranged between channels and positions")
@@ -76,22 +76,22 @@ def _channels(call: Call, tag: Tag, size: int) -> Tensor:
 @effect("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm")
 @effect("cudnn_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update")
 def batch_norm(call: Call) -> None:
-    """A factor and an offset per channel; a silenced channel has neither."""
+    """A factor and an offset per channel; both are 0 in a silenced channel."""
     x, tag = first_input(call)
-    given = _channels(call, tag, x.shape[1])
+    in_labels = _channels(call, tag, x.shape[1])
     silent = False
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (own := tag_of(call.get(name))) and own.planes:
-            call.labels.unify(own.planes[0], given)
+            call.labels.unify(own.planes[0], in_labels)
             if name == "weight":
                 silent = True
-                call.count(None, own.source, 4.0 * x.numel())  # as thop counts it, and so Ultralytics
-    put(first(call.out), Tag(tag.planes, silent))
+                call.count(None, own.source, 4.0 * x.numel())  # 4 per element, as thop counts, which Ultralytics uses
+    attach(first_tensor(call.out), Tag(tag.planes, silent))
 
 
 @effect("native_layer_norm", "layer_norm", "native_group_norm", "group_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(call: Call) -> None:
-    """Normalises over channels: every channel depends on all."""
+    """A normalization over channels: every channel depends on all channels."""
     x, tag = first_input(call)
     reason = "GroupNorm" if "group" in call.name else "LayerNorm"
     for plane in tag.planes:
@@ -100,10 +100,10 @@ def layer_norm(call: Call) -> None:
         if (own := tag_of(call.get(name))) and own.planes:
             call.labels.pin(own.planes[0], reason)
             if tag.planes and reason == "LayerNorm" and varying(tag.planes[0]) == {x.ndim - 1}:
-                call.labels.unify(own.planes[0], tight(tag.planes[0]).flatten())
+                call.labels.unify(own.planes[0], collapse(tag.planes[0]).flatten())
             if name == "weight":
                 call.count(None, own.source, 4.0 * x.numel())
-    put(first(call.out), Tag(tag.planes, False))
+    attach(first_tensor(call.out), Tag(tag.planes, False))
 
 
 class _Factor(NamedTuple):
@@ -111,9 +111,9 @@ class _Factor(NamedTuple):
 
     Attributes:
         tensor: `(..., rows, columns)`.
-        tag: what it carries.
+        tag: the tag of the tensor.
         summed: the dimension that the product sums over, counted from the end.
-        free: the other one of the matrix.
+        free: the other dimension of the matrix, counted from the end.
     """
 
     tensor: Tensor
@@ -122,23 +122,23 @@ class _Factor(NamedTuple):
     free: int
 
     @property
-    def gone(self) -> list[Tensor]:
-        """Planes that vary along what is summed over."""
+    def summed_planes(self) -> list[Tensor]:
+        """Planes that vary along the summed dimension."""
         return [p for p in self.tag.planes if p.ndim + self.summed in varying(p)]
 
-    def left(self, shape: torch.Size) -> list[Tensor]:
-        """The other planes, as they are found in a product of this shape."""
+    def other_planes(self, shape: torch.Size) -> list[Tensor]:
+        """The other planes, expanded to the shape of the product."""
         planes = [p for p in self.tag.planes if p.ndim + self.summed not in varying(p)]
         return [p.narrow(self.summed, 0, 1).expand(shape) for p in planes]
 
     def mixes(self, plane: Tensor) -> bool:
-        """A plane varies along both dimensions of the matrix."""
+        """Whether a plane also varies along the free dimension."""
         return plane.ndim + self.free in varying(plane)
 
 
 @effect("mm", "bmm", "matmul", "mv", "dot", "addmm", "baddbmm", "linear", "addmv")
 def contract(call: Call) -> None:
-    """A matrix product: what it sums over is one, what stays keeps its labels."""
+    """A matrix product: it couples the channels that it sums over; the other channels keep their labels."""
     bias, first_factor, second_factor = _operands(call)
     if first_factor.ndim == 1 or second_factor.ndim == 1:
         call.pin_all("is multiplied as a vector")
@@ -149,38 +149,38 @@ def contract(call: Call) -> None:
     if not call.trusted:
         _batch_dimensions(call, a, b)
     shape = call.out.shape
-    kept_a, kept_b = a.left(shape), b.left(shape)
+    kept_a, kept_b = a.other_planes(shape), b.other_planes(shape)
     _add_bias(call, bias, kept_b)
-    silent = (a.tag.silent or not kept_a) and (b.tag.silent or not kept_b)  # a silent row of weights: a silent output
-    put(call.out, Tag((*kept_a, *kept_b), silent))
+    silent = (a.tag.silent or not kept_a) and (b.tag.silent or not kept_b)  # silent weights make a silent output
+    attach(call.out, Tag((*kept_a, *kept_b), silent))
     source = b.tag.source or a.tag.source
-    labelled = next(iter((*a.gone, *b.gone, *kept_b, *kept_a)), None)
+    labelled = next(iter((*a.summed_planes, *b.summed_planes, *kept_b, *kept_a)), None)
     call.count(None if source else labelled, source, float(call.out.numel() * a.tensor.shape[-1]))
 
 
 def _operands(call: Call) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What is added, and the two factors."""
+    """The summand (None if there is none), and the two factors."""
     if call.name in ("addmm", "baddbmm", "addmv"):
         return call.args[0], call.args[1], call.args[2]
     return None, call.args[0], call.args[1]
 
 
 def _sum_over(call: Call, a: _Factor, b: _Factor) -> None:
-    """What is summed over lives together in both factors; what has no partner, or is not silent at 0, stays."""
-    for p, q in zip(a.gone, b.gone, strict=False):
+    """Couple the summed channels of both factors. Pin those without a partner, and those that are not 0 if silenced."""
+    for p, q in zip(a.summed_planes, b.summed_planes, strict=False):
         if a.mixes(p) or b.mixes(q):
             call.pin_all("is rearranged between channels and positions")
         else:
             call.labels.unify(p[..., :1, :].transpose(-1, -2), q[..., :, :1])
-    for p in (*a.gone[len(b.gone) :], *b.gone[len(a.gone) :]):
+    for p in (*a.summed_planes[len(b.summed_planes) :], *b.summed_planes[len(a.summed_planes) :]):
         call.labels.pin(p, "is multiplied by a matrix of fixed width")
-    if (a.gone and not a.tag.silent) or (b.gone and not b.tag.silent):
-        for p in (*a.gone, *b.gone):
+    if (a.summed_planes and not a.tag.silent) or (b.summed_planes and not b.tag.silent):
+        for p in (*a.summed_planes, *b.summed_planes):
             call.labels.pin(p, "feeds a product through an activation that is not 0 at 0")
 
 
 def _add_bias(call: Call, bias: Tensor | None, kept: Sequence[Tensor]) -> None:
-    """What is added to a product lives with what the second factor puts out."""
+    """Couple the labels of the bias with the output channels of the second factor."""
     own = None if bias is None else tag_of(bias)
     for p in own.planes if own else ():
         for q in kept:
@@ -188,7 +188,7 @@ def _add_bias(call: Call, bias: Tensor | None, kept: Sequence[Tensor]) -> None:
 
 
 def _batch_dimensions(call: Call, *factors: _Factor) -> None:
-    """Outside of a rule, heads must not vary: that all of them keep equal counts is not known."""
+    """Pin labels that vary along batch dimensions: only a rule can promise that all heads keep equal counts."""
     for factor in factors:
         for plane in factor.tag.planes:
             if any(d < factor.tensor.ndim - 2 for d in varying(plane)):

@@ -1,38 +1,38 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Operations that move elements about: their labels move with them."""
+"""Operations that move elements: the labels move with the elements."""
 
 from __future__ import annotations
 
 import torch
 
-from yolo_prune.graph.labels import NONE, Tag, put, reshape, settled, tag_of, varying
-from yolo_prune.graph.ops.base import Call, effect, first, first_input
+from yolo_prune.graph.labels import NONE, Tag, attach, reshape, restride, tag_of, varying
+from yolo_prune.graph.ops.base import Call, effect, first_input, first_tensor
 
 
 @effect("clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh", "dropout", "native_dropout")
 def same(call: Call) -> None:
-    """The same elements at the same places."""
+    """The result has the same elements at the same places."""
     _, tag = first_input(call)
-    put(first(call.out), tag)
+    attach(first_tensor(call.out), tag)
 
 
 @effect("new_full", "new_zeros", "new_ones", "new_empty", "new_empty_strided", "_shape_as_tensor")
 def fresh(call: Call) -> None:
-    """A new tensor that only takes over a type."""
+    """A new tensor that has only the type of the input: it gets no labels."""
 
 
 @effect("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "fill", "zero", "bernoulli")
 def shaped_alike(call: Call) -> None:
-    """A new tensor with as many channels."""
+    """A new tensor in the shape of the input: it has the same channels."""
     _, tag = first_input(call)
-    put(first(call.out), Tag(tag.planes, call.name in ("zeros_like", "zero")))
+    attach(first_tensor(call.out), Tag(tag.planes, call.name in ("zeros_like", "zero")))
 
 
 @effect("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten")
 def shape(call: Call) -> None:
     """The same elements in another shape."""
     _, tag = first_input(call)
-    put(call.out, Tag(tuple(reshape(p, call.out.shape) for p in tag.planes), tag.silent, tag.source))
+    attach(call.out, Tag(tuple(reshape(p, call.out.shape) for p in tag.planes), tag.silent, tag.source))
 
 
 @effect(
@@ -41,7 +41,7 @@ def shape(call: Call) -> None:
     *("channel_shuffle", "movedim", "unfold"),
 )
 def move(call: Call) -> None:
-    """Elements go elsewhere: so do their labels, by the same operation."""
+    """The operation moves elements. The same operation moves their labels."""
     tensor, tag = first_input(call)
     moved = [call.func(p, *call.args[1:], **call.kwargs) for p in tag.planes]
     outs = call.out if isinstance(call.out, list | tuple) else [call.out]
@@ -49,19 +49,19 @@ def move(call: Call) -> None:
     for i, out in enumerate(outs):
         planes = [m[i] if isinstance(m, list | tuple) else m for m in moved]
         whole = tag.source if out.numel() == tensor.numel() else None
-        put(out, Tag(tuple(map(settled, planes) if copied else planes), tag.silent, whole))
+        attach(out, Tag(tuple(map(restride, planes) if copied else planes), tag.silent, whole))
 
 
 @effect("cat", "stack", "concat")
 def join(call: Call) -> None:
-    """Parts side by side; a part without labels has elements that stand by themselves."""
+    """Join parts. The elements of a part without labels get the label NONE."""
     parts, dim = call.args[0], call.get("dim", 0)
     if call.name == "stack":
         tags = [tag_of(t) or Tag() for t in parts]
         planes = [[p.unsqueeze(dim) for p in tag.planes] for tag in tags]
         shapes = [t.unsqueeze(dim).shape for t in parts]
     else:
-        parts = [t for t in parts if t.ndim == call.out.ndim]  # torch lets empty one-dimensional tensors pass
+        parts = [t for t in parts if t.ndim == call.out.ndim]  # torch.cat accepts empty one-dimensional tensors
         tags = [tag_of(t) or Tag() for t in parts]
         planes = [list(tag.planes) for tag in tags]
         shapes = [t.shape for t in parts]
@@ -73,20 +73,20 @@ def join(call: Call) -> None:
             for p, size in zip(planes, shapes, strict=True)
         ]
         along = frozenset().union(*map(varying, pieces))
-        if along and dim not in along:  # what lies one behind the other is cut alike
+        if along and dim not in along:  # parts are joined along another dimension, so their channels are coupled
             for piece in pieces[1:]:
                 call.labels.unify(pieces[0].narrow(dim, 0, 1), piece.narrow(dim, 0, 1))
             joined.append(next(p for p in pieces if varying(p)).narrow(dim, 0, 1).expand(call.out.shape))
             continue
         for d in set(range(call.out.ndim)) - along - {dim}:
             pieces = [p.narrow(d, 0, min(1, p.shape[d])) for p in pieces]
-        joined.append(settled(torch.cat(pieces, dim)).expand(call.out.shape))
-    put(call.out, Tag(tuple(joined), all(tag.silent for tag in tags)))
+        joined.append(restride(torch.cat(pieces, dim)).expand(call.out.shape))
+    attach(call.out, Tag(tuple(joined), all(tag.silent for tag in tags)))
 
 
 @effect("constant_pad_nd")
 def pad(call: Call) -> None:
-    """Elements that stand by themselves are put around."""
+    """Padding adds elements with the label NONE at the edges."""
     _, tag = first_input(call)
     amounts, value, planes = list(call.args[1]), call.get("value", 0), []
     for plane in tag.planes:
@@ -97,12 +97,12 @@ def pad(call: Call) -> None:
                 kept[i : i + 2] = [0, 0]
                 plane = plane.narrow(d, 0, 1)
         planes.append(torch.constant_pad_nd(plane, kept, NONE).expand(call.out.shape))
-    put(call.out, Tag(tuple(planes), tag.silent and value == 0))
+    attach(call.out, Tag(tuple(planes), tag.silent and value == 0))
 
 
 @effect("index", "gather", "index_select", "embedding")
 def pick(call: Call) -> None:
-    """Elements are picked by numbers; which, is only known for dimensions where all have the same labels."""
+    """Elements are picked by indices that are not known. Labels that vary along these dimensions are pinned."""
     x, tag = first_input(call)
     if call.name == "index":
         dims = {d for d, index in enumerate(call.args[1]) if index is not None}
@@ -114,11 +114,11 @@ def pick(call: Call) -> None:
         if varying(plane) & dims:
             call.labels.pin(plane, "is picked by index")
         elif call.name == "index":
-            planes.append(settled(torch.ops.aten.index(plane, zeros)))
+            planes.append(restride(torch.ops.aten.index(plane, zeros)))
         elif call.name == "embedding":
             planes.append(plane[0].expand(call.out.shape))
         else:
             for d in range(plane.ndim):
                 plane = plane.narrow(d, 0, 1 if d in dims else min(plane.shape[d], call.out.shape[d]))
             planes.append(plane.expand(call.out.shape))
-    put(call.out, Tag(tuple(planes), tag.silent))
+    attach(call.out, Tag(tuple(planes), tag.silent))

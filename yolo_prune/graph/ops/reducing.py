@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Operations in which elements depend on others along some dimensions."""
+"""Operations in which an element depends on other elements along some dimensions."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from yolo_prune.graph.labels import Tag, put, varying
-from yolo_prune.graph.ops.base import Call, effect, first, first_input
+from yolo_prune.graph.labels import Tag, attach, varying
+from yolo_prune.graph.ops.base import Call, effect, first_input, first_tensor
 from yolo_prune.graph.ops.elementwise import elementwise
 
 
@@ -18,13 +18,13 @@ def over_one_dimension(call: Call) -> None:
     for plane in tag.planes:
         if dim in varying(plane):
             call.labels.pin(plane, f"{call.name.strip('_').replace('log_', '')} over channels")
-    put(call.out, Tag(tag.planes, call.name.startswith("cum") and tag.silent))
+    attach(call.out, Tag(tag.planes, call.name.startswith("cum") and tag.silent))
 
 
 @effect("mean", "sum", "amax", "amin", "max", "min", "std", "var", "var_mean", "prod", "linalg_vector_norm", "norm")
 @effect("argmax", "argmin", "any", "all", "logsumexp", "median", "nansum", "topk", "sort", "aminmax")
 def reduce(call: Call) -> None:
-    """Elements along some dimensions become one (or some)."""
+    """The elements along some dimensions are reduced to one element, or to a few."""
     x, tag = first_input(call)
     if len(call.tensors) > 1:  # max(a, b) and min(a, b)
         elementwise(call)
@@ -40,7 +40,7 @@ def reduce(call: Call) -> None:
         planes.append(plane)
     outs = [o for o in (call.out if isinstance(call.out, list | tuple) else [call.out]) if isinstance(o, Tensor)]
     for out in outs:
-        put(out, Tag(tuple(_without(p, dims, out) for p in planes), tag.silent and call.name != "prod"))
+        attach(out, Tag(tuple(_without(p, dims, out) for p in planes), tag.silent and call.name != "prod"))
 
 
 def _dimensions(call: Call, ndim: int) -> frozenset[int]:
@@ -64,9 +64,9 @@ def _without(plane: Tensor, dims: frozenset[int], out: Tensor) -> Tensor:
 @effect("upsample_bicubic2d", "_upsample_bilinear2d_aa", "grid_sampler_2d", "grid_sampler", "reflection_pad2d")
 @effect("replication_pad2d", "cudnn_grid_sampler", "upsample_linear1d", "upsample_nearest1d", "avg_pool3d")
 def positions(call: Call) -> None:
-    """Works on positions, channel by channel."""
+    """Operations on positions, the same in every channel."""
     _, tag = first_input(call)
-    out, planes = first(call.out), []
+    out, planes = first_tensor(call.out), []
     for plane in tag.planes:
         if any(d >= 2 for d in varying(plane)):
             call.labels.pin(plane, f"{call.name} over channels")
@@ -74,4 +74,4 @@ def positions(call: Call) -> None:
         for d in range(2, plane.ndim):
             plane = plane.narrow(d, 0, 1)
         planes.append(plane.expand(out.shape))
-    put(out, Tag(tuple(planes), tag.silent))
+    attach(out, Tag(tuple(planes), tag.silent))
