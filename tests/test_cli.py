@@ -63,9 +63,9 @@ def test_a_reader_that_leaves_early_is_no_error(clean_cwd: Path) -> None:
         (["plan", "model=yolo11n.yaml", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
         (["plan", "model=yolo11n.yaml", "recipe=ege"], "Did you mean 'edge'?"),
         (["plan", "model=yolo11n.yaml", "recipe.target.flops=0.02"], "cannot be reached"),
-        (["apply", "model=a.pt", "save=a.pt"], "would overwrite the model"),
+        (["apply", "model=a.pt", "save=a.pt"], "would overwrite the model itself"),
         (["apply", "model=a.pt", "save=b.onnx"], "the name must end in .pt"),
-        (["apply", "model=a.pt", "plan=p.json", "recipe=edge"], "plan= and recipe= cannot be used together"),
+        (["apply", "model=a.pt", "plan=p.json", "recipe=edge"], "plan= and recipe= exclude one another"),
         (["doctor", "now"], "'now' is not of the form key=value"),
         (["schema", "sav=x.json"], "Did you mean 'save'?"),
     ],
@@ -96,7 +96,7 @@ def test_plan_apply_show_go_together(checkpoint: Path, capsys: pytest.CaptureFix
     assert 0.74 <= plan.predicted.flops_kept <= 0.75
 
     assert cli.main(["apply", f"model={checkpoint}", "plan=plan.json", "save=cut.pt"]) == 0
-    assert "proof: " in capsys.readouterr().out
+    assert "exact: " in capsys.readouterr().out
     model = YOLO("cut.pt")
     assert sum(p.numel() for p in model.model.parameters()) == plan.predicted.params_after
     assert yolo_prune.is_pruned("cut.pt")
