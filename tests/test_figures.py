@@ -287,9 +287,9 @@ def test_the_dataset_of_a_run_that_has_other_classes_is_left_out(folder: Path, r
         (["format=ncnn", "quantize=8"], "does not export format=ncnn with quantize=8"),
         (["format=torch", "imgsz=50"], "imgsz=50: must be a multiple of 32"),
         (["format=torch", "batch=0"], "batch=0: must be a whole number"),
-        (["format=torch", "half=True", "quantize=8"], "half=True is quantize=16"),
-        (["imgsz=64"], "imgsz= says how to measure, and format= is missing"),
-        (["threads=1"], "threads= says how to measure, and format= is missing"),
+        (["format=torch", "half=True", "quantize=8"], "half=True means quantize=16"),
+        (["imgsz=64"], "imgsz= is for measuring, and format= is missing"),
+        (["threads=1"], "threads= is for measuring, and format= is missing"),
         (["format=torch", "model=gone.pt"], "The model 'gone.pt' does not exist"),
         (["format=torch", "data=gone.yaml"], "data=gone.yaml: the dataset cannot be read"),
         (["format=torch", "device=gpu"], "device=gpu: must be cpu"),
@@ -320,9 +320,7 @@ def test_a_missing_runtime_is_named_before_any_work(
     models = [str(folder / "dense.pt"), str(run / "weights/best.pt")]
     for arguments in (["report", str(run)], ["compare", *models, "data=scenes.yaml"]):
         assert cli.main([*arguments, "format=torch,ncnn"]) == 1
-        assert (
-            "format=ncnn needs ncnn, not installed here. Run: pip install 'yolo-prune[ncnn]'" in capsys.readouterr().err
-        )
+        assert "format=ncnn needs ncnn, not installed here: pip install 'yolo-prune[ncnn]'" in capsys.readouterr().err
     assert list(clean_cwd.iterdir()) == []
 
 

@@ -64,7 +64,7 @@ def test_a_plan_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
         Plan.load(tmp_path / "bomb.json")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(json_files.MAX_BYTES + 1)  # sparse
-    with pytest.raises(PlanError, match="larger than 64 MiB; that is not a plan"):
+    with pytest.raises(PlanError, match="larger than 64 MiB, so it is not a plan"):
         Plan.load(tmp_path / "huge.json")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 6 * 2**20  # KiB
 
@@ -89,7 +89,7 @@ def test_every_json_file_is_bounded_and_its_damage_told_with_its_name(
             load(path)
     path.write_bytes(b" " * 100)
     monkeypatch.setattr(json_files, "MAX_BYTES", 99)
-    with pytest.raises(PruneError, match=rf"{name}' is larger than 0 MiB; that is not {what}\."):
+    with pytest.raises(PruneError, match=rf"{name}' is larger than 0 MiB, so it is not {what}\."):
         load(path)
 
 

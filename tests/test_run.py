@@ -450,7 +450,7 @@ def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
     with pytest.raises(KeyboardInterrupt):
         model.train(data=data, epochs=3, callbacks="prune", project=str(tmp_path), **TINY, **rounds)
     last = tmp_path / "train/weights/last.pt"
-    with pytest.raises(RunError, match=r"keeps the recipe that it began with: leave out recipe\.target\.flops"):
+    with pytest.raises(RunError, match=r"keeps the recipe that it began with. Leave out recipe\.target\.flops"):
         YOLO(last).train(resume=True, **{"recipe.target.flops": 0.3})
     (tmp_path / "train/prune.json").unlink()
     for state in last.parent.glob("state-*.pt"):

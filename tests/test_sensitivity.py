@@ -240,7 +240,7 @@ def test_without_images_global_stands_in_and_says_so(caplog: pytest.LogCaptureFi
     asked = {"target": {"flops": 0.5}, "criterion": "magnitude", "allocation": "sensitivity"}
     found = yolo_prune.plan(model, asked, imgsz=64)
     assert "allocation sensitivity needs training images, and data= was not given" in caplog.text
-    assert "made with the allocation global" in caplog.text
+    assert "uses the allocation global" in caplog.text
     assert found.hash == yolo_prune.plan(model, {**asked, "allocation": "global"}, imgsz=64).hash
     with pytest.raises(RecipeError, match=r"allocation sensitivity looks at training images: .*recipe\.allocation=gl"):
         planner.make_plan(model.model, load_recipe(asked), 64)

@@ -233,7 +233,7 @@ def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[st
         return [], {}
     how = {a.name: values[a.name] for a in MEASURING if a is not HALF and a.name in values}
     if values.get("half") and how.setdefault("quantize", 16) != 16:
-        raise PruneError(f"half=True is quantize=16, and quantize={values['quantize']} was given. Leave one out.")
+        raise PruneError(f"half=True means quantize=16, and quantize={values['quantize']} was given. Leave one out.")
     from yolo_prune.measure import runtimes
 
     return runtimes.parse(values["format"]), how
