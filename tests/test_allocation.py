@@ -49,7 +49,7 @@ def test_sensitivity_asks_for_images_where_there_are_none() -> None:
         ("unifrom", r"allocation\.name: must be one of global, .*, got 'unifrom'; did you mean 'uniform'\?"),
         (5, r"allocation: must be one of global, .* or a mapping with name, got 5"),
         ({}, None),
-        ({"name": "uniform", "shares": 1}, r"allocation\.shares: 'uniform' has no such option; it has none"),
+        ({"name": "uniform", "shares": 1}, r"allocation\.shares: 'uniform' has no such option. Leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(given: object, message: str | None) -> None:

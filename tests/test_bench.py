@@ -74,7 +74,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["model=dense.pt", "repeats=many"], "repeats=many: must be a whole number"),
         (["model=dense.pt", "device=gpu"], "device=gpu: must be cpu, or the number of one NVIDIA GPU"),
         (["model=dense.pt", "quantize=4"], "quantize=4: must be 32, 16 (half precision) or 8"),
-        (["model=dense.pt", "half=True", "quantize=8"], "half=True is quantize=16"),
+        (["model=dense.pt", "half=True", "quantize=8"], "half=True means quantize=16"),
         (["model=dense.pt", "half=yes"], "half=yes: must be True or False"),
         (["model=dense.pt", "save=bench.txt"], "the name must end in .json"),
         (

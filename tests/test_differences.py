@@ -87,7 +87,7 @@ def test_outputs_are_paired_by_shape() -> None:
     found = Comparison(PLACES)
     found.add([places(), np.zeros((1, 7), np.float32), proto], [places(), proto * 1.5], 1)
     assert found.outputs == pytest.approx(0.5)
-    with pytest.raises(BenchError, match=r"puts out \(1, 9\)"):
+    with pytest.raises(BenchError, match=r"has an output of shape \(1, 9\), but its checkpoint has"):
         Comparison(None).add([proto], [np.zeros((1, 9), np.float32)], 1)
 
 

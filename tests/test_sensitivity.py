@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_is_an_error_with_a_remedy() -> None:
         ({"shares": []}, r"allocation\.shares: must be a list of 1 to 20 numbers, got \[\]"),
         ({"shares": 0.5}, r"allocation\.shares: must be a list of 1 to 20 numbers, got 0\.5"),
         ({"shares": [0.5, 2]}, r"allocation\.shares: must be a number above 0 and at most 1, got 2"),
-        ({"share": 1}, r"allocation\.share: 'sensitivity' has no such option; it knows images, shares"),
+        ({"share": 1}, r"allocation\.share: 'sensitivity' has no such option. The options are: images, shares"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -242,7 +242,7 @@ def test_without_images_global_stands_in_and_says_so(caplog: pytest.LogCaptureFi
     assert "allocation sensitivity needs training images, and data= was not given" in caplog.text
     assert "uses the allocation global" in caplog.text
     assert found.hash == yolo_prune.plan(model, {**asked, "allocation": "global"}, imgsz=64).hash
-    with pytest.raises(RecipeError, match=r"allocation sensitivity looks at training images: .*recipe\.allocation=gl"):
+    with pytest.raises(RecipeError, match=r"allocation: sensitivity needs training images\..*recipe\.allocation=gl"):
         planner.make_plan(model.model, load_recipe(asked), 64)
 
 

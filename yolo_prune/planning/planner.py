@@ -198,7 +198,7 @@ def weigh(
     for key in looks(recipe) if calibration is None else ():
         raise RecipeError(
             f"{key}: {getattr(recipe, key).name} needs training images. Pass a dataset, for example data=coco8.yaml, "
-            f"or choose a {key} that uses weights only, for example recipe.{key}={STAND_INS[key].name}."
+            f"or one that uses weights only, for example recipe.{key}={STAND_INS[key].name}."
         )
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
     tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]

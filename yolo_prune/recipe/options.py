@@ -30,8 +30,8 @@ def make(kind: str, name: str, factories: Mapping[str, Callable[..., T]], option
     known = list(signature(factory).parameters)
     for option in options:
         if option not in known:
-            remedy = f"choose one of {', '.join(known)}" if known else "it has no options; leave this one out"
-            raise RecipeError(f"{kind}.{option}: '{name}' has no such option; {remedy}.")
+            remedy = f"The options are: {', '.join(known)}" if known else "Leave it out"
+            raise RecipeError(f"{kind}.{option}: '{name}' has no such option. {remedy}.")
     return factory(**options)
 
 
