@@ -320,7 +320,7 @@ def test_a_missing_runtime_is_named_before_any_work(
     models = [str(folder / "dense.pt"), str(run / "weights/best.pt")]
     for arguments in (["report", str(run)], ["compare", *models, "data=scenes.yaml"]):
         assert cli.main([*arguments, "format=torch,ncnn"]) == 1
-        assert "format=ncnn needs ncnn, not installed here: pip install 'yolo-prune[ncnn]'" in capsys.readouterr().err
+        assert "format=ncnn needs ncnn, not installed here. Run: pip install 'yolo-prune[ncnn]'" in capsys.readouterr().err
     assert list(clean_cwd.iterdir()) == []
 
 
@@ -349,4 +349,4 @@ def test_what_cannot_be_measured_at_all_leaves_an_earlier_measurement_alone(
 def test_the_size_of_a_run_is_one_that_exports_can_have() -> None:
     from yolo_prune.pages import bench_file as figures
 
-    assert [figures.side(Report(imgsz=size)) for size in (320, 100, [64, 96], None)] == [320, 128, 96, 640]
+    assert [figures.export_size(Report(imgsz=size)) for size in (320, 100, [64, 96], None)] == [320, 128, 96, 640]
