@@ -74,7 +74,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["model=dense.pt", "repeats=many"], "repeats=many: must be a whole number"),
         (["model=dense.pt", "device=gpu"], "device=gpu: must be cpu, or the number of one NVIDIA GPU"),
         (["model=dense.pt", "quantize=4"], "quantize=4: must be 32, 16 (half precision) or 8"),
-        (["model=dense.pt", "half=True", "quantize=8"], "half=True means quantize=16"),
+        (["model=dense.pt", "half=True", "quantize=8"], "half=True is quantize=16"),
         (["model=dense.pt", "half=yes"], "half=yes: must be True or False"),
         (["model=dense.pt", "save=bench.txt"], "the name must end in .json"),
         (
@@ -307,7 +307,7 @@ def test_parity_says_what_it_cannot_compare(folder: Path, exported: Path, tmp_pa
         yolo_prune.parity(folder / "cut.pt", "nothing.onnx", images)
     with pytest.raises(BenchError, match="is not an export that can be compared"):
         yolo_prune.parity(folder / "cut.pt", folder / "dense.pt", images)
-    with pytest.raises(yolo_prune.PruneError, match="there is none"):
+    with pytest.raises(yolo_prune.PruneError, match="there are none"):
         yolo_prune.parity(folder / "cut.pt", exported, tmp_path, imgsz=IMGSZ)
     (tmp_path / "broken.onnx").write_bytes(exported.read_bytes()[:5000])
     with pytest.raises(BenchError, match=r"Loading 'broken\.onnx' as onnx failed"):

@@ -215,7 +215,7 @@ def test_a_profile_that_is_none(content: str | None, message: str, tmp_path: Pat
         (("format=torch", "quantize=8"), "quantize=8 cannot be profiled"),
         (("format=torch", "half=True"), "format=torch computes in float32 on a CPU"),
         (("format=torch", "imgsz=100"), "imgsz"),
-        (("format=torch", "device=0"), "device=0 is not here"),
+        (("format=torch", "device=0"), "device=0 is not available"),
         (("format=torch", "save=pi.txt"), ".json"),
     ],
 )

@@ -353,7 +353,7 @@ def test_a_stopwatch_that_fails_leaves_everything_as_it_was(folder: Path, monkey
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"device": "7"}, "recipe.target: device=7 is not here: torch sees"),
+        ({"device": "7"}, "recipe.target: device=7 is not available: torch sees"),
         ({"threads": 9999}, "recipe.target: threads=9999: must be at most"),
         ({"format": "torch", "quantize": 16}, "recipe.target: format=torch computes in float32 on a CPU"),
     ],

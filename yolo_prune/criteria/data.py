@@ -30,7 +30,7 @@ scores depend on directions in which the images hardly vary. With a larger value
 inputs can replace each other.
 """
 TINY = 1e-12
-"""Also added to the diagonal, so that the matrix can be inverted if all inputs are 0; far below any real variance."""
+"""Also added to the diagonal: a matrix of inputs that are all 0 can then be inverted. Far below any real variance."""
 
 
 class Gates:

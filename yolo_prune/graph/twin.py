@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from yolo_prune.errors import UnsupportedModelError
 
-# Sizes and grids that heads store for the last image. A head without them computes new ones.
+# Sizes and grids that heads store for the last image. A head computes them again if they are missing.
 CACHES = ("anchors", "strides", "valid_mask", "shape", "shapes")
 
 

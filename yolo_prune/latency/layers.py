@@ -139,7 +139,7 @@ def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
     for name, module in deployed.named_modules():
         weight = _weight(name, known)
         if weight and isinstance(module, LAYERS):
-            handles.append(module.register_forward_hook(_note(calls.setdefault(weight, []))))
+            handles.append(module.register_forward_hook(_recording_hook(calls.setdefault(weight, []))))
     channels = probes.image_channels(model) or 3
     try:
         with torch.inference_mode():
@@ -150,7 +150,7 @@ def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
     return {weight: layers for weight, layers in calls.items() if layers}
 
 
-def _note(calls: list[Layer]) -> Any:
+def _recording_hook(calls: list[Layer]) -> Any:
     def hook(module: Any, inputs: tuple[Tensor, ...], _: object) -> None:
         x = inputs[0]
         if isinstance(module, nn.Linear):

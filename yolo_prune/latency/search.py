@@ -89,11 +89,11 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
     if target.profile is not None:
         plan = weighed.plan(METRIC, keep)
         return Trial(plan, plan.predicted.present(METRIC), timing)
-    present = _tried_out(model, weighed, target, imgsz, keep)
-    return Trial(weighed.nearest(METRIC, _ask(weighed, keep, present)), present, timing)
+    present = _check_reachable(model, weighed, target, imgsz, keep)
+    return Trial(weighed.nearest(METRIC, _formula_target(weighed, keep, present)), present, timing)
 
 
-def _tried_out(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float) -> float:
+def _check_reachable(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float) -> float:
     """Check that the target `keep` is below the model's latency and in reach.
 
     Nothing is timed if this is clear: the model is dense, and the target is far above the latency of the deepest cut.
@@ -185,7 +185,7 @@ def _row(measured: Measured, place: str, imgsz: int) -> LatencyRow:
     return LatencyRow(place=place, imgsz=imgsz, dense_ms=dense, ms=ms, ratio=ratio, interval=[low, high])
 
 
-class _Tried(NamedTuple):
+class _TimedCut(NamedTuple):
     """A timed cut: its latency by the formula, its plan, and its measured latency."""
 
     formula: float
@@ -211,42 +211,42 @@ class _Search:
     ) -> None:
         self.model, self.weighed, self.stopwatch = model, weighed, stopwatch
         self.keep, self.present, self.tolerance = keep, present, tolerance
-        self.tried: list[_Tried] = []
+        self.tried: list[_TimedCut] = []
         self.limit = "the allowed widths of this model permit no other cut"
 
-    def run(self) -> _Tried:
+    def run(self) -> _TimedCut:
         """The first cut within the tolerance; if there is none, the cut with the nearest latency."""
         low, high = 0.0, self.weighed.present(METRIC)  # every cut outside this interval was tried
         before = slow = high, self.present  # (latency by the formula, measured latency)
         fast = None
-        ask = _ask(self.weighed, self.keep, self.present)
+        request = _formula_target(self.weighed, self.keep, self.present)
         while high - low > FINEST:
             if len(self.tried) == ATTEMPTS:
                 self.limit = f"the search ended after {ATTEMPTS} attempts"
                 break
             width, known = high - low, len(self.tried)
-            tried = self._try(ask)
+            tried = self._try(request)
             if abs(tried.ratio / self.keep - 1) <= self.tolerance:
                 return tried
             if tried.ratio < self.keep:
-                low, fast = max(low, ask), (tried.formula, tried.ratio)
-            elif tried.formula > ask + FINEST:  # no deeper cut is possible
+                low, fast = max(low, request), (tried.formula, tried.ratio)
+            elif tried.formula > request + FINEST:  # no deeper cut is possible
                 break
             else:  # every request from here down to `tried.formula` gives the same cut
                 before, high, slow = slow, min(high, tried.formula), (tried.formula, tried.ratio)
             if fast is None:
-                ask = max(_line(slow, before, self.keep), high / 2)
+                request = max(_line(slow, before, self.keep), high / 2)
             elif len(self.tried) > known and high - low <= width / 2:
-                ask = _line(slow, fast, self.keep)
+                request = _line(slow, fast, self.keep)
             else:
-                ask = (low + high) / 2
+                request = (low + high) / 2
             margin = 0.1 * (high - low)
-            ask = min(max(ask, low + margin), high - margin)
+            request = min(max(request, low + margin), high - margin)
         return min(self.tried, key=lambda t: abs(t.ratio - self.keep))
 
-    def _try(self, ask: float) -> _Tried:
-        """The cut with the latency `ask` by the formula. It is timed if it was not tried before."""
-        plan = self.weighed.nearest(METRIC, ask)
+    def _try(self, request: float) -> _TimedCut:
+        """The cut with the latency `request` by the formula. It is timed if it was not tried before."""
+        plan = self.weighed.nearest(METRIC, request)
         known = next((t for t in self.tried if t.plan.hash == plan.hash), None)
         if known:
             return known
@@ -256,7 +256,7 @@ class _Search:
             f"{measured.dense_ms:.2f} ms (95 %: {measured.ratio.low:.3f} to {measured.ratio.high:.3f}; "
             f"target {self.keep:g})"
         )
-        self.tried.append(_Tried(plan.predicted.kept(METRIC), _restated(plan, measured, self.present), measured))
+        self.tried.append(_TimedCut(plan.predicted.kept(METRIC), _restated(plan, measured, self.present), measured))
         return self.tried[-1]
 
 
@@ -272,7 +272,7 @@ def _ratio(stopwatch: Stopwatch, model: nn.Module) -> float:
     return stopwatch.measure([model])[0].ratio.median
 
 
-def _ask(weighed: Weighed, keep: float, present: float) -> float:
+def _formula_target(weighed: Weighed, keep: float, present: float) -> float:
     """The formula's value for the target: its value for the uncut model, scaled by `keep / present`."""
     return weighed.present(METRIC) * keep / present
 

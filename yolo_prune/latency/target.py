@@ -136,8 +136,8 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
     The times of a model that differs only in its classes are used as well.
     """
     place = place_of(format, setting)
-    path = _memory(place)
-    table = _recall(path, place)
+    path = _storage_path(place)
+    table = _load_stored(path, place)
     key = table.find(layers, setting.imgsz)
     missing = table.missing(layers)
     if missing or not key:
@@ -149,10 +149,10 @@ def measured(dense: nn.Module, layers: dict[str, list[Layer]], format: str, sett
             )
         if missing:
             table.layers |= probe.time_layers(missing, format, setting, bar(f"timing {len(missing)} layers"))
-            _keep(table, path)  # timing a model may fail, and timing the layers took minutes
+            _store(table, path)  # timing a model may fail, and timing the layers took minutes
         if not key:
             table.wholes[model_key(layers, setting.imgsz)] = _wholes(dense, table, layers, format, setting)
-            _keep(table, path)
+            _store(table, path)
     else:
         LOGGER.info(f"{PREFIX}using the times of {place} from {path}; delete this file to measure again")
     return table
@@ -220,14 +220,14 @@ def _shapes(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _memory(place: Place) -> Path:
+def _storage_path(place: Place) -> Path:
     """The file for the times of a place on this machine; the versions of the packages are part of its name."""
     versions = {name: installed()[name] for name in PACKAGES}
     made = json.dumps([place.model_dump(), METHOD, versions, platform.node()])
     return datasets.MEMORY / f"latency-{hashlib.sha256(made.encode()).hexdigest()[:16]}.json"
 
 
-def _recall(path: Path, place: Place) -> Table:
+def _load_stored(path: Path, place: Place) -> Table:
     """The times that were measured here before."""
     try:
         table = Table.load(path) if path.exists() else None
@@ -237,7 +237,7 @@ def _recall(path: Path, place: Place) -> Table:
     return table if table and table.place == place else Table(place=place)
 
 
-def _keep(table: Table, path: Path) -> None:
+def _store(table: Table, path: Path) -> None:
     """Save the times, together with the times that another run may have saved in the meantime."""
     try:
         saved = Table.load(path)

@@ -24,7 +24,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextlib.contextmanager
 def quietly(what: str) -> Iterator[None]:
-    """Hide the output of this thread and of the programs that it starts. After an error, its last lines are shown.
+    """Hide the output of this thread and of the programs that it starts. After an error, the last lines are shown.
 
     A training may be running, so other threads can still print and log. Two kinds of their output are hidden, because a
     process has only one standard output: output from C code, and output through a stream that was opened before, such

@@ -112,7 +112,7 @@ class Weighed:
         constraints: the constraints on widths.
         scores: `{set name: (size,)}`.
         comparable: scores are amounts of the loss.
-        share_out: how the removal is distributed over groups.
+        group_allocation: how the removal is distributed over groups.
     """
 
     graph: Graph
@@ -122,7 +122,7 @@ class Weighed:
     constraints: Constraints
     scores: Mapping[str, Tensor]
     comparable: bool
-    share_out: Allocation
+    group_allocation: Allocation
 
     def plan(self, metric: str, keep: float) -> Plan:
         """The plan that keeps the fraction `keep` of the dense model's "flops", "params" or "latency".
@@ -134,7 +134,7 @@ class Weighed:
         goal = _goal(self.cost, self.dense, metric, keep)
         free = [g for g in self.graph.groups if not g.protected]
         limits = self.constraints, self.widths
-        kept = select(free, self.cost, self.scores, goal, *limits, self.comparable, self.share_out)
+        kept = select(free, self.cost, self.scores, goal, *limits, self.comparable, self.group_allocation)
         return build_plan(self.graph, self.cost, kept, self.dense)
 
     def nearest(self, metric: str, keep: float) -> Plan:
@@ -180,7 +180,7 @@ def plan_for(
             "to plan for. To plan or apply one cut, give target.flops, target.params or target.latency."
         )
     # Checks the target before channels are scored, which takes long.
-    _goal(cost_of(model, graph, timing), _dense(model, graph)[0], recipe.target.metric, wanted)
+    _goal(cost_of(model, graph, timing), _dense_sizes(model, graph)[0], recipe.target.metric, wanted)
     return weigh(model, graph, recipe, calibration, progress, timing).plan(recipe.target.metric, wanted)
 
 
@@ -193,7 +193,7 @@ def weigh(
     timing: Timing | None = None,
 ) -> Weighed:
     """Score all channels; see `make_plan`."""
-    dense, widths = _dense(model, graph)
+    dense, widths = _dense_sizes(model, graph)
     constraints = _constraints(model, graph, recipe, timing)
     for key in looks(recipe) if calibration is None else ():
         raise RecipeError(
@@ -210,17 +210,17 @@ def weigh(
     comparable = bool(getattr(criterion, "comparable", False))
     allowed = [(g, levels(g, constraints, widths)) for g in free]
     allocate = allocation.create(recipe.allocation.name, recipe.allocation.options)
-    share_out = allocate(allocation.Prunable(model, allowed, scores, calibration, progress))
+    group_allocation = allocate(allocation.Prunable(model, allowed, scores, calibration, progress))
     cost = cost_of(model, graph, timing)
-    return Weighed(graph, cost, dense, widths, constraints, scores, comparable, share_out)
+    return Weighed(graph, cost, dense, widths, constraints, scores, comparable, group_allocation)
 
 
 def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
-    """The plan that a run with this recipe would make, but without data. In a search for the size, its first step."""
+    """The plan that a run with this recipe would make, but without data; in a search for the size, its first plan."""
     keep = recipe.target.keep
     if keep is None:
         cost, metric = cost_of(model, graph), recipe.target.metric
-        present = cost.total(metric) / cost.total(metric, _dense(model, graph)[0])
+        present = cost.total(metric) / cost.total(metric, _dense_sizes(model, graph)[0])
         floor = reachable(model, graph, recipe)
         if present <= floor:
             raise NothingToRemoveError(
@@ -240,7 +240,7 @@ def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
         recipe: the recipe with the metric and the constraints.
     """
     cost, metric = cost_of(model, graph), recipe.target.metric
-    dense, widths = _dense(model, graph)
+    dense, widths = _dense_sizes(model, graph)
     constraints = _constraints(model, graph, recipe)
     return least(graph.groups, cost, metric, constraints, widths) / cost.total(metric, dense)
 
@@ -258,7 +258,7 @@ def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing 
     limits_of: dict[str, list[LayerLimits]] = {}
     for pattern, limits in channels.layers.items():
         modules = set(named(model, pattern, "channels.layers"))
-        layers = [n for g in graph.groups for n in g.layers if modules & {n, *_around(n)}]
+        layers = [n for g in graph.groups for n in g.layers if modules & {n, *_containers_of(n)}]
         if not layers:
             raise RecipeError(
                 f"channels.layers: '{pattern}' matches no layer that has a width of its own. Give the name of a "
@@ -281,7 +281,7 @@ def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing 
     return Constraints(math.lcm(multiple, everywhere), channels.min, channels.max_removed, each)
 
 
-def _around(layer: str) -> Iterator[str]:
+def _containers_of(layer: str) -> Iterator[str]:
     """Names of the modules that contain a layer, from the innermost to the outermost."""
     while layer := layer.rpartition(".")[0]:
         yield layer
@@ -298,7 +298,7 @@ def _goal(cost: Cost, dense: Shapes, metric: str, keep: float) -> Goal:
     return Goal(metric, keep * whole, whole)
 
 
-def _dense(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:
+def _dense_sizes(model: nn.Module, graph: Graph) -> tuple[Shapes, Mapping[str, int]]:
     """Shapes in the dense model of the tensors that are smaller now, and the dense `{set name: channels}`."""
     record = read_record(model)
     return (record.plan.shapes, record.widths) if record and record.plan else ({}, graph.widths)

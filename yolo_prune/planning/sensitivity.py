@@ -59,9 +59,9 @@ def curves(
     Raises:
         GradientError: If a loss is not finite.
     """
-    memory = _Memory(calibration.memory and calibration.memory / f"sensitivity-{_key(model, calibration)}.json")
+    stored = _StoredLosses(calibration.memory and calibration.memory / f"sensitivity-{_key(model, calibration)}.json")
     twin = calibration.twin(model)
-    whole = memory.recall("whole", lambda: _finite(calibration.mean_loss(twin), "of the whole model"))
+    whole = stored.get_or_measure("whole", lambda: _finite(calibration.mean_loss(twin), "of the whole model"))
     curve_of: dict[str, Curve] = {}
     for group, allowed in progress(levels):
         losses, knots = [], _knots(allowed, shares)
@@ -72,8 +72,8 @@ def curves(
                 with _silenced(twin, gone):
                     return _finite(calibration.mean_loss(twin), f"without channels of '{name}'")
 
-            losses.append(memory.recall(f"{group.name} {_digest(gone)}", measured) - whole)
-        memory.save()
+            losses.append(stored.get_or_measure(f"{group.name} {_digest(gone)}", measured) - whole)
+        stored.save()
         highest = accumulate(losses, max, initial=0.0)
         next(highest)
         if knots:
@@ -120,7 +120,7 @@ def _finite(loss: float, which: str) -> float:
     return loss
 
 
-class _Memory:
+class _StoredLosses:
     """Losses by name, stored in a JSON file for later processes."""
 
     def __init__(self, path: Path | None) -> None:
@@ -128,7 +128,7 @@ class _Memory:
         self.losses = _read(path) if path else {}
         self.new = False
 
-    def recall(self, name: str, measure: Callable[[], float]) -> float:
+    def get_or_measure(self, name: str, measure: Callable[[], float]) -> float:
         """The stored loss of this name; it is measured now if it is not stored."""
         if name not in self.losses:
             self.losses[name] = measure()

@@ -142,15 +142,15 @@ class _Targets:
             if inside(name, frozen) or ".dfl" in name:
                 continue
             if layer_samples.readable(layer):
-                hooks.append(layer.register_forward_hook(partial(self._note, name)))
+                hooks.append(layer.register_forward_hook(partial(self._store, name)))
             elif layer_samples.upsamples(layer):
-                hooks.append(layer.register_forward_hook(partial(self._note_upsampling, name)))
+                hooks.append(layer.register_forward_hook(partial(self._store_upsampling, name)))
         _run(model, images, hooks)
         for name, calls in self._calls.items():
             if calls > 1:  # runs on several inputs, so there is no single output to fit to
                 self.wanted.pop(name)
 
-    def _note(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def _store(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
         self._calls[name] += 1
         columns = layer.weight[0].numel()
         count = max(POSITIONS, PER_COLUMN * columns)
@@ -163,7 +163,9 @@ class _Targets:
             wanted = wanted[list(kept)]
         self.wanted[name] = where, wanted
 
-    def _note_upsampling(self, name: str, layer: nn.ConvTranspose2d, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def _store_upsampling(
+        self, name: str, layer: nn.ConvTranspose2d, given: tuple[Tensor, ...], output: Tensor
+    ) -> None:
         self._calls[name] += 1
         if kept := self.plan.keep.get(f"{name}.weight", {}).get(1):
             output = output[:, list(kept)]

@@ -46,7 +46,7 @@ def clamp(call: Call) -> None:
     *("_prelu_kernel", "remainder", "fmod", "floor_divide", "atan2"),
 )
 def elementwise(call: Call) -> None:
-    """Combine tensors element by element. Labels that meet become the same; those at a fixed width are pinned."""
+    """Combine tensors by element. Labels that meet become the same; labels that meet a fixed width are pinned."""
     tensors = [t for t in call.tensors if t.ndim]
     tags = [tag_of(t) or Tag() for t in tensors]
     ndim, merged = call.out.ndim, list[Tensor]()
