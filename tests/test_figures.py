@@ -320,8 +320,8 @@ def test_a_missing_runtime_is_named_before_any_work(
     models = [str(folder / "dense.pt"), str(run / "weights/best.pt")]
     for arguments in (["report", str(run)], ["compare", *models, "data=scenes.yaml"]):
         assert cli.main([*arguments, "format=torch,ncnn"]) == 1
-        told = capsys.readouterr().err
-        assert "format=ncnn needs ncnn, not installed here. Run: pip install 'yolo-prune[ncnn]'" in told
+        error = capsys.readouterr().err
+        assert "format=ncnn needs ncnn, not installed here. Run: pip install 'yolo-prune[ncnn]'" in error
     assert list(clean_cwd.iterdir()) == []
 
 
