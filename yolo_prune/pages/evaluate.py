@@ -10,6 +10,7 @@ from typing import Any
 
 import cv2
 from ultralytics.engine.model import Model
+from ultralytics.engine.results import Results
 
 from yolo_prune.cut.copies import size_mb
 from yolo_prune.env.metrics import average_precision, class_ap
@@ -86,7 +87,7 @@ def photographs(models: Sequence[Model], files: Sequence[Path], imgsz: int | Seq
     return [_photo(file, results) for file, *results in zip(files, *by_model, strict=True)]
 
 
-def _photo(file: Path, results: Sequence[Any]) -> Photo:
+def _photo(file: Path, results: Sequence[Results]) -> Photo:
     image = results[0].orig_img
     image = image if image.ndim == 2 or image.shape[2] in (1, 3) else image[..., :3]
     height, width = image.shape[:2]
@@ -99,7 +100,7 @@ def _photo(file: Path, results: Sequence[Any]) -> Photo:
     return Photo(file.name, jpeg.tobytes(), *size, tuple(detections(result) for result in results))
 
 
-def detections(result: Any) -> tuple[Detection, ...]:
+def detections(result: Results) -> tuple[Detection, ...]:
     """The detections of a model in an image, from Ultralytics' `Results`."""
     turned = getattr(result, "obb", None)
     boxes = result.boxes if turned is None else turned

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from ultralytics.engine.model import Model
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils import __version__ as ULTRALYTICS
@@ -63,7 +64,7 @@ def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
         raise RunError("A limit on the drop (max_drop) needs validation after each epoch. Leave val=False out.")
 
 
-def check_teacher(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
+def check_teacher(model: Model, recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Refuse a distillation that cannot work. Ultralytics would refuse it too, but only after the run has begun."""
     teacher = settings.get("distill_model")
     if not (recipe.recover.distill or teacher):
@@ -115,7 +116,7 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
     schedule.rounds(recipe, int(settings["epochs"]), present)
 
 
-def check_keeps_structure(model: Any, settings: Mapping[str, Any]) -> None:
+def check_keeps_structure(model: Model, settings: Mapping[str, Any]) -> None:
     """Refuse weights that would replace a pruned structure by a dense one, or a dense structure by a pruned one."""
     pretrained = settings.get("pretrained", True)
     if is_pruned(model.model):
@@ -145,7 +146,7 @@ def check_devices(settings: Mapping[str, Any]) -> None:
         )
 
 
-def origin(model: Any) -> Path | None:
+def origin(model: Model) -> Path | None:
     """The file that a model was loaded from; None if it was not loaded from a file."""
     path = Path(str(getattr(model.model, "pt_path", None) or ""))
     return path.resolve() if path.is_file() else None

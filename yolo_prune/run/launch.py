@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from ultralytics.engine.model import Model
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils import checks as ultralytics_checks
 from ultralytics.utils.files import get_latest_run
@@ -47,7 +49,7 @@ class Request:
     prunes: bool
 
     @classmethod
-    def of(cls, model: Any, arguments: Mapping[str, Any]) -> Request:
+    def of(cls, model: Model, arguments: Mapping[str, Any]) -> Request:
         """Resolve arguments as Ultralytics does: defaults, then `cfg=` or the model's overrides, then `arguments`."""
         stock = _keys.without_pruning_keys(arguments)
         ours = {key: value for key, value in arguments.items() if key not in stock}
@@ -76,7 +78,9 @@ class Launch:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: dict[str, Any]) -> Any:
+def train(
+    model: Model, stock_train: Callable[..., Any], trainer: type[BaseTrainer] | None, arguments: dict[str, Any]
+) -> Any:
     """`YOLO.train` with pruning: calls Ultralytics' own `train` with a prepared trainer class and callbacks.
 
     Args:
@@ -103,7 +107,9 @@ def train(model: Any, stock_train: Callable[..., Any], trainer: Any, arguments: 
     return _run(model, stock_train, prune_trainer(_trainer_class(trainer, model)), request, launch)
 
 
-def _run(model: Any, stock_train: Callable[..., Any], trainer: Any, request: Request, launch: Launch) -> Any:
+def _run(
+    model: Model, stock_train: Callable[..., Any], trainer: type[BaseTrainer], request: Request, launch: Launch
+) -> Any:
     """Train. If training fails, restore the model, so that the run can be started again."""
     before = model.model, model.ckpt
     if is_pruned(model.model) and not model.ckpt:
@@ -125,7 +131,7 @@ def _run(model: Any, stock_train: Callable[..., Any], trainer: Any, request: Req
             launch.callback.detach(model.callbacks)
 
 
-def _failed_worker(trainer: Any) -> str:
+def _failed_worker(trainer: BaseTrainer) -> str:
     try:
         reason = Report.load(trainer.save_dir).error
     except PruneError:
@@ -133,13 +139,13 @@ def _failed_worker(trainer: Any) -> str:
     return f"Training on {trainer.world_size} devices failed: {reason or 'see the output of the processes above'}"
 
 
-def _trainer_class(given: Any, model: Any) -> Any:
+def _trainer_class(given: type[BaseTrainer] | None, model: Model) -> Any:
     if given is not None and not isinstance(given, type):
         raise RunError(f"trainer={given!r} is not a class. Pass a subclass of an Ultralytics trainer.")
     return given or model._smart_load("trainer")
 
 
-def _prune(model: Any, request: Request) -> Launch:
+def _prune(model: Model, request: Request) -> Launch:
     """A new run that prunes."""
     settings = request.settings
     recipe = load_recipe(request.ours.get("recipe"), _keys.overrides(request.ours))
@@ -159,7 +165,7 @@ def _prune(model: Any, request: Request) -> Launch:
     return Launch(PruneCallback(recipe, str(settings.get("model") or model.model_name)), added)
 
 
-def _warn(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
+def _warn(model: Model, recipe: Recipe, settings: Mapping[str, Any]) -> None:
     for warning in versions.untested():
         LOGGER.warning(f"{PREFIX}{warning}")
     if (record := read_record(model.model)) and record.active and (model.ckpt or {}).get("optimizer"):
@@ -174,7 +180,7 @@ def _warn(model: Any, recipe: Recipe, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _keep_structure(model: Any, request: Request) -> Launch | None:
+def _keep_structure(model: Model, request: Request) -> Launch | None:
     """A run without our keys. A pruned model keeps its structure; for a model that is not pruned, returns None."""
     if request.recipe_keys:
         raise ArgumentError(
@@ -191,7 +197,7 @@ def _keep_structure(model: Any, request: Request) -> Launch | None:
     return Launch()
 
 
-def _resume(model: Any, request: Request) -> Launch | None:
+def _resume(model: Model, request: Request) -> Launch | None:
     """Resume an interrupted run. If the run was pruning, it continues with the recipe in its checkpoint."""
     settings = request.settings
     last = getattr(model.trainer, "last", None)
@@ -223,7 +229,7 @@ def _resume(model: Any, request: Request) -> Launch | None:
     return Launch(PruneCallback(recipe))
 
 
-def _resume_source(model: Any, settings: Mapping[str, Any]) -> nn.Module:
+def _resume_source(model: Model, settings: Mapping[str, Any]) -> nn.Module:
     """The model in the checkpoint that a run is resumed from."""
     resume = settings["resume"]
     module: nn.Module = model.model

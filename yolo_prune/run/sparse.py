@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yolo_prune.graph import Graph
 from yolo_prune.planning import planner
 from yolo_prune.run import live, schedule
-from yolo_prune.run.state import RunState
+from yolo_prune.run.state import PruningTrainer, RunState
 
 
 def scales_of(model: nn.Module, graph: Graph) -> dict[nn.Parameter, Tensor]:
@@ -63,7 +63,7 @@ class SparseTraining:
         self._scales: dict[nn.Parameter, Tensor] | None = None
 
     @contextmanager
-    def after_step(self, trainer: Any) -> Iterator[None]:
+    def after_step(self, trainer: PruningTrainer) -> Iterator[None]:
         """Inside, `shrink` follows a step of the optimizer, before the average is updated."""
         run: RunState | None = trainer.pruning
         if run is None or not self._asked(run) or run.over:
@@ -87,7 +87,7 @@ class SparseTraining:
         shrink(optimizer, self._scales or {}, self._sparsity or 0.0)
 
     @staticmethod
-    def _find(trainer: Any, run: RunState) -> dict[nn.Parameter, Tensor]:
+    def _find(trainer: PruningTrainer, run: RunState) -> dict[nn.Parameter, Tensor]:
         with live.own_randomness(trainer.args.seed):
             graph = planner.survey(live.average_of(trainer), run.recipe, run.imgsz(trainer), run.frozen)
         return scales_of(live.model_of(trainer), graph)

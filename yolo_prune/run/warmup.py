@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from yolo_prune.run import live
+from yolo_prune.run.state import PruningTrainer, run_of
 
 
 class RestartWarmUp:
@@ -27,7 +27,7 @@ class RestartWarmUp:
     def __init__(self) -> None:
         self.steps = self.total = 0
 
-    def epoch_starts(self, trainer: Any) -> None:
+    def epoch_starts(self, trainer: PruningTrainer) -> None:
         """Start the warm-up if the optimizer was reset.
 
         It takes `warmup_epochs`, but at most half of the epochs until the next cut or the end of the run.
@@ -37,7 +37,7 @@ class RestartWarmUp:
         """
         if trainer.epoch == 0 or not is_new(trainer.optimizer):
             return
-        epochs = min(trainer.args.warmup_epochs, trainer.pruning.ahead(trainer.epoch, trainer.epochs) / 2)
+        epochs = min(trainer.args.warmup_epochs, run_of(trainer).ahead(trainer.epoch, trainer.epochs) / 2)
         self.steps, self.total = 0, max(round(epochs * live.steps_per_epoch(trainer)), 2) if epochs else 0
 
     @contextmanager
