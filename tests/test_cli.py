@@ -63,6 +63,7 @@ def test_a_reader_that_leaves_early_is_no_error(clean_cwd: Path) -> None:
         (["plan", "model=yolo11n.yaml", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
         (["plan", "model=yolo11n.yaml", "recipe=ege"], "Did you mean 'edge'?"),
         (["plan", "model=yolo11n.yaml", "recipe.target.flops=0.02"], "cannot be reached"),
+        (["plan", "model=yolo11n.yaml", "recipe.criterion=fischer"], "Did you mean 'fisher'?"),
         (["apply", "model=a.pt", "save=a.pt"], "would overwrite the model itself"),
         (["apply", "model=a.pt", "save=b.onnx"], "the name must end in .pt"),
         (["apply", "model=a.pt", "plan=p.json", "recipe=edge"], "plan= and recipe= exclude one another"),
@@ -78,6 +79,12 @@ def test_mistakes_are_one_message_on_standard_error(
     assert err.startswith(f"yolo-prune {arguments[0]}: ")
     assert "Traceback" not in err
     assert list(clean_cwd.iterdir()) == []
+
+
+def test_a_dataset_is_not_taken_for_a_model(capsys: pytest.CaptureFixture[str], clean_cwd: Path) -> None:
+    Path("data.yaml").write_text("train: images\nval: images\nnames: {0: cell}\n")
+    message = "'data.yaml' does not describe a model: it has no 'backbone'. Pass a .pt checkpoint"
+    assert message in fails(capsys, "plan", "model=data.yaml")
 
 
 def test_a_truncated_checkpoint_is_one_message(

@@ -45,6 +45,11 @@ def open_model(path: str | Path) -> Model:
             )
         ) from e
     except DAMAGED as e:
+        if path.suffix != ".pt" and isinstance(e, KeyError):
+            raise UnsupportedModelError(
+                f"'{path}' does not describe a model: it has no {e}. Pass a .pt checkpoint or the YAML file of a "
+                "model. The YAML file of a dataset is for data=."
+            ) from e
         raise RunError(f"'{path}' is not a complete Ultralytics checkpoint: {type(e).__name__}: {e}") from e
 
 

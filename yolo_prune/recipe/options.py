@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -25,7 +26,9 @@ def make(kind: str, name: str, factories: Mapping[str, Callable[..., T]], option
         RecipeError: If the name or an option is unknown, or an option is out of range.
     """
     if name not in factories:
-        raise RecipeError(f"{kind}.name: there is no {kind} '{name}'; choose one of {', '.join(factories)}.")
+        near = get_close_matches(name, factories, 1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise RecipeError(f"{kind}.name: there is no {kind} '{name}'; choose one of {', '.join(factories)}.{hint}")
     factory = factories[name]
     known = list(signature(factory).parameters)
     for option in options:
