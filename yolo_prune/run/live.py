@@ -196,11 +196,9 @@ def save_average(trainer: PruningTrainer, path: Path) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def hold_early_stopping(trainer: PruningTrainer) -> float:
-    """Keep the run from stopping before its last round; returns the patience to restore."""
-    patience = trainer.stopper.patience
+def hold_early_stopping(trainer: PruningTrainer) -> None:
+    """Keep the run from stopping before its last round; the state of the run holds the patience to restore."""
     trainer.stopper.patience = math.inf
-    return float(patience)
 
 
 def save_last(trainer: PruningTrainer, ended: bool = False) -> None:

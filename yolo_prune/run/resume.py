@@ -113,9 +113,9 @@ def refill_mosaic(dataset: Any, seed: int) -> None:
     dataset.buffer = random.Random(seed).choices(range(len(dataset.ims)), k=max(length - 1, 1))
 
 
-def save(trainer: PruningTrainer, changes: int, accumulation: GradientAccumulation) -> None:
+def save(trainer: PruningTrainer, changes: int) -> None:
     """Write the state that last.pt does not hold, just before last.pt is written for `trainer.epoch`."""
-    model, optimizer = unwrap_model(trainer.model), trainer.optimizer
+    model, optimizer, accumulation = unwrap_model(trainer.model), trainer.optimizer, trainer.accumulation
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None} if accumulation.pending else {}
     state = {
         **{key: _without_teacher(module) for key, module in _modules(trainer).items()},
@@ -141,7 +141,7 @@ def save(trainer: PruningTrainer, changes: int, accumulation: GradientAccumulati
         )
 
 
-def restore(trainer: PruningTrainer, changes: int, accumulation: GradientAccumulation) -> None:
+def restore(trainer: PruningTrainer, changes: int) -> None:
     """After Ultralytics has resumed from last.pt, restore the values that last.pt rounds, if they were saved."""
     path = _path(trainer, trainer.start_epoch - 1, changes)
     try:
@@ -173,6 +173,7 @@ def restore(trainer: PruningTrainer, changes: int, accumulation: GradientAccumul
     if trainer.args.close_mosaic and trainer.start_epoch > closes and (closes >= 0 or closes_mosaic_late()):
         trainer._close_dataloader_mosaic()  # Ultralytics would do this later, after a cut at the start of this epoch
     vars(trainer.warm_up).update(state.get("restart", {}))
+    accumulation = trainer.accumulation
     accumulation.pending = state["pending"]
     accumulation.gradients = {name: gradient.to(trainer.device) for name, gradient in state["gradients"].items()}
     accumulation.nominal = trainer.accumulate

@@ -33,19 +33,19 @@ from yolo_prune.run.verdict import check_delivers, judge
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision of a round. With several ranks, all of them follow the decision of the first rank.
+    """The decision to cut. With several ranks, all of them follow the decision of the first rank.
 
     Attributes:
         keep: size to reach, as a fraction of the dense model.
-        plan: plan of the cut; None if there is nothing to remove.
+        plan: plan of the cut.
         proof: proof that the cut is exact; None if the recipe asks for no proof.
         latency: measured latency of the cut model, if the target is a latency.
     """
 
     keep: float
-    plan: Plan | None = None
-    proof: proof.Proof | None = None
-    latency: LatencyRow | None = None
+    plan: Plan
+    proof: proof.Proof | None
+    latency: LatencyRow | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def perform(trainer: PruningTrainer, run: RunState, due: schedule.Round) -> bool
         return changed
     calibration = _calibration(trainer, run.recipe)
     decision = ranks.agree(lambda: _decide(trainer, run, due, record, calibration))
-    if decision.plan is None:
+    if decision is None:
         why = "an earlier round removed as much" if run.recipe.target.keep else "the search has no other size to try"
         LOGGER.info(f"{PREFIX}round {due.number}: {why}; nothing to remove")
         run.advance(trainer)
@@ -145,8 +145,6 @@ def _commit(
 ) -> None:
     """Save the result of a round: record, best checkpoint, report, last.pt. A kill in between does no harm."""
     plan, metric = decision.plan, run.recipe.target.metric
-    if plan is None:
-        raise RunError("A round without a plan has nothing to commit.")
     row = RoundRow(
         number=due.number,
         epoch=trainer.epoch,
@@ -210,23 +208,22 @@ def _recover(
 
 def _decide(
     trainer: PruningTrainer, run: RunState, due: schedule.Round, record: Record, calibration: Calibration | None
-) -> Decision:
-    """Make and prove the plan of a round. There is no plan if earlier rounds removed as much, or a search is over."""
+) -> Decision | None:
+    """Make and prove the plan of a round. Returns None if earlier rounds removed as much, or if a search is over."""
     ema, recipe, stages = live.average_of(trainer), run.recipe, guard.stages(record.start, record.rounds)
     graph = planner.survey(ema, recipe, run.imgsz(trainer), run.frozen)
     searches = recipe.target.keep is None
     floor = planner.reachable(ema, graph, recipe) if searches else 0.0
     keep = guard.next_keep(stages, due.keep, floor, recipe.target.keep)
-    nothing = Decision(keep)
     if searches and guard.search_is_over(stages):
-        return nothing
+        return None
     try:
         aim = Aim(keep, _present(record), guard.tolerance(stages, keep, search.TOLERANCE))
         plan, latency = _plan(trainer, run, due, graph, aim, calibration)
     except NothingToRemoveError:
-        return nothing
+        return None
     if searches and guard.is_known_to_fail(stages, plan.predicted.kept(recipe.target.metric)):
-        return nothing
+        return None
     return Decision(keep, plan, proof.prove(ema, plan) if recipe.proof else None, latency)
 
 

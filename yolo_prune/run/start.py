@@ -32,7 +32,7 @@ def start(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
     """
     record = read_record(live.model_of(trainer))
     run = _resume(trainer, recipe, source, record) if trainer.resume and record else _begin(trainer, recipe, source)
-    if run.done < len(run.rounds):
+    if not run.over:
         live.hold_early_stopping(trainer)
     if ranks.first():
         write_text(trainer.save_dir / "prune.yaml", recipe.to_yaml())
@@ -84,7 +84,7 @@ def _begin(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
 def _resume(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> RunState:
     exact = bool(trainer.args.deterministic)
     if exact:
-        resume.restore(trainer, guard.structure_changes([r.held for r in record.rounds]), trainer.accumulation)
+        resume.restore(trainer, guard.structure_changes([r.held for r in record.rounds]))
     if ranks.first():
         resume.trim_results(trainer.csv, trainer.start_epoch)
     due = schedule.rounds(recipe, trainer.epochs, record.start)

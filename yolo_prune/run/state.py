@@ -120,7 +120,7 @@ class RunState:
 
     def ahead(self, epoch: int, epochs: int) -> int:
         """Number of epochs from the start of `epoch` to the next round, or to the end of the run after `epochs`."""
-        return (self.rounds[self.done].epoch if self.done < len(self.rounds) else epochs) - epoch
+        return (epochs if self.over else self.rounds[self.done].epoch) - epoch
 
     @property
     def structure_changes(self) -> int:

@@ -142,7 +142,7 @@ class KeepStructure(_Base):
         """As in Ultralytics, but files are never incomplete, and the state for last.pt is written before last.pt."""
         run = self.pruning
         if run and run.exact:
-            resume.save(self, run.structure_changes, self.accumulation)
+            resume.save(self, run.structure_changes)
         saved = super().save_model()  # type: ignore[safe-super]
         if run:
             resume.delete_old_states(self, run.structure_changes)
