@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,38 +13,40 @@ from typing import Any
 from yolo_prune import _grammar as grammar
 from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
+from yolo_prune.env import terminal
 from yolo_prune.errors import PruneError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake gives one message on standard error, and status 1."""
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
-    if grammar.asks_for_help(name) and all(map(grammar.asks_for_help, words)):
+    if grammar.asks_for_help(name) and words and not all(map(grammar.asks_for_help, words)):
+        name, words = words[0], [name]  # `yolo-prune help plan` is `yolo-prune plan --help`
+    try:
+        with terminal.forgiving():
+            return _run(name, words)
+    except (PruneError, SyntaxError, FileNotFoundError) as e:
+        with terminal.forgiving():
+            print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
+        return 1
+
+
+def _run(name: str, words: list[str]) -> int:
+    if grammar.asks_for_help(name):
         print(overview())
         return 0
     if name.lstrip("-") in ("version", "v"):
         print(__version__)
         return 0
-    if grammar.asks_for_help(name):  # `yolo-prune help plan` is `yolo-prune plan --help`
-        name, words = words[0], [name]
-    try:
-        if name not in COMMANDS:
-            near = grammar.nearest(name, COMMANDS)
-            hint = f"Did you mean '{near}'? " if near else ""
-            raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
-        command = COMMANDS[name]
-        if any(map(grammar.asks_for_help, words)):
-            print(command.help())
-            return 0
-        status = command.run(command.read(words))
-        sys.stdout.flush()
-        return status
-    except (PruneError, SyntaxError, FileNotFoundError) as e:
-        print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `yolo-prune show ... | head`: the reader has ended; Python must not write again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    if name not in COMMANDS:
+        near = grammar.nearest(name, COMMANDS)
+        hint = f"Did you mean '{near}'? " if near else ""
+        raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
+    command = COMMANDS[name]
+    if any(map(grammar.asks_for_help, words)):
+        print(command.help())
+        return 0
+    return command.run(command.read(words))
 
 
 def overview() -> str:
@@ -87,9 +88,10 @@ def _plan(request: Request) -> int:
     plan = api.plan(
         values["model"], values.get("recipe"), imgsz=values["imgsz"], data=values.get("data"), **request.overrides
     )
+    saved = plan.save(values["save"]) if "save" in values else None
     print(plan.describe())
-    if save := values.get("save"):
-        print(f"saved {plan.save(save)}")
+    if saved:
+        print(f"saved {saved}")
     return 0
 
 
@@ -129,9 +131,10 @@ def _bench(request: Request) -> int:
 
     asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
     measurement = benchmark.measure_models(models, formats, asked)
+    saved = measurement.save(values["save"]) if "save" in values else None
     print(measurement)
-    if save := values.get("save"):
-        print(f"\nsaved {measurement.save(save)}")
+    if saved:
+        print(f"\nsaved {saved}")
     measurement.check()
     return 0
 
