@@ -11,6 +11,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import is_pruned
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.env.log import PREFIX
 from yolo_prune.errors import NothingToRemoveError, TargetError
 from yolo_prune.graph import Graph
@@ -66,7 +67,7 @@ class Hit(NamedTuple):
     row: LatencyRow | None = None
 
 
-def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
+def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: ImageSize) -> Trial:
     """Try a recipe on a model before any work is done.
 
     Args:
@@ -93,7 +94,7 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
     return Trial(weighed.nearest(METRIC, _formula_target(weighed, keep, present)), present, timing)
 
 
-def _check_reachable(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float) -> float:
+def _check_reachable(model: nn.Module, weighed: Weighed, target: Target, imgsz: ImageSize, keep: float) -> float:
     """Check that the target `keep` is below the model's latency and in reach.
 
     Nothing is timed if this is clear: the model is dense, and the target is far above the latency of the deepest cut.
@@ -127,7 +128,7 @@ def settle(
     model: nn.Module,
     weighed: Weighed,
     target: Target,
-    imgsz: int,
+    imgsz: ImageSize,
     keep: float | None = None,
     present: float = 1.0,
     tolerance: float = TOLERANCE,
@@ -180,7 +181,7 @@ def settle(
     return Hit(hit.plan, _row(hit.measured, str(place_of(format, setting)), setting.imgsz))
 
 
-def _row(measured: Measured, place: str, imgsz: int) -> LatencyRow:
+def _row(measured: Measured, place: str, imgsz: ImageSize) -> LatencyRow:
     dense, ms, (ratio, low, high) = measured
     return LatencyRow(place=place, imgsz=imgsz, dense_ms=dense, ms=ms, ratio=ratio, interval=[low, high])
 

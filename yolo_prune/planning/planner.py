@@ -16,6 +16,7 @@ from yolo_prune.cut.forecast import Forecast
 from yolo_prune.cut.plan import Attributes, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.cut.record import read_record
 from yolo_prune.data.calibration import Calibration, Progress
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import NothingToRemoveError, RecipeError, TargetError
 from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.graph.structure import ChannelSet
@@ -36,7 +37,7 @@ ROUND_TO = 8
 def make_plan(
     model: nn.Module,
     recipe: Recipe,
-    imgsz: int = 640,
+    imgsz: ImageSize = 640,
     keep: float | None = None,
     frozen: Sequence[str] = (),
     calibration: Calibration | None = None,
@@ -95,7 +96,7 @@ def looks(recipe: Recipe) -> dict[str, int]:
     return {key: count for key, count in counts.items() if count}
 
 
-def survey(model: nn.Module, recipe: Recipe, imgsz: int, frozen: Sequence[str] = ()) -> Graph:
+def survey(model: nn.Module, recipe: Recipe, imgsz: ImageSize, frozen: Sequence[str] = ()) -> Graph:
     """Trace a model with the settings of a recipe."""
     return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
 
@@ -380,12 +381,12 @@ def widths(model: nn.Module, graph: Graph | None = None) -> dict[str, int]:
     return {**trace(model, heads="heads").widths, **channels} if has_heads(model) else channels
 
 
-def present_cost(model: nn.Module, imgsz: int) -> tuple[float, int]:
+def present_cost(model: nn.Module, imgsz: ImageSize) -> tuple[float, int]:
     """FLOPs (2 x MACs, one image) and parameters of a model, without parts that do not run in deployment."""
     return dense_cost(model, None, imgsz)
 
 
-def dense_cost(model: nn.Module, plan: Plan | None, imgsz: int) -> tuple[float, int]:
+def dense_cost(model: nn.Module, plan: Plan | None, imgsz: ImageSize) -> tuple[float, int]:
     """FLOPs and parameters of the dense model from which `plan` made `model` (None: `model` itself is dense)."""
     cost = cost_of(model, trace(model, imgsz=imgsz))
     shapes = plan.shapes if plan else {}
