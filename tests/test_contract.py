@@ -40,7 +40,7 @@ from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 from yolo_prune._patch import MARK
 from yolo_prune.cut import export_record
 from yolo_prune.data import datasets
-from yolo_prune.env import terminal
+from yolo_prune.env import terminal, trained
 from yolo_prune.graph import blocks, rules
 from yolo_prune.measure import runtimes
 from yolo_prune.run.callback import PruneCallback
@@ -423,3 +423,10 @@ def test_timing_builds_engines_of_single_layers_with_this() -> None:
 def test_terminal_finds_the_logger_without_an_import_of_ultralytics() -> None:
     assert logging.getLogger(terminal.LOGGING_NAME) is LOGGER
     assert any(type(handler) is logging.StreamHandler for handler in LOGGER.handlers)
+
+
+def test_trained_finds_the_settings_of_a_training() -> None:
+    assert trained.HELD == (*trained.JUDGING, *trained.LOSS)  # this release has all of them
+    assert '"train_args": vars(self.args)' in inspect.getsource(BaseTrainer.save_model)
+    assert DEFAULT_CFG_DICT["imgsz"] == trained.SIZE
+    assert 'data["names"] = {0: "item"}' in inspect.getsource(BaseTrainer.get_dataset)  # with single_cls

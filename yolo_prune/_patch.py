@@ -73,7 +73,7 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         allowed = [allowed_custom_keys] if allowed_custom_keys else []  # releases before 8.4.0 lack this parameter
         if "train" not in base:  # not a command, but the arguments of a mode, or another configuration
-            with _without_traceback():
+            with _as_a_command():
                 _refuse_elsewhere(custom)
             original(base, custom, e, *allowed)
             return

@@ -87,7 +87,7 @@ def _plan(request: Request) -> int:
     from yolo_prune import api
 
     plan = api.plan(
-        values["model"], values.get("recipe"), imgsz=values["imgsz"], data=values.get("data"), **request.overrides
+        values["model"], values.get("recipe"), imgsz=values.get("imgsz"), data=values.get("data"), **request.overrides
     )
     saved = plan.save(values["save"]) if "save" in values else None
     print(plan.describe())
@@ -100,7 +100,7 @@ def _apply(request: Request) -> int:
     values, overrides = request.values, request.overrides
     if "plan" in values and ("recipe" in values or overrides):
         raise PruneError("plan= and recipe= exclude one another, because a plan replaces the recipe. Leave one out.")
-    source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
+    source, data, imgsz = Path(values["model"]), values.get("data"), values.get("imgsz")
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
     if target.resolve() == source.resolve():
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
@@ -130,7 +130,7 @@ def _bench(request: Request) -> int:
     from yolo_prune.measure import benchmark
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
+    asked = Setting.of(values.get("imgsz"), data=values.get("data"), **how)
     measurement = benchmark.measure_models(models, formats, asked)
     saved = measurement.save(values["save"]) if "save" in values else None
     print(measurement)
@@ -149,8 +149,9 @@ def _profile(request: Request) -> int:
     from yolo_prune.latency import target
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(values["imgsz"], **how)
-    print(f"saved {target.profile(api.open_model(values['model']), formats[0], asked, values['save'])}")
+    model = api.open_model(values["model"])
+    setting = Setting.of(values.get("imgsz"), **how).sized([model])
+    print(f"saved {target.profile(model, formats[0], setting, values['save'])}, measured with imgsz {setting.imgsz}")
     return 0
 
 
@@ -194,7 +195,8 @@ def _compare(request: Request) -> int:
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    text, measurement = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    imgsz = values.get("imgsz")
+    text, measurement = compare_page.compare(models, values["data"], imgsz, values["save"], formats, **how)
     print(f"{text}\nsaved {values['save']}")
     if measurement:
         measurement.check()
@@ -251,9 +253,8 @@ RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: 
 IMGSZ = Argument(
     "imgsz",
     "640",
-    "the size of images in pixels: one number, or height,width",
+    "the size of images in pixels: one number, or height,width (default: that of the model's training)",
     lambda name, text: image_size(text),
-    640,
 )
 FORMAT = Argument("format", "onnx,openvino", "the formats to measure", default="onnx")
 HALF = Argument("half", "True", "the same as quantize=16", grammar.boolean)
@@ -360,7 +361,7 @@ COMMANDS = {
                     "the file to write (default: in the folder of the run)",
                     grammar.file(".html"),
                 ),
-                replace(IMGSZ, help=f"{IMGSZ.help} (default: that of the run)", default=None),
+                replace(IMGSZ, help=IMGSZ.help.replace("model's training", "run")),
                 *ON_A_PAGE,
             ),
             places="runs/detect/train",
