@@ -95,9 +95,9 @@ def test_the_loss_has_the_weights_of_the_training(data: str, tmp_path: Path) -> 
 def test_the_images_of_the_training_are_used(data: str, tmp_path: Path) -> None:
     half = YOLO(checkpoint(tmp_path / "half.pt", fraction=0.5))
     assert len(datasets.calibration(half, data, IMGSZ, 99)) == 3
-    assert len(datasets.validation_files(half, data, IMGSZ, 99)) == 4
+    assert len(datasets.validation_set(half, data, IMGSZ)) == 4
     on_train = YOLO(checkpoint(tmp_path / "train.pt", split="train"))
-    assert len(datasets.validation_files(on_train, data, IMGSZ, 99)) == 6
+    assert len(datasets.validation_set(on_train, data, IMGSZ)) == 6
 
 
 def test_one_shot_pruning_of_a_single_class_run(

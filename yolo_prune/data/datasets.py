@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import default_collate
@@ -22,8 +23,10 @@ from yolo_prune.data.calibration import Calibration, draw
 from yolo_prune.env import trained
 from yolo_prune.env.image_size import ImageSize, height_width, plain
 from yolo_prune.errors import RunError
-from yolo_prune.graph.probes import stride
+from yolo_prune.graph.probes import image_channels, stride
 
+WITH_BOXES = ("detect", "segment", "pose", "obb")
+"""The tasks whose images may lack labels. In other datasets, an image without a label is not read at all."""
 MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # stores results on images of a dataset
 
 
@@ -52,23 +55,20 @@ def spread(dataset: Any, count: int) -> list[Path]:
     return [Path(files[i * len(files) // shown]) for i in range(shown)]
 
 
-def validation_files(
-    model: Model, data: str | Path, imgsz: ImageSize, count: int, settings: Mapping[str, Any] | None = None
-) -> list[Path]:
-    """At most `count` validation images of a dataset, evenly spaced over it.
-
-    Args:
-        model: a `YOLO` object.
-        data: the dataset, as for `model.val`.
-        imgsz: image size in pixels.
-        count: largest number of images.
-        settings: more arguments for `model.val`; None: those that the model was trained with.
+def validation_set(model: Model, data: str | Path, imgsz: ImageSize) -> Any:
+    """The validation images of a dataset, as an Ultralytics dataset.
 
     Raises:
         RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
-    settings = trained.settings(model) if settings is None else settings
-    return spread(_dataset(model, data, imgsz, str(settings.get("split", "val")), settings)[0], count)
+    settings = trained.settings(model)
+    return _dataset(model, data, imgsz, str(settings.get("split", "val")), settings)[0]
+
+
+def labelled(dataset: Any, task: str | None) -> bool:
+    """Whether an image of an Ultralytics dataset has a label. If none has one, Ultralytics reports an accuracy of 0."""
+    labels = getattr(dataset, "labels", None)  # a user's own dataset may have none
+    return task not in WITH_BOXES or labels is None or any(len(label.get("cls", "?")) for label in labels)
 
 
 def _dataset(
@@ -80,13 +80,17 @@ def _dataset(
     overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": max(size), "batch": 1, "workers": 0}
     fixed = {"device": device.type, "rect": False, "split": split}
     args = get_cfg(overrides={**settings, **overrides, **fixed})
-    check = check_cls_dataset if model.task == "classify" else check_det_dataset
     try:
-        info = check(str(data))
+        info = check_cls_dataset(str(data), split) if model.task == "classify" else check_det_dataset(str(data))
     except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
         raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
     if args.single_cls:  # as the trainer does
         info |= {"names": {0: "item"}, "nc": 1}
+    if (channels := image_channels(module) or 3) != info.get("channels", 3):
+        raise RunError(
+            f"data={data} has images of {info.get('channels', 3)} channels, the model takes {channels}. Set "
+            f"'channels: {channels}' in the file of the dataset, or pass the dataset on which the model was trained."
+        )
     names = getattr(module, "names", None)
     if names and len(names) != info["nc"]:
         raise RunError(
@@ -97,26 +101,32 @@ def _dataset(
         validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=args)
     validator.args.imgsz = plain(imgsz)  # Ultralytics' own validation takes rectangles of exports only
     validator.data, validator.stride, validator.device = info, stride(module), device
-    path = info[split]
-    dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
+    if not (path := info.get(split)):
+        raise RunError(f"data={data} has no images in its split '{split}', and this command needs them. Add them.")
+    try:
+        dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
+    except Exception as e:  # as above
+        raise RunError(f"data={data}: the split '{split}' cannot be read: {e}") from e
     return dataset, validator, args
 
 
-def pixels(source: Any, imgsz: ImageSize) -> npt.NDArray[np.float32]:
+def pixels(source: Any, imgsz: ImageSize, channels: int = 3) -> npt.NDArray[np.float32]:
     """Images in the form that a model takes: `(n, channels, height, width)`, 0 to 1.
 
     Args:
         source: an array or tensor of this form, which is returned as it is; or a folder, a file, or a list of files.
             Images from files are scaled and padded with grey, as in `yolo predict`.
         imgsz: image size in pixels.
+        channels: number of channels of the model's input. With another number than 1 and 3, all channels of a file are
+            read.
 
     Raises:
-        RunError: If there is no image, or an image cannot be read.
+        RunError: If there is no image, or an image cannot be read or has another number of channels.
     """
     if hasattr(source, "ndim"):
         array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source, np.float32)
-        if array.ndim != 4 or not len(array):
-            raise RunError(f"images: an array must be (n, channels, height, width), not {array.shape}.")
+        if array.ndim != 4 or not len(array) or array.shape[1] != channels:
+            raise RunError(f"images: an array must be (n, {channels}, height, width) here, not {array.shape}.")
         return array
     files = [Path(source)] if isinstance(source, str | Path) else [Path(item) for item in source]
     if len(files) == 1 and files[0].is_dir():
@@ -124,9 +134,14 @@ def pixels(source: Any, imgsz: ImageSize) -> npt.NDArray[np.float32]:
     if not files:
         raise RunError("images: there are none. Pass a folder of images, a list of files, or an array.")
     box, arrays = LetterBox(height_width(imgsz), auto=False), []
+    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)  # as Ultralytics does
     for file in files:
-        picture = imread(str(file)) if file.is_file() else None
+        picture = imread(str(file), flags) if file.is_file() else None
         if picture is None:
             raise RunError(f"images: '{file}' cannot be read as an image.")
-        arrays.append(box(image=picture)[..., ::-1].transpose(2, 0, 1))
+        picture = picture if picture.ndim == 3 else picture[..., None]
+        if picture.shape[2] != channels:
+            raise RunError(f"images: '{file}' has {picture.shape[2]} channels, and the model takes {channels}.")
+        array = box(image=picture)
+        arrays.append((array[..., ::-1] if channels == 3 else array).transpose(2, 0, 1))
     return np.stack(arrays).astype(np.float32) / np.float32(255)

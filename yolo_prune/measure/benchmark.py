@@ -114,6 +114,8 @@ def measure_models(models: Sequence[Source], formats: Sequence[str], setting: Se
         measured_subjects = [subjects.subject(model, name, Path(folder) / str(i)) for i, (model, name) in pairs]
         for subject in measured_subjects:
             subjects.count(subject, setting.imgsz)
+        for subject in measured_subjects if setting.data else ():
+            parity_check.check_labels(subject, setting)
         pictures = [parity_check.pictures_of(subject, setting) for subject in measured_subjects] if setting.data else []
         result = Measurement(
             versions=installed(),

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ultralytics.engine.model import Model
+from ultralytics.utils import LOGGER
 
-from yolo_prune.data.datasets import calibration, pixels
+from yolo_prune.data.datasets import calibration, labelled, pixels, validation_set
 from yolo_prune.env import trained
 from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import BenchError, ParityError
+from yolo_prune.graph import probes
 from yolo_prune.measure import runtimes, subjects
 from yolo_prune.measure.differences import CONFIDENCE, Array, Comparison, Layout, batches
 from yolo_prune.measure.quiet import quietly
@@ -79,7 +81,7 @@ def parity(
     runtimes.check([format], setting.quantize, setting.device)
     opened = subjects.open_source(model)
     setting = setting.sized([opened])
-    pictures = pixels(images, setting.imgsz)
+    pictures = pixels(images, setting.imgsz, probes.image_channels(opened.model) or 3)
     session = subjects.session(format, path, setting)
     with tempfile.TemporaryDirectory(prefix="yolo-prune-parity-") as folder:
         measured_subject = subjects.subject(opened, path.name, Path(folder))
@@ -91,6 +93,20 @@ def parity(
             f"{exported} ({format}) does not agree with its checkpoint: {'; '.join(result.failures)}.", result
         )
     return result
+
+
+def check_labels(subject: Subject, setting: Setting) -> None:
+    """Look for labels in the validation images; without labels, the mAP is not measured.
+
+    Raises:
+        RunError: If the dataset cannot be read, or has other classes.
+    """
+    assert setting.data
+    with quietly(f"Reading {setting.data}"):
+        images = validation_set(subject.model, setting.data, setting.imgsz)
+    subject.labelled = labelled(images, subject.model.task)
+    if not subject.labelled:
+        LOGGER.warning(f"The mAP is not measured: no validation image of data={setting.data} has a label.")
 
 
 def pictures_of(subject: Subject, setting: Setting) -> Array:
@@ -137,7 +153,9 @@ def compare(
 
 
 def validate(subject: Subject, path: Path, setting: Setting, result: Parity) -> None:
-    """Add the mAP of checkpoint and export on the validation images to `result`."""
+    """Add the mAP of checkpoint and export on the validation images to `result`, if these images have labels."""
+    if not subject.labelled:
+        return
     if subject.quality is None:
         subject.quality = _quality(subject, subject.path, setting)
     result.quality_torch = subject.quality

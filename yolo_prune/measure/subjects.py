@@ -42,6 +42,7 @@ class Subject:
         params: number of parameters; None if the model cannot be traced.
         quality: mAP in torch; None until it is measured.
         weights: fingerprint of the weights.
+        labelled: whether the validation images have labels, without which no mAP can be measured.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Subject:
     params: int | None = None
     quality: float | None = None
     weights: str | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: I
         return None
     try:
         for model in models:
-            datasets.validation_files(model, asked or report.data, imgsz, 1)
+            datasets.validation_set(model, asked or report.data, imgsz)
     except PruneError as e:
         if asked:
             raise

@@ -67,13 +67,18 @@ def compare(
     imgsz, different = setting.imgsz, trained.differences(opened)
     notes = [f"trained and validated with different {', '.join(different)}"] if different else []
     # All datasets are checked first; timing comes before validation, which fuses the models.
-    files = [datasets.validation_files(model, data, imgsz, evaluate.PHOTOS) for model in opened]
+    images = [datasets.validation_set(model, data, imgsz) for model in opened]
+    if not all(datasets.labelled(each, model.task) for each, model in zip(images, opened, strict=True)):
+        raise RunError(
+            f"No validation image of data={data} has a label, so the accuracy of the models cannot be measured. Add "
+            "the labels; or use 'bench', which compares latencies without labels."
+        )
     measurement = evaluate.time_all(opened, formats, setting).renamed(names) if formats else None
     candidates: list[Candidate] = []
     for name, model in zip(names, opened, strict=True):
         LOGGER.info(f"Validating {name} ({len(candidates) + 1} of {len(names)})")
         candidates.append(evaluate.validate_once(model, name, data, imgsz))
-    photos = evaluate.photographs(opened, files[0], imgsz, None)
+    photos = evaluate.photographs(opened, datasets.spread(images[0], evaluate.PHOTOS), imgsz, None)
     asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
     words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]
     write_text(save, render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement, notes))

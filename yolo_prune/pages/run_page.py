@@ -154,12 +154,13 @@ def _photos_and_classes(report: Report, models: list[Model], data: str, measure:
     With `measure`, class accuracies that the report lacks are measured and added to the copy.
     """
     imgsz, settings = report.imgsz or trained.SIZE, trained.held(report.arguments)
-    files = datasets.validation_files(models[1], data, imgsz, evaluate.PHOTOS)
+    images = datasets.validation_set(models[1], data, imgsz)
+    measure = measure and datasets.labelled(images, models[1].task)
     report = report.model_copy(deep=True)
     for figures, model in zip((report.dense, report.pruned), models, strict=True):
         if measure and not figures.classes:
             figures.classes = evaluate.validate_once(model, "the model", data, imgsz, settings).figures.classes
-    return report, evaluate.photographs(models, files, imgsz, None)
+    return report, evaluate.photographs(models, datasets.spread(images, evaluate.PHOTOS), imgsz, None)
 
 
 def _start(folder: Path, report: Report) -> Path | None:
