@@ -32,8 +32,10 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             file.write(data)
             _flush(file)
         move(temporary, target)  # after the file is closed: Windows cannot rename an open file
-    except BaseException:  # closing fails, too, if the disk is full
+    except BaseException as e:  # closing fails, too, if the disk is full
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            e.filename = str(path)
         raise
     return path
 
