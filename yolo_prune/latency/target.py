@@ -204,8 +204,10 @@ def _wholes(
     sums = table.sums(layers)
     weighed = planner.weigh(dense, graph, recipe, timing=sums)
     if not (deepest := weighed.deepest("latency")):
+        other = "Set target.flops or target.params instead." if weighed.deepest("flops") else ""
         raise TargetError(
-            "target.latency: no cut makes this model faster on this device. Set target.flops or target.params instead."
+            "target.latency: no cut makes this model faster on this device. "
+            f"{other or weighed.limits.advice('latency', 1.0)}".rstrip()
         )
     floor = deepest.predicted.kept("latency")
     plans = [weighed.nearest("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]
