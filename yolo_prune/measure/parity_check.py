@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ultralytics.engine.model import Model
 
 from yolo_prune.data.datasets import calibration, pixels
+from yolo_prune.env import outputs
 from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.measure import runtimes, subjects
@@ -77,7 +77,7 @@ def parity(
     runtimes.check([format], setting.quantize, setting.device)
     opened, pictures = subjects.open_source(model), pixels(images, setting.imgsz)
     session = subjects.session(format, path, setting)
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-parity-") as folder:
+    with outputs.scratch(subjects.room([opened.model])) as folder:
         measured_subject = subjects.subject(opened, path.name, Path(folder))
         result = compare(measured_subject, session, pictures, setting, confidence)
     if tolerance:
@@ -144,7 +144,7 @@ def _quality(subject: Subject, path: Path, setting: Setting) -> float:
     """MAP50-95 on images of one size, which exports need; the fitness for tasks without mAP50-95."""
     half = setting.quantize == 16 and setting.device.type != "cpu" and path.suffix != ".pt"
     name = f"Validating {subject.name} as {path.name}"
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-val-") as folder, quietly(name):
+    with outputs.scratch() as folder, quietly(name):
         settings: dict[str, Any] = {"rect": False, **at_size(subject.model, setting.imgsz)}
         metrics = subjects.reopen(subject.model, path).val(
             data=str(setting.data),

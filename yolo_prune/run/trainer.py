@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,11 +20,11 @@ from ultralytics.utils.torch_utils import strip_optimizer
 from yolo_prune.cut import heads
 from yolo_prune.cut.record import is_pruned
 from yolo_prune.env import ranks
-from yolo_prune.env.files import WholeFile, write_bytes
+from yolo_prune.env.files import WholeFile, move, write_bytes
 from yolo_prune.env.releases import strip_qat
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import image_channels
-from yolo_prune.run import resume, rounds, schedule
+from yolo_prune.run import inputs, resume, rounds, schedule
 from yolo_prune.run.sparse import SparseTraining
 from yolo_prune.run.state import PruningTrainer, RunState
 from yolo_prune.run.warmup import RestartWarmUp
@@ -56,6 +55,7 @@ class KeepStructure(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
+        inputs.keep(self)
         self.accumulation = resume.GradientAccumulation()
         self.warm_up = RestartWarmUp()
         self.sparse = SparseTraining()
@@ -191,7 +191,7 @@ class KeepStructure(_Base):
     def tidy(self) -> None:
         """The run is complete: delete the files that only a resumed run needs."""
         if self._stripped and self._stripped.exists():
-            os.replace(self._stripped, self.last)
+            move(self._stripped, self.last)
         if ranks.first() and self.pruning:
             resume.delete_old_states(self)
 
@@ -204,7 +204,7 @@ class KeepStructure(_Base):
         if target == self.last:
             self._stripped = temporary
         elif temporary.exists():
-            os.replace(temporary, target)
+            move(temporary, target)
         return result
 
 
