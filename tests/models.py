@@ -21,6 +21,7 @@ from yolo_prune import criteria
 from yolo_prune.cut import surgery
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, read_record, write_record
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.graph import Graph, trace
 from yolo_prune.planning import cost
 from yolo_prune.planning.cost import Cost
@@ -61,12 +62,12 @@ def shared(name: str) -> DetectionModel:
 
 
 @functools.cache
-def graph_of(name: str, imgsz: int = IMGSZ) -> Graph:
+def graph_of(name: str, imgsz: ImageSize = IMGSZ) -> Graph:
     return trace(shared(name), imgsz=imgsz)
 
 
 @functools.cache
-def cost_of(name: str, imgsz: int = IMGSZ) -> Cost:
+def cost_of(name: str, imgsz: ImageSize = IMGSZ) -> Cost:
     return cost.cost_of(shared(name), graph_of(name, imgsz))
 
 

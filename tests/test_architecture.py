@@ -43,6 +43,7 @@ IN_FREE_ROOMS = {  # beside them: parts of other folders that are plain function
     "data/calibration.py",
     "data/layer_samples.py",
     "env/files.py",
+    "env/image_size.py",
     "env/json_files.py",
     "env/ranks.py",
     "env/registry.py",

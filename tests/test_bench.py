@@ -21,8 +21,11 @@ from ultralytics.utils import checks
 
 import yolo_prune
 from yolo_prune import cli
+from yolo_prune.env.image_size import Rectangle
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.measure import clock, exporter, parity_check, runtimes, subjects
+from yolo_prune.measure.validation import at_size
+from yolo_prune.planning.planner import present_cost
 from yolo_prune.report.measurement import Measurement
 
 CPU = torch.device("cpu")
@@ -266,6 +269,44 @@ def test_parity_of_an_export(folder: Path, exported: Path) -> None:
     assert found.detections > 0
     array = np.random.default_rng(0).random((3, 3, IMGSZ, IMGSZ), dtype=np.float32)
     assert yolo_prune.parity(YOLO(folder / "cut.pt"), exported, array, imgsz=IMGSZ).images == 3
+
+
+@needs("onnx", "onnxruntime", "onnxslim")
+def test_rectangles_are_measured_and_compared(folder: Path, tmp_path: Path) -> None:
+    data = folder / "scenes/scenes.yaml"
+    found = yolo_prune.bench(
+        folder / "cut.pt", "torchscript,onnx", imgsz=(64, 96), repeats=1, data=data, save=tmp_path / "bench.json"
+    )
+    for format in ("torchscript", "onnx"):
+        parity = found.row("cut.pt", format).parity
+        assert parity.outputs < 1e-3
+        assert parity.quality == pytest.approx(parity.quality_torch, abs=1e-3)
+    assert found.row("cut.pt", "onnx").flops == present_cost(YOLO(folder / "cut.pt").model, Rectangle(64, 96))[0]
+    assert Measurement.load(tmp_path / "bench.json").imgsz == Rectangle(64, 96)
+    assert str(found).startswith("imgsz 64,96, batch 1")
+
+
+def test_a_checkpoint_is_validated_at_the_size_of_the_export(folder: Path) -> None:
+    model, seen = YOLO(folder / "cut.pt"), []
+    model.add_callback("on_val_batch_end", lambda v: seen.append(next(iter(v.dataloader))["img"].shape[2:]))
+    for size in (IMGSZ, Rectangle(64, 96)):
+        settings = {"rect": False, **at_size(model, size)}
+        model.val(data=folder / "scenes/scenes.yaml", plots=False, workers=0, **settings)
+    assert set(seen) == {(IMGSZ, IMGSZ), (64, 96)}
+
+
+@needs("onnx", "onnxruntime", "onnxslim")
+def test_parity_of_a_rectangular_export(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "cut.pt"
+    source.write_bytes((folder / "cut.pt").read_bytes())
+    exported = exporter.export(YOLO(source), "onnx", imgsz=[64, 96], device="cpu")
+    images = folder / "scenes/images/val"
+    for size in ((64, 96), "64,96"):
+        found = yolo_prune.parity(source, exported, images, imgsz=size, confidence=0.0)
+        assert found.outputs < 1e-3
+        assert found.boxes < 0.01
+    with pytest.raises(BenchError, match=r"images of shape \(1, 3, 96, 64\).*Pass the imgsz"):
+        yolo_prune.parity(source, exported, images, imgsz=(96, 64))
 
 
 def test_parity_sees_one_changed_number(folder: Path, exported: Path, tmp_path: Path) -> None:

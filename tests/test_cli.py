@@ -119,6 +119,17 @@ def test_plan_apply_show_go_together(checkpoint: Path, capsys: pytest.CaptureFix
     assert not Path("again.pt").exists()
 
 
+@pytest.mark.parametrize("written", ["64,96", "[64,96]"])
+def test_a_plan_for_rectangles(
+    written: str, checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    assert cli.main(["plan", f"model={checkpoint}", f"imgsz={written}", "recipe=gentle", "save=plan.json"]) == 0
+    assert "at imgsz 64,96" in capsys.readouterr().out
+    found, square = Plan.load("plan.json"), yolo_prune.plan(checkpoint, "gentle", imgsz=96)
+    assert found.predicted.dense_flops == pytest.approx(square.predicted.dense_flops * 64 / 96, rel=0.01)
+    assert yolo_prune.plan(checkpoint, "gentle", imgsz=[64, 96]).forecast == found.forecast
+
+
 def test_show_prints_a_recipe_with_its_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["show", "recipe=edge", "recipe.channels.round_to=4"]) == 0
     assert "round_to: 4" in capsys.readouterr().out
@@ -177,13 +188,13 @@ def test_a_required_argument_that_is_missing_is_told_with_an_example(name: str) 
     [
         (
             "yolo val model=x.pt callbacks=prune",
-            "'callbacks' is an argument of 'yolo train' only. Leave it out: 'yolo val'",
+            "'callbacks' is an argument of 'yolo train' and YOLO.train only. Leave it out: 'val' works",
         ),
         (
             "yolo export model=x.pt recipe=edge",
-            "'recipe' is an argument of 'yolo train' only. Leave it out: 'yolo export'",
+            "'recipe' is an argument of 'yolo train' and YOLO.train only. Leave it out: 'export' works",
         ),
-        ("yolo predict model=x.pt callbacks=prune", "'yolo predict'"),
+        ("yolo predict model=x.pt callbacks=prune", "'predict' works"),
         ("yolo train model=yolo11n.yaml callback=prune", r"Similar arguments are i\.e\. \['callbacks=prune'\]"),
         ("yolo train model=yolo11n.yaml callbacks=prune recipie=edge", r"'recipie' is not.*recipe=half-flops"),
         ("yolo train model=yolo11n.yaml recipe=edge", "'recipe' has no effect by itself. Add callbacks=prune"),
@@ -209,7 +220,7 @@ def test_yolo_train_understands_the_keys_and_refuses_before_any_work(clean_cwd: 
         ("train callbacks=prune recipe.target.flops=0.02", "target.flops: 0.02 of the dense model cannot"),
         ("train callbacks=prunes", "callbacks='prunes' is not a known callback"),
         ("train callbacks=", "'callbacks' needs a value"),
-        ("val callbacks=prune", "'callbacks' is an argument of 'yolo train' only"),
+        ("val callbacks=prune", "'callbacks' is an argument of 'yolo train' and YOLO.train only"),
     ],
 )
 def test_who_types_yolo_gets_a_message_and_no_traceback(arguments: str, message: str, clean_cwd: Path) -> None:

@@ -22,6 +22,7 @@ from ultralytics.cfg import check_dict_alignment
 from ultralytics.data import build
 from ultralytics.data.augment import LetterBox, Mosaic
 from ultralytics.data.base import BaseDataset
+from ultralytics.data.dataset import YOLODataset
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.model import Model
@@ -192,6 +193,23 @@ def test_patch_finds_the_export_event() -> None:
     assert default_callbacks["on_export_start"].count(export_record.on_export_start) == 1
     assert "on_export_start" in inspect.getsource(Exporter)
     assert "self.metadata" in inspect.getsource(Exporter)
+
+
+def test_the_trainer_checks_arguments_as_launch_does_before_it() -> None:
+    assert "get_cfg(cfg, overrides)" in inspect.getsource(BaseTrainer.__init__)
+    assert "check_imgsz(self.args.imgsz, stride=gs, floor=gs, max_dim=1)" in inspect.getsource(BaseTrainer)
+    assert {"cfg", "lr0", "model", "task", "mode", "data"} <= DEFAULT_CFG_DICT.keys()
+    train = inspect.getsource(
+        inspect.unwrap(Model.train)
+    )  # with a file of arguments, the model's overrides do not count
+    assert 'overrides = YAML.load(checks.check_yaml(kwargs["cfg"])) if kwargs.get("cfg") else self.overrides' in train
+    assert 'args = {**overrides, **custom, **kwargs, "mode": "train"}' in train
+
+
+def test_a_validator_takes_rectangles_after_it_is_made() -> None:
+    assert "self.args.imgsz = check_imgsz(self.args.imgsz, max_dim=1)" in inspect.getsource(BaseValidator.__init__)
+    assert "imgsz=cfg.imgsz" in inspect.getsource(build.build_yolo_dataset)
+    assert "LetterBox(new_shape=self.imgsz" in inspect.getsource(YOLODataset.build_transforms)
 
 
 def test_launch_reads_these_of_a_model() -> None:

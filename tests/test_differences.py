@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from yolo_prune.env.image_size import Rectangle
 from yolo_prune.errors import BenchError
 from yolo_prune.measure.differences import Comparison, Layout, batches
 
@@ -72,6 +73,12 @@ def test_queries_are_matched_and_their_boxes_are_shares_of_the_image() -> None:
     found.add([rows], [other], 1)
     assert found.boxes == pytest.approx(1, abs=1e-4)
     assert found.scores == 0
+
+
+def test_queries_are_shares_of_both_sides_of_a_rectangle() -> None:
+    rows = np.array([[[0.5, 0.5, 0.1, 0.1, 0.9, 0.0]]], np.float32)
+    found = next(Layout(2, 0, Rectangle(64, 96), queries=True).read(rows))
+    assert found.boxes[0] == pytest.approx([48, 32, 9.6, 6.4])  # x, y, width, height
 
 
 def test_what_is_no_number_is_as_far_off_as_can_be() -> None:

@@ -350,4 +350,4 @@ def test_what_cannot_be_measured_at_all_leaves_an_earlier_measurement_alone(
 def test_the_size_of_a_run_is_one_that_exports_can_have() -> None:
     from yolo_prune.pages import bench_file as figures
 
-    assert [figures.export_size(Report(imgsz=size)) for size in (320, 100, [64, 96], None)] == [320, 128, 96, 640]
+    assert [figures.export_size(Report(imgsz=size)) for size in (320, 100, [64, 90], None)] == [320, 128, (64, 96), 640]

@@ -25,6 +25,7 @@ import yolo_prune
 from yolo_prune import cli
 from yolo_prune.data import datasets
 from yolo_prune.env import metrics
+from yolo_prune.env.image_size import image_size
 from yolo_prune.errors import PruneError
 from yolo_prune.pages import compare_page, evaluate, run_page
 from yolo_prune.report import (
@@ -548,6 +549,18 @@ def test_checkpoints_are_compared(folder: Path, capsys: pytest.CaptureFixture[st
     assert {"models", "images", "reproduce"} <= set(page.sections)
     assert f"{report.pruned.fitness:.3f}" in page.text  # validated as the run itself does
     assert not list(tmp_path.glob("runs"))
+
+
+def test_checkpoints_are_compared_on_rectangles(folder: Path, tmp_path: Path) -> None:
+    models = [folder / "dense.pt", folder / "run/weights/best.pt"]
+    target = tmp_path / "compare.html"
+    size = image_size("64,96")
+    found = compare_page.compare(models, str(folder / "scenes/scenes.yaml"), size, target, ["torch"], repeats=1)
+    assert found.measurement.imgsz == size
+    page = Page(target.read_text(encoding="utf-8"))
+    assert "imgsz 64,96" in page.text
+    assert "64 \N{MULTIPLICATION SIGN} 96" in page.text
+    assert "imgsz=64,96" in page.text  # in the command that makes the page again
 
 
 def test_a_few_images_from_all_over_a_dataset() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from yolo_prune.cut import surgery
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.cut.plan import GroupWidth, Plan, Protected
+from yolo_prune.env.image_size import Rectangle
 from yolo_prune.errors import PlanError
 from yolo_prune.planning.planner import make_plan
 
@@ -282,6 +283,20 @@ def test_the_table_tells_groups_protection_and_cost() -> None:
     assert "50.0%" in text
     assert "nothing is removed" in str(Plan({}, {}, {}))
     assert max(len(line) for line in str(tiny()).splitlines()) <= 100
+
+
+def test_a_plan_of_rectangles_is_stored_as_plain_data_and_read_again(tmp_path: Path) -> None:
+    forecast = replace(SMALL.predicted, imgsz=Rectangle(64, 96))
+    plan = replace(SMALL, forecast=forecast)
+    assert plan.to_dict()["forecast"]["imgsz"] == [64, 96]
+    assert type(plan.to_dict()["forecast"]["imgsz"]) is list  # it is stored in checkpoints, too
+    found = Plan.load(plan.save(tmp_path / "p.json"))
+    assert found.forecast == forecast
+    assert "60.0%   at imgsz 64,96" in str(found)
+    body = plan.to_dict()
+    body["forecast"]["imgsz"] = [64, 96, 3]
+    with pytest.raises(PlanError, match=r"not a yolo-prune plan: ValueError: imgsz=\[64, 96, 3\]"):
+        Plan.from_dict(body)
 
 
 def test_a_plan_without_a_forecast_says_how_to_get_one() -> None:

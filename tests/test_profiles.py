@@ -16,6 +16,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolo_prune import cli
 from yolo_prune.data import datasets
+from yolo_prune.env.image_size import ImageSize, Rectangle
 from yolo_prune.errors import BenchError
 from yolo_prune.latency import probe, target
 from yolo_prune.latency.layers import distinct, layers_of
@@ -106,7 +107,7 @@ def test_a_profile_of_another_device(folder: Path, clean_cwd: Path, capsys: pyte
     assert "yolo-prune profile model=... format=torch" in error
 
 
-def profiled(model: nn.Module, path: Path, imgsz: int = IMGSZ) -> Table:
+def profiled(model: nn.Module, path: Path, imgsz: ImageSize = IMGSZ) -> Table:
     """A profile that is written, and read again."""
     holder = YOLO("yolo11n.yaml")
     holder.model = model
@@ -134,6 +135,15 @@ def test_the_size_of_a_profile_is_its_own(tmp_path: Path) -> None:
     assert target.find(model, asked, 2 * IMGSZ) == there
     with pytest.raises(BenchError, match=rf"imgsz {IMGSZ}, {2 * IMGSZ}, but not for the run's imgsz {3 * IMGSZ}"):
         target.find(model, asked, 3 * IMGSZ)
+
+
+def test_a_profile_of_rectangles(tmp_path: Path) -> None:
+    model, path, size = models.shared("short"), tmp_path / "pi.json", Rectangle(IMGSZ, 2 * IMGSZ)
+    found = profiled(model, path, size)
+    assert found.sizes() == [size]
+    assert found.wholes
+    timing = target.find(model, Target(latency=0.8, profile=str(path)), 2 * IMGSZ)  # a run trains on squares
+    assert timing == found.timing(layers_of(model, size), next(iter(found.wholes)))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from small_data import short_checkpoint
-from small_runs import FINE, RECIPES, RUNS
+from small_runs import FINE, PLAIN, RECIPES, RUNS
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import load_checkpoint
@@ -287,6 +287,9 @@ def test_a_failed_proof_stops_the_run_before_anything_is_cut(
         ({"callback": "prune"}, SyntaxError, "'callback' is not a valid YOLO argument. Did you mean 'callbacks'"),
         ({"callbacks": None}, SyntaxError, "'recipe' has no effect by itself"),
         ({"lr": 0.1}, SyntaxError, "'lr' is not a valid YOLO argument"),
+        ({"modle": "x.pt", "recipe": "half"}, SyntaxError, r"^'modle' is not a valid YOLO argument.*'model'\]"),
+        ({"epochs": None}, TypeError, "'epochs=None' is invalid. 'epochs' must not be None"),
+        ({"imgsz": "64x96"}, ValueError, "'imgsz=64x96' is not a valid image size"),
     ],
 )
 def test_bad_arguments_are_refused_before_a_folder_exists(
@@ -304,6 +307,41 @@ def test_bad_arguments_are_refused_before_a_folder_exists(
     with pytest.raises(kind, match=message):
         model.train(**{**settings, **arguments})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["val", "predict", "export", "tune"])
+def test_other_modes_say_that_the_keys_belong_to_train(mode: str, data: str, tmp_path: Path, clean_cwd: Path) -> None:
+    model = YOLO(short_checkpoint(tmp_path))
+    with pytest.raises(yolo_prune.PruneError, match=r"^'recipe' is an argument of 'yolo train' and YOLO\.train only"):
+        getattr(model, mode)(data=data, recipe="edge", source=str(tmp_path))
+    assert list(clean_cwd.iterdir()) == []
+
+
+def test_a_file_of_arguments_may_hold_the_keys(data: str, tmp_path: Path) -> None:
+    """As `yolo train cfg=...` reads the file. What the file leaves out is the default, not a setting of the model."""
+    model, file = YOLO(short_checkpoint(tmp_path)), tmp_path / "cfg.yaml"
+    model.overrides["lr0"] = 0.5
+    recipe = {**PLAIN, **FINE, "schedule": {"rounds": 1}}
+    ours = {"callbacks": "prune", "recipe": recipe, "recipe.target.flops": 0.6}
+    YAML.save(file, {**TINY, **ours, "epochs": 3, "model": "other.pt"})
+    model.train(data=data, cfg=str(file), epochs=1, project=str(tmp_path), warmup_epochs=0, lr0=0.002)
+    report = Report.load(tmp_path / "train")
+    assert report.status == "finished"
+    assert report.recipe["target"] == {"flops": 0.6}
+    args = model.trainer.args
+    assert (args.epochs, args.imgsz, args.lr0, args.data) == (1, TINY["imgsz"], 0.002, data)
+    assert Path(args.model).name == "dense.pt"
+    YAML.save(file, {"recipie": "edge"})
+    with pytest.raises(SyntaxError, match=r"'recipie' is not a valid YOLO argument\. Did you mean 'recipe'"):
+        model.train(data=data, cfg=str(file))
+
+
+def test_a_file_of_arguments_without_the_keys_is_left_to_ultralytics(data: str, tmp_path: Path) -> None:
+    model, file = YOLO(short_checkpoint(tmp_path)), tmp_path / "cfg.yaml"
+    YAML.save(file, {**TINY, "epochs": 1})
+    model.train(data=data, cfg=str(file), project=str(tmp_path))
+    assert model.trainer.args.cfg == str(file)
+    assert not yolo_prune.is_pruned(model)
 
 
 def test_callbacks_do_not_outlive_the_call(data: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from yolo_prune import load_recipe
 from yolo_prune.cut import surgery
 from yolo_prune.data import datasets
 from yolo_prune.data.calibration import Calibration, loss_of
+from yolo_prune.env.image_size import Rectangle
 from yolo_prune.errors import GradientError, RecipeError
 from yolo_prune.graph import ChannelSet, Group, Slot, trace
 from yolo_prune.planning import cost, planner
@@ -277,6 +279,14 @@ def test_from_a_dataset_to_a_plan(folder: Path, memory: Path, monkeypatch: pytes
     other = yolo_prune.plan(model, None, imgsz=32, data=data, **TINY | {"allocation": "global"})
     assert other.hash != plan.hash
     yolo_prune.apply(model, plan)
+
+
+def test_training_images_have_the_size_that_was_asked_for(folder: Path) -> None:
+    model = YOLO(folder / "dense.pt")
+    calibration = datasets.calibration(model, folder / "scenes/scenes.yaml", Rectangle(64, 96), 2)
+    assert calibration.images(2).shape == (2, 3, 64, 96)
+    with calibration.differentiable(model.model) as twin:
+        assert math.isfinite(calibration.mean_loss(twin))
 
 
 def test_a_measured_rise_is_that_of_the_pruned_model(folder: Path, memory: Path) -> None:

@@ -178,17 +178,6 @@ def positive_integer(name: str, text: str) -> int:
     return int(text)
 
 
-def image_size(name: str, text: str) -> int:
-    """Height and width of square images, in pixels.
-
-    Raises:
-        PruneError: If a model cannot take images of this size.
-    """
-    if not text.isdigit() or not 32 <= int(text) <= 8192 or int(text) % 32:
-        raise PruneError(f"{name}={text}: must be a multiple of 32 between 32 and 8192.")
-    return int(text)
-
-
 def boolean(name: str, text: str) -> bool:
     """True or False.
 

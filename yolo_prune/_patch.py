@@ -71,7 +71,9 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
         allowed_custom_keys: set[str] | None = None,
     ) -> None:
         allowed = [allowed_custom_keys] if allowed_custom_keys else []  # releases before 8.4.0 lack this parameter
-        if "train" not in base:  # not a command; other configurations never hold the keys of this package
+        if "train" not in base:  # not a command, but the arguments of a mode, or another configuration
+            with _without_traceback():
+                _refuse_elsewhere(custom)
             original(base, custom, e, *allowed)
             return
         with _without_traceback():
@@ -88,13 +90,31 @@ def _check_command(custom: Mapping[str, Any], unreadable: bool) -> None:
     mode = custom.get("mode")
     if ours and (unreadable or custom[ours[0]] == ""):  # Ultralytics reports an argument without a value in both ways
         raise ArgumentError(f"'{ours[0].rstrip('=')}' needs a value, for example callbacks=prune recipe=half-flops.")
-    if ours and "mode" in custom and mode != "train":
-        raise ArgumentError(
-            f"'{ours[0]}' is an argument of 'yolo train' only. Leave it out: 'yolo {mode}' works on pruned models as "
-            "on any other model."
-        )
+    if mode != "train":
+        _refuse_elsewhere(custom)
     if ours and "callbacks" not in custom and mode == "train":
         raise ArgumentError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
+
+
+def _refuse_elsewhere(arguments: Mapping[str, Any]) -> None:
+    """Refuse keys of this package among arguments that no `train` of this package reads.
+
+    `YOLO.train` removes these keys. They are left in other modes, in `tune`, and in trainers that a user makes.
+    """
+    key = next(filter(is_pruning_key, arguments), None)
+    if key is None or "mode" not in arguments:
+        return
+    mode = arguments["mode"]
+    if mode != "train":
+        raise ArgumentError(
+            f"'{key}' is an argument of 'yolo train' and YOLO.train only. Leave it out: '{mode}' works on pruned "
+            "models as on any other model."
+        )
+    raise ArgumentError(
+        f"'{key}' is an argument of 'yolo train' and YOLO.train only: tune() and trainers of your own do not prune. "
+        "Leave it out here. To prune with the tuned settings, pass them to train: "
+        "cfg=best_hyperparameters.yaml callbacks=prune"
+    )
 
 
 def _train(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,12 +145,13 @@ def _without_traceback() -> Iterator[None]:
 
 
 def _may_involve_pruning(model: Any, arguments: Mapping[str, Any]) -> bool:
-    """True for runs with our keys, of pruned models, or that load another checkpoint, which may be pruned."""
+    """True for runs with our keys or a file of arguments, of pruned models, or that load another checkpoint."""
     yaml = getattr(model.model, "yaml", None)
     pruned = isinstance(yaml, Mapping) and RECORD in yaml
     resumed = arguments.get("resume", model.overrides.get("resume"))
     from_file = isinstance(arguments.get("pretrained", model.overrides.get("pretrained")), str | Path)
-    return pruned or bool(resumed) or from_file or any(is_pruning_key(key) for key in arguments)
+    has_file = bool(arguments.get("cfg"))  # its arguments may be keys of this package
+    return pruned or bool(resumed) or from_file or has_file or any(is_pruning_key(key) for key in arguments)
 
 
 def _extend_export() -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log
 from yolo_prune.env.checkpoints import open_model, save
 from yolo_prune.env.files import unused
+from yolo_prune.env.image_size import ImageSize, image_size
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
 from yolo_prune.latency import search
 from yolo_prune.planning import planner
@@ -38,7 +39,7 @@ def plan(
     model: Model | nn.Module | str | Path,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
-    imgsz: int = 640,
+    imgsz: ImageSize | Sequence[int] | str = 640,
     data: str | Path | None = None,
     **overrides: Any,
 ) -> Plan:
@@ -47,7 +48,8 @@ def plan(
     Args:
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
         recipe: a bundled name, a path, a mapping or a `Recipe`; None is the default recipe, `half-flops`.
-        imgsz: image size in pixels, at which FLOPs are counted and training images are read.
+        imgsz: image size in pixels, at which FLOPs are counted and training images are read: one number, or height
+            and width.
         data: the dataset, as for `model.train`, for criteria and allocations that look at training images. Without
             `data`, the criterion `magnitude` and the allocation `global` replace them.
         **overrides: single fields of the recipe, with dots: `**{"target.flops": 0.4}`.
@@ -66,25 +68,25 @@ def plan(
         >>> plan.predicted.flops_kept <= 0.5
         True
     """
-    asked = _load(recipe, overrides)
+    asked, size = _load(recipe, overrides), image_size(imgsz)
     if isinstance(model, str | Path):
         model = open_model(model)
     count = planner.images_for(asked)
     replaced = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
     asked = asked if data else planner.rehearsal(asked)
     module, target = _module(model), asked.target
-    graph, bar = planner.survey(module, asked, imgsz), log.bar("scoring channels")
-    trial = search.trial(module, graph, asked, imgsz) if target.latency else None
+    graph, bar = planner.survey(module, asked, size), log.bar("scoring channels")
+    trial = search.trial(module, graph, asked, size) if target.latency else None
     for key, name in replaced.items():
         LOGGER.warning(
             f"{key} {name} needs training images, and data= was not given. This plan removes as much, but uses the "
             f"{key} {planner.STAND_INS[key].name} instead. Pass data= to use {name}."
         )
-    calibration = _calibration(model, data, imgsz, count) if data and count else None
+    calibration = _calibration(model, data, size, count) if data and count else None
     if trial is None:
         return planner.plan_for(module, graph, asked, calibration=calibration, progress=bar)
     weighed = planner.weigh(module, graph, asked, calibration, bar, trial.timing)
-    return search.settle(module, weighed, target, imgsz, present=trial.present).plan
+    return search.settle(module, weighed, target, size, present=trial.present).plan
 
 
 def apply(
@@ -93,7 +95,7 @@ def apply(
     *,
     prove: bool = True,
     data: str | Path | None = None,
-    imgsz: int = 640,
+    imgsz: ImageSize | Sequence[int] | str = 640,
     refit: int = 64,
 ) -> proof.Proof | None:
     """Cut a model in place, in one step, without training.
@@ -107,7 +109,7 @@ def apply(
         plan: a plan made for this model.
         prove: whether to prove the cut on a copy first.
         data: the dataset, as for `model.train`. Its training images, not their labels, are used for the refit.
-        imgsz: size of these images in pixels.
+        imgsz: size of these images in pixels: one number, or height and width.
         refit: number of these images.
 
     Returns:
@@ -128,13 +130,13 @@ def apply(
         >>> model.save("cut.pt")
     """
     _startup.install(force=True)  # a later `model.train(...)` must keep the pruned structure
-    module = _module(model)
+    module, size = _module(model), image_size(imgsz)
     if not plan:
         raise PlanError("The plan removes nothing; there is nothing to apply.")
     surgery.check(module, plan)
     record = read_record(module)
     proven = proof.prove(module, plan) if prove else None
-    calibration = _calibration(model, data, imgsz, refit) if data and refit else None
+    calibration = _calibration(model, data, size, refit) if data and refit else None
     widths = record.widths if record and record.plan else planner.widths(module)
     whole = bare_copy(module) if calibration else None
     surgery.apply(module, plan)
@@ -232,7 +234,7 @@ def describe(model: Model | nn.Module | str | Path) -> str:
     return "\n".join(lines)
 
 
-def _calibration(model: Model | nn.Module, data: str | Path, imgsz: int, count: int) -> Calibration:
+def _calibration(model: Model | nn.Module, data: str | Path, imgsz: ImageSize, count: int) -> Calibration:
     if not isinstance(model, Model):
         raise RunError("data= needs the YOLO object, because its module cannot read a dataset. Pass the YOLO object.")
     model.model.float()

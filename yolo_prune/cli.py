@@ -16,6 +16,7 @@ from yolo_prune import _grammar as grammar
 from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
 from yolo_prune.env import outputs
+from yolo_prune.env.image_size import image_size
 from yolo_prune.errors import PruneError
 
 
@@ -263,7 +264,13 @@ FALSE = ("=false", "=0", "=none", "=")
 MODEL = Argument("model", "best.pt", "a .pt checkpoint", required=True)
 DATA = Argument("data", "data.yaml", "a dataset")
 RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: half-flops)")
-IMGSZ = Argument("imgsz", "640", "the height and width of images, in pixels", grammar.image_size, 640)
+IMGSZ = Argument(
+    "imgsz",
+    "640",
+    "the size of images in pixels: one number, or height,width",
+    lambda name, text: image_size(text),
+    640,
+)
 FORMAT = Argument("format", "onnx,openvino", "the formats to measure", default="onnx")
 HALF = Argument("half", "True", "the same as quantize=16", grammar.boolean)
 REPEATS = Argument(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from yolo_prune.env.image_size import ImageSize, image_size, plain
 from yolo_prune.errors import PlanError
 
 
@@ -19,7 +20,7 @@ class Forecast:
     layers' times or, if `measured` is true, the measured time of the whole model.
     """
 
-    imgsz: int
+    imgsz: ImageSize
     dense_flops: float
     flops_before: float
     flops_after: float
@@ -74,9 +75,10 @@ class Forecast:
             before = later.dense_ms * self.present("latency")
         return replace(later, flops_before=self.flops_before, params_before=self.params_before, ms_before=before)
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, without unknown values."""
-        return {key: value for key, value in vars(self).items() if value is not None and value is not False}
+        known = {key: value for key, value in vars(self).items() if value is not None and value is not False}
+        return {**known, "imgsz": plain(self.imgsz)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Forecast:
@@ -85,10 +87,12 @@ class Forecast:
         Raises:
             ValueError: If a number is not positive.
             TypeError: If a number is missing, or a value is not a number.
+            KeyError: If the image size is missing.
         """
-        whole = ("imgsz", "dense_params", "params_before", "params_after")
-        measured = bool(data.get("measured"))
-        numbers: dict[str, Any] = {k: (int if k in whole else float)(v) for k, v in data.items() if k != "measured"}
+        whole, others = ("dense_params", "params_before", "params_after"), ("imgsz", "measured")
+        numbers: dict[str, Any] = {k: (int if k in whole else float)(v) for k, v in data.items() if k not in others}
         if not all(0 < value < math.inf for value in numbers.values()):
             raise ValueError("a forecast holds positive numbers only")
-        return cls(**numbers, measured=measured)
+        return cls(
+            image_size(data["imgsz"], multiple=1, error=ValueError), **numbers, measured=bool(data.get("measured"))
+        )

@@ -18,13 +18,14 @@ from ultralytics.utils.patches import imread
 
 from yolo_prune.data.calibration import Calibration, draw
 from yolo_prune.env import outputs
+from yolo_prune.env.image_size import ImageSize, height_width, plain
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import stride
 
 MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # stores results on images of a dataset
 
 
-def calibration(model: Model, data: str | Path, imgsz: int, count: int, seed: int = 0) -> Calibration:
+def calibration(model: Model, data: str | Path, imgsz: ImageSize, count: int, seed: int = 0) -> Calibration:
     """Training images of a dataset, prepared as for validation, with the labels that the loss needs.
 
     Args:
@@ -49,7 +50,7 @@ def spread(dataset: Any, count: int) -> list[Path]:
     return [Path(files[i * len(files) // shown]) for i in range(shown)]
 
 
-def validation_files(model: Model, data: str | Path, imgsz: int, count: int) -> list[Path]:
+def validation_files(model: Model, data: str | Path, imgsz: ImageSize, count: int) -> list[Path]:
     """At most `count` validation images of a dataset, evenly spaced over it.
 
     Raises:
@@ -58,11 +59,11 @@ def validation_files(model: Model, data: str | Path, imgsz: int, count: int) -> 
     return spread(_dataset(model, data, imgsz, "val")[0], count)
 
 
-def _dataset(model: Model, data: str | Path, imgsz: int, split: str) -> tuple[Any, Any, Any]:
-    """A split of a dataset, prepared as for validation, the validator, and its settings."""
+def _dataset(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tuple[Any, Any, Any]:
+    """A split of a dataset, prepared as for validation at exactly this size, the validator, and its settings."""
     module: Any = model.model
-    device = next(module.parameters()).device
-    overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": imgsz, "batch": 1, "workers": 0}
+    device, size = next(module.parameters()).device, height_width(imgsz)
+    overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": max(size), "batch": 1, "workers": 0}
     settings = get_cfg(overrides={**overrides, "device": device.type, "rect": False})
     check = check_cls_dataset if model.task == "classify" else check_det_dataset
     try:
@@ -77,14 +78,15 @@ def _dataset(model: Model, data: str | Path, imgsz: int, split: str) -> tuple[An
         )
     with outputs.scratch() as folder:
         validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=settings)
+    validator.args.imgsz = plain(imgsz)  # Ultralytics' own validation takes rectangles of exports only
     validator.data, validator.stride, validator.device = info, stride(module), device
     path = info[split]
     dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
     return dataset, validator, settings
 
 
-def pixels(source: Any, imgsz: int) -> npt.NDArray[np.float32]:
-    """Images in the form that a model takes: `(n, channels, imgsz, imgsz)`, 0 to 1.
+def pixels(source: Any, imgsz: ImageSize) -> npt.NDArray[np.float32]:
+    """Images in the form that a model takes: `(n, channels, height, width)`, 0 to 1.
 
     Args:
         source: an array or tensor of this form, which is returned as it is; or a folder, a file, or a list of files.
@@ -104,7 +106,7 @@ def pixels(source: Any, imgsz: int) -> npt.NDArray[np.float32]:
         files = sorted(f for f in files[0].iterdir() if f.suffix.lower().lstrip(".") in IMG_FORMATS)
     if not files:
         raise RunError("images: there are none. Pass a folder of images, a list of files, or an array.")
-    box, arrays = LetterBox((imgsz, imgsz), auto=False), []
+    box, arrays = LetterBox(height_width(imgsz), auto=False), []
     for file in files:
         picture = imread(str(file)) if file.is_file() else None
         if picture is None:

@@ -10,6 +10,8 @@ from functools import cached_property
 
 from torch import nn
 
+from yolo_prune.env.image_size import ImageSize
+
 
 def output_dimension(layer: nn.Module | None) -> int:
     """The dimension of a layer's weight whose indices are the layer's outputs."""
@@ -130,7 +132,7 @@ class Graph:
         work: `{tensor name: MACs per element}` for one image of `imgsz`, for all parts that run in deployment.
         fixed_work: MACs that do not depend on any width.
         deployed: names of the parameters that run in deployment.
-        imgsz: image height and width in pixels.
+        imgsz: image size in pixels.
     """
 
     groups: tuple[Group, ...]
@@ -139,7 +141,7 @@ class Graph:
     work: Mapping[str, float]
     fixed_work: float
     deployed: frozenset[str]
-    imgsz: int
+    imgsz: ImageSize
 
     @property
     def widths(self) -> dict[str, int]:

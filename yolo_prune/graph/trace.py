@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from yolo_prune.errors import PruneError, RecipeError, UnsupportedModelError
+from yolo_prune.env.image_size import ImageSize, height_width, image_size
+from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import probes, rules
 from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Labels
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
@@ -20,6 +21,8 @@ from yolo_prune.graph.tracer import Tracer
 from yolo_prune.graph.twin import weightless
 
 UNSEEN = "does not run in a forward pass"
+FROZEN = "frozen in this run"
+PROTECT = "recipe: protect"
 
 
 def trace(
@@ -27,7 +30,7 @@ def trace(
     protect: Sequence[str] = (),
     frozen: Sequence[str] = (),
     *,
-    imgsz: int = 640,
+    imgsz: ImageSize = 640,
     heads: str = "dims",
 ) -> Graph:
     """Find the groups of coupled channels of an Ultralytics model, and the cost of its channels.
@@ -40,7 +43,7 @@ def trace(
         model: the module in `YOLO(...).model`.
         protect: names or globs of modules that must not be pruned.
         frozen: names of modules that are not trained in this run; these are not pruned either.
-        imgsz: image height and width in pixels for which MACs are counted.
+        imgsz: image size in pixels for which MACs are counted.
         heads: "dims" removes channels in the heads of attentions, "heads" removes whole heads.
 
     Raises:
@@ -51,19 +54,17 @@ def trace(
     from yolo_prune.graph import blocks  # noqa: F401  registers the rules; imported late because it imports ultralytics
 
     _refuse_deployed(model)
-    stride = probes.stride(model)
-    if isinstance(imgsz, bool) or not isinstance(imgsz, int) or imgsz < 1 or imgsz % stride:
-        raise PruneError(f"imgsz: must be a multiple of {stride}, got {imgsz}.")
+    imgsz = image_size(imgsz, multiple=probes.stride(model))
     channels = probes.image_channels(model)
     if channels is None:
         raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
-    protected_modules = dict.fromkeys(frozen, "frozen in this run") | _protected_modules(model, protect)
+    protected_modules = dict.fromkeys(frozen, FROZEN) | _protected_modules(model, protect)
     twin = weightless(model)
     stated = rules.gather(twin, heads)
     labels = Labels(_labelled(twin))
     tracer = Tracer(labels, rules.trusts, stated.reasons, stated.spare)
     known = {rows.tensor for rows, _ in stated.fixed}
-    deployed = _run(tracer, twin, torch.empty(1, channels, imgsz, imgsz, device="meta"), known)
+    deployed = _run(tracer, twin, torch.empty(1, channels, *height_width(imgsz), device="meta"), known)
     _add_facts(labels, stated)
     tensors = dict.fromkeys(tensor for tensor, _ in labels.spaces)
     _pin(labels, {t: why for t in tensors if (why := _protection(t, protected_modules))}, REQUESTED)
@@ -224,7 +225,7 @@ def _protected_modules(model: nn.Module, protect: Sequence[str]) -> dict[str, st
     """`{module name: reason}` of the modules that the patterns match."""
     reasons: dict[str, str] = {}
     for pattern in protect:
-        reasons.update(dict.fromkeys(named(model, pattern, "protect"), f"recipe: protect '{pattern}'"))
+        reasons.update(dict.fromkeys(named(model, pattern, "protect"), f"{PROTECT} '{pattern}'"))
     return reasons
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_prune.cut.copies import lean_copy
+from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.graph import probes
 
 COPIES = 4
@@ -124,7 +125,7 @@ class _SideBySide(nn.Module):
         return result
 
 
-def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
+def layers_of(model: nn.Module, imgsz: ImageSize) -> dict[str, list[Layer]]:
     """`{weight name: [layer, ...]}` of all layers that run in deployment, with one entry per call in a forward pass.
 
     Args:
@@ -143,7 +144,7 @@ def layers_of(model: nn.Module, imgsz: int) -> dict[str, list[Layer]]:
     channels = probes.image_channels(model) or 3
     try:
         with torch.inference_mode():
-            deployed(torch.zeros(1, channels, imgsz, imgsz))
+            deployed(torch.zeros(1, channels, *height_width(imgsz)))
     finally:
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
+from yolo_prune.env.image_size import ImageSize, height_width, image_size
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import BenchError
 from yolo_prune.latency.fit import Formula, LayerTime, formula, steps
@@ -33,7 +34,7 @@ FILE = JsonFile(
     wrong=_OTHER,
     error=BenchError,
 )
-KEY = r"^[0-9a-f]{16} [0-9a-f]{16} at [1-9][0-9]{1,4}$"  # see model_key
+KEY = r"^[0-9a-f]{16} [0-9a-f]{16} at [1-9][0-9]{1,4}(,[1-9][0-9]{1,4})?$"  # see model_key
 LEAST_SCALE = 0.05
 """Minimum of the time that a model saves, as a fraction of the time that its layers save.
 
@@ -90,11 +91,12 @@ class Table(BaseModel):
         """Layers of a model that are not in the table."""
         return [layer for layer in distinct(layers) if layer.key not in self.layers]
 
-    def sizes(self) -> list[int]:
+    def sizes(self) -> list[ImageSize]:
         """Image sizes, in pixels, at which whole models were timed."""
-        return sorted({int(key.rpartition(" ")[2]) for key in self.wholes})
+        sizes = {image_size(key.rpartition(" ")[2], multiple=1, error=BenchError) for key in self.wholes}
+        return sorted(sizes, key=height_width)
 
-    def find(self, layers: Mapping[str, list[Layer]], imgsz: int) -> str | None:
+    def find(self, layers: Mapping[str, list[Layer]], imgsz: ImageSize) -> str | None:
         """The key in `wholes` of a dense model, or of one that differs only in the widths of its head; else None.
 
         Args:
@@ -175,7 +177,7 @@ class Table(BaseModel):
         return FILE.load(path, cls)
 
 
-def model_key(layers: Mapping[str, list[Layer]], imgsz: int) -> str:
+def model_key(layers: Mapping[str, list[Layer]], imgsz: ImageSize) -> str:
     """The key of a dense model at an image size. Models with the same layers have the same key.
 
     The first word of the key does not depend on the widths of the head, which change with the number of classes.

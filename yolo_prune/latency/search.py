@@ -11,6 +11,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import is_pruned
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.env.log import PREFIX
 from yolo_prune.errors import NothingToRemoveError, TargetError
 from yolo_prune.graph import Graph
@@ -66,7 +67,7 @@ class Hit(NamedTuple):
     row: LatencyRow | None = None
 
 
-def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
+def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: ImageSize) -> Trial:
     """Try a recipe on a model before any work is done.
 
     Args:
@@ -93,7 +94,7 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: int) -> Trial:
     return Trial(weighed.nearest(METRIC, _formula_target(weighed, keep, present)), present, timing)
 
 
-def _check_reachable(model: nn.Module, weighed: Weighed, target: Target, imgsz: int, keep: float) -> float:
+def _check_reachable(model: nn.Module, weighed: Weighed, target: Target, imgsz: ImageSize, keep: float) -> float:
     """Check that the target `keep` is below the model's latency and in reach.
 
     Nothing is timed if this is clear: the model is dense, and the target is far above the latency of the deepest cut.
@@ -117,8 +118,8 @@ def _check_reachable(model: nn.Module, weighed: Weighed, target: Target, imgsz: 
     if reached > keep * (1 + TOLERANCE):
         raise TargetError(
             f"target.latency: {keep:g} of the dense model's latency is out of reach. The deepest cut that channels and "
-            f"protect allow has a measured latency of {reached:.3f} of the dense model's. Raise "
-            "channels.max_removed, lower channels.min or channels.round_to, protect less, or set a larger target."
+            f"protect allow has a measured latency of {reached:.3f} of the dense model's. Set a larger target. "
+            f"{weighed.limits.advice(METRIC, _formula_target(weighed, keep, present))}".rstrip()
         )
     return present
 
@@ -127,7 +128,7 @@ def settle(
     model: nn.Module,
     weighed: Weighed,
     target: Target,
-    imgsz: int,
+    imgsz: ImageSize,
     keep: float | None = None,
     present: float = 1.0,
     tolerance: float = TOLERANCE,
@@ -157,8 +158,8 @@ def settle(
     _check_slower(present, keep)
     if not weighed.deepest(METRIC):
         raise NothingToRemoveError(
-            "target.latency: no further cut of this model saves time under channels and protect. Raise "
-            "channels.max_removed, lower channels.min or channels.round_to, or protect less."
+            "target.latency: no further cut of this model saves time under channels and protect. "
+            f"{weighed.limits.advice(METRIC, _formula_target(weighed, keep, present))}".rstrip()
         )
     format, setting = setting_of(target, imgsz)
     with Stopwatch(dense_twin(model), format, setting) as stopwatch:
@@ -167,8 +168,7 @@ def settle(
     if abs(hit.ratio / keep - 1) > tolerance:
         LOGGER.warning(
             f"{PREFIX}target.latency: the best cut has a latency of {hit.ratio:.3f}, not {keep:g} (within "
-            f"{tolerance:.0%}), because {search.limit}. For more possible widths, lower channels.round_to or raise "
-            "channels.max_removed."
+            f"{tolerance:.0%}), because {search.limit}. {_nearer(weighed, keep, present)}".rstrip()
         )
     low, high = hit.measured.ratio.low, hit.measured.ratio.high
     if (high - low) / 2 > TOLERANCE * hit.ratio:
@@ -180,7 +180,7 @@ def settle(
     return Hit(hit.plan, _row(hit.measured, str(place_of(format, setting)), setting.imgsz))
 
 
-def _row(measured: Measured, place: str, imgsz: int) -> LatencyRow:
+def _row(measured: Measured, place: str, imgsz: ImageSize) -> LatencyRow:
     dense, ms, (ratio, low, high) = measured
     return LatencyRow(place=place, imgsz=imgsz, dense_ms=dense, ms=ms, ratio=ratio, interval=[low, high])
 
@@ -283,6 +283,15 @@ def _restated(plan: Plan, measured: Measured, present: float) -> Plan:
     before, after = present * dense, measured.ratio.median * dense
     forecast = replace(plan.predicted, dense_ms=dense, ms_before=before, ms_after=after, measured=True)
     return replace(plan, forecast=forecast)
+
+
+def _nearer(weighed: Weighed, keep: float, present: float) -> str:
+    """What to change for a latency nearer to the target; empty if nothing can be done."""
+    deepest, wanted = weighed.deepest(METRIC), _formula_target(weighed, keep, present)
+    if deepest is None or deepest.predicted.kept(METRIC) > wanted:
+        return weighed.limits.advice(METRIC, wanted)
+    step = weighed.cost.timing.multiple if weighed.cost.timing else 1
+    return "For more possible widths, lower channels.round_to." if weighed.constraints.round_to > step else ""
 
 
 def _check_slower(present: float, keep: float) -> None:

@@ -18,6 +18,7 @@ from yolo_prune.cut.copies import bare_copy, lean_copy
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import KEY, read_record, student_of
 from yolo_prune.env import checkpoints, outputs
+from yolo_prune.env.image_size import height_width
 from yolo_prune.errors import BenchError
 from yolo_prune.graph import probes
 from yolo_prune.measure import clock, runtimes, subjects
@@ -103,7 +104,7 @@ class Stopwatch:
         torch.save({"model": lean_copy(model), "train_args": {}}, path)
         subject = subjects.Subject(path.name, checkpoints.open_model(path), path)
         session = subjects.session(self.format, subjects.exported(self.format, subject, self.setting), self.setting)
-        size = (self.setting.batch, probes.image_channels(model) or 3, self.setting.imgsz, self.setting.imgsz)
+        size = (self.setting.batch, probes.image_channels(model) or 3, *height_width(self.setting.imgsz))
         session.prepare(np.random.default_rng(0).random(size, dtype=np.float32))
         return session
 

@@ -15,6 +15,7 @@ from ultralytics.utils import LOGGER
 from yolo_prune.cut.record import student_of
 from yolo_prune.data import datasets
 from yolo_prune.env import outputs
+from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.env.log import PREFIX, bar
 from yolo_prune.env.versions import PACKAGES, installed
 from yolo_prune.errors import BenchError, TargetError
@@ -41,7 +42,7 @@ METHOD = 1
 """Version of the measuring method. Increase it with every change of the method, because times then differ."""
 
 
-def setting_of(target: Target, imgsz: int) -> tuple[str, Setting]:
+def setting_of(target: Target, imgsz: ImageSize) -> tuple[str, Setting]:
     """Format and setting of the measurement for a target without a profile; `imgsz` is the image size of the run.
 
     Raises:
@@ -72,7 +73,7 @@ def _check(format: str, setting: Setting) -> None:
 
 
 @runtimes.undisturbed()
-def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
+def find(model: nn.Module, target: Target, imgsz: ImageSize) -> Timing | None:
     """The latency as a function of widths, for a latency target; None for other targets.
 
     If the target has a profile, the times are read from it. Otherwise they are measured on this machine, unless this
@@ -102,16 +103,17 @@ def find(model: nn.Module, target: Target, imgsz: int) -> Timing | None:
     return timing
 
 
-def _profiled(dense: nn.Module, path: str, imgsz: int) -> Timing:
+def _profiled(dense: nn.Module, path: str, imgsz: ImageSize) -> Timing:
     """The latency as a function of widths from a profile; of several image sizes, that of the run is used."""
     table = Table.load(path)
     remedy = f"Run on the device: yolo-prune profile model=... format={table.place.format} imgsz=..."
-    sizes = {size: layers_of(dense, size) for size in table.sizes() if size % probes.stride(dense) == 0}
+    step = probes.stride(dense)
+    sizes = {size: layers_of(dense, size) for size in table.sizes() if not any(s % step for s in height_width(size))}
     keys = {size: key for size, layers in sizes.items() if (key := table.find(layers, size))}
     if not sizes:
         raise BenchError(
             f"target.profile: '{path}' ({table.place}) was measured with imgsz {', '.join(map(str, table.sizes()))}, "
-            f"but the image size of this model must be a multiple of {probes.stride(dense)}. {remedy}"
+            f"but the image size of this model must be a multiple of {step}. {remedy}"
         )
     if not keys:
         raise BenchError(f"target.profile: '{path}' ({table.place}) is the profile of another model. {remedy}")
@@ -205,8 +207,10 @@ def _wholes(
     sums = table.sums(layers)
     weighed = planner.weigh(dense, graph, recipe, timing=sums)
     if not (deepest := weighed.deepest("latency")):
+        other = "Set target.flops or target.params instead." if weighed.deepest("flops") else ""
         raise TargetError(
-            "target.latency: no cut makes this model faster on this device. Set target.flops or target.params instead."
+            "target.latency: no cut makes this model faster on this device. "
+            f"{other or weighed.limits.advice('latency', 1.0)}".rstrip()
         )
     floor = deepest.predicted.kept("latency")
     plans = [weighed.nearest("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from yolo_prune.env import outputs
+from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.env.log import bar
 from yolo_prune.env.versions import installed
 from yolo_prune.errors import BenchError
@@ -34,7 +35,7 @@ def bench(
     models: Source | Sequence[Source],
     format: str | Sequence[str] = "onnx",
     *,
-    imgsz: int = 640,
+    imgsz: ImageSize | Sequence[int] | str = 640,
     batch: int = 1,
     device: str | int = "cpu",
     threads: int | None = None,
@@ -48,7 +49,7 @@ def bench(
     Args:
         models: `YOLO` objects or paths to checkpoints. Ratios refer to the first.
         format: one or several of torch, torchscript, onnx, openvino, ncnn, engine.
-        imgsz: image size of the exports, in pixels.
+        imgsz: image size of the exports, in pixels: one number, or height and width.
         batch: images per pass.
         device: cpu, or the number of a GPU.
         threads: CPU threads per runtime; None for one per core.
@@ -183,5 +184,5 @@ def _fill(row: TimingRow, times: list[float], first: list[float]) -> None:
 
 def _noise(subject: Subject, setting: Setting) -> Array:
     module: Any = subject.model.model
-    shape = (setting.batch, probes.image_channels(module) or 3, setting.imgsz, setting.imgsz)
+    shape = (setting.batch, probes.image_channels(module) or 3, *height_width(setting.imgsz))
     return np.random.default_rng(0).random(shape, dtype=np.float32)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.errors import BenchError
 
 Array = npt.NDArray[Any]
@@ -31,13 +32,13 @@ class Layout:
     Attributes:
         classes: number of classes.
         extra: numbers per detection besides box and classes (mask coefficients, keypoints, an angle).
-        imgsz: size of the image in pixels.
+        imgsz: image size in pixels.
         queries: the rows are queries of a transformer, with boxes as fractions of the image.
     """
 
     classes: int
     extra: int
-    imgsz: int
+    imgsz: ImageSize
     queries: bool = False
 
     def ordered(self, output: Array) -> bool:
@@ -67,7 +68,9 @@ class Layout:
                 each = rows.shape[1] == 4 + self.classes and bool(
                     (rows[:, 5:6] % 1).any()
                 )  # otherwise columns 4 and 5 are score and class
-                yield Detections(rows[:, :4] * self.imgsz, rows[:, 4:] if each else self._scores(rows))
+                height, width = height_width(self.imgsz)
+                boxes = rows[:, :4] * np.array([width, height, width, height], rows.dtype)
+                yield Detections(boxes, rows[:, 4:] if each else self._scores(rows))
             elif self.ordered(output):
                 yield Detections(rows[:4].T, rows[4 : 4 + self.classes].T)
             else:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from ultralytics.engine.model import Model
 
 from yolo_prune.data.datasets import calibration, pixels
 from yolo_prune.env import outputs
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.measure import runtimes, subjects
 from yolo_prune.measure.differences import CONFIDENCE, Array, Comparison, Layout, batches
 from yolo_prune.measure.quiet import quietly
 from yolo_prune.measure.runtimes import Session
 from yolo_prune.measure.subjects import Setting, Source, Subject
+from yolo_prune.measure.validation import at_size
 from yolo_prune.report.measurement import PRECISIONS, TOLERANCES, Parity, Tolerance
 
 IMAGES = 16
@@ -35,7 +38,7 @@ def parity(
     exported: str | Path,
     images: Any,
     *,
-    imgsz: int = 640,
+    imgsz: ImageSize | Sequence[int] | str = 640,
     batch: int = 1,
     device: str | int = "cpu",
     quantize: int | None = None,
@@ -47,8 +50,8 @@ def parity(
     Args:
         model: a `YOLO` object or a path to the checkpoint.
         exported: `.torchscript`, `.onnx`, `.engine`, `..._openvino_model` or `..._ncnn_model`.
-        images: a folder, a list of files, or an array `(n, channels, imgsz, imgsz)` with values from 0 to 1.
-        imgsz: image size of the export, in pixels.
+        images: a folder, a list of files, or an array `(n, channels, height, width)` with values from 0 to 1.
+        imgsz: image size of the export, in pixels: one number, or height and width.
         batch: batch size of the export.
         device: the device on which both models run.
         quantize: precision of the export: 16 or 8; None for 32. The limits depend on it.
@@ -72,7 +75,7 @@ def parity(
     format = _format_of(path)
     setting = Setting.of(imgsz, batch, device, quantize=quantize)
     runtimes.check([format], setting.quantize, setting.device)
-    opened, pictures = subjects.open_source(model), pixels(images, imgsz)
+    opened, pictures = subjects.open_source(model), pixels(images, setting.imgsz)
     session = subjects.session(format, path, setting)
     with outputs.scratch(subjects.room([opened.model])) as folder:
         measured_subject = subjects.subject(opened, path.name, Path(folder))
@@ -87,7 +90,7 @@ def parity(
 
 
 def pictures_of(subject: Subject, setting: Setting) -> Array:
-    """Images of the dataset, prepared as in validation: `(n, channels, imgsz, imgsz)`.
+    """Images of the dataset, prepared as in validation: `(n, channels, height, width)`.
 
     Raises:
         RunError: If the dataset cannot be read, or has other classes.
@@ -138,20 +141,20 @@ def validate(subject: Subject, path: Path, setting: Setting, result: Parity) -> 
 
 
 def _quality(subject: Subject, path: Path, setting: Setting) -> float:
-    """MAP50-95 on square images, which exports with a fixed size need; the fitness for tasks without mAP50-95."""
+    """MAP50-95 on images of one size, which exports need; the fitness for tasks without mAP50-95."""
     half = setting.quantize == 16 and setting.device.type != "cpu" and path.suffix != ".pt"
     name = f"Validating {subject.name} as {path.name}"
     with outputs.scratch() as folder, quietly(name):
+        settings: dict[str, Any] = {"rect": False, **at_size(subject.model, setting.imgsz)}
         metrics = subjects.reopen(subject.model, path).val(
             data=str(setting.data),
-            imgsz=setting.imgsz,
             batch=setting.batch,
             device=str(setting.device),
             project=folder,
-            rect=False,
             plots=False,
             verbose=False,
             workers=0,
+            **settings,
             **({"half": True} if half else {}),
         )
     results = metrics.results_dict
@@ -170,7 +173,7 @@ def _through(session: Session, images: Array, name: str) -> list[Array]:
         ) from e
 
 
-def _layout(model: Model, imgsz: int) -> Layout | None:
+def _layout(model: Model, imgsz: ImageSize) -> Layout | None:
     module: Any = model.model
     if model.task not in ("detect", *HEADS):
         return None

@@ -18,6 +18,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import get_cpu_info
 
 from yolo_prune.env import checkpoints, outputs
+from yolo_prune.env.image_size import ImageSize, image_size, plain
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.measure import runtimes
 from yolo_prune.measure.exporter import export
@@ -61,7 +62,7 @@ class Subject:
 class Setting:
     """The settings of a measurement, from the arguments of `bench`."""
 
-    imgsz: int
+    imgsz: ImageSize
     batch: int
     device: torch.device
     threads: int
@@ -72,7 +73,7 @@ class Setting:
     @classmethod
     def of(
         cls,
-        imgsz: int = 640,
+        imgsz: ImageSize | Sequence[int] | str = 640,
         batch: int = 1,
         device: str | int = "cpu",
         threads: int | None = None,
@@ -85,7 +86,7 @@ class Setting:
         Raises:
             BenchError: For the first argument that is wrong.
         """
-        whole = {"batch": batch, "threads": threads, "repeats": repeats, "imgsz": imgsz}
+        whole = {"batch": batch, "threads": threads, "repeats": repeats}
         for key, value in whole.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise BenchError(f"{key}={value}: must be a whole number of at least 1.")
@@ -93,11 +94,10 @@ class Setting:
             raise BenchError(
                 f"threads={threads}: must be at most {cores()}, the number of cores that this process may use."
             )
-        if imgsz % 32:
-            raise BenchError(f"imgsz={imgsz}: must be a multiple of 32.")
+        size = image_size(imgsz, error=BenchError)
         if quantize not in PRECISIONS:
             raise BenchError(f"quantize={quantize}: must be 32, 16 (half precision) or 8 (8 bit).")
-        return cls(imgsz, batch, _device(device), threads or cores(), repeats, quantize or 32, data)
+        return cls(size, batch, _device(device), threads or cores(), repeats, quantize or 32, data)
 
 
 def _device(name: str | int) -> torch.device:
@@ -187,7 +187,7 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
-def count(measured_subject: Subject, imgsz: int) -> None:
+def count(measured_subject: Subject, imgsz: ImageSize) -> None:
     """Add FLOPs and parameters to a subject; warn if its model cannot be traced, and leave them out."""
     try:
         module: Any = measured_subject.model.model
@@ -201,7 +201,7 @@ def exported(format: str, measured_subject: Subject, setting: Setting) -> Path:
     if format == "torch":
         return measured_subject.path
     batch = runtimes.batch_of(format, setting.batch)
-    settings: dict[str, Any] = {"imgsz": setting.imgsz, "batch": batch, "device": str(setting.device)}
+    settings: dict[str, Any] = {"imgsz": plain(setting.imgsz), "batch": batch, "device": str(setting.device)}
     if setting.quantize == 8:
         settings["data"] = str(setting.data)
     return export(measured_subject.model, format, quantize=setting.quantize, verbose=False, **settings)

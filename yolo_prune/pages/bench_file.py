@@ -13,6 +13,7 @@ from ultralytics.utils import LOGGER
 from yolo_prune.cut.record import is_pruned
 from yolo_prune.data import datasets
 from yolo_prune.env.checkpoints import open_model
+from yolo_prune.env.image_size import ImageSize, height_width, image_size
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.measure import subjects
 from yolo_prune.planning import planner
@@ -23,13 +24,12 @@ from yolo_prune.report.page import PAGE
 DENSE, EARLIER = "dense", "before this run"
 
 
-def export_size(report: Report) -> int:
-    """The image size of a run in pixels, rounded up to a multiple of 32, as exports need it."""
-    size = report.imgsz if isinstance(report.imgsz, int) else max(report.imgsz or [640])
-    return -(-size // 32) * 32
+def export_size(report: Report) -> ImageSize:
+    """The image size of a run in pixels, rounded up to multiples of 32, as exports need it."""
+    return image_size([-(-side // 32) * 32 for side in height_width(report.imgsz or 640)])
 
 
-def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: int) -> str | None:
+def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: ImageSize) -> str | None:
     """The dataset on which exports are checked: the user's, or the dataset of the run if it exists and fits.
 
     Raises:

@@ -14,6 +14,7 @@ from yolo_prune.data import datasets
 from yolo_prune.env import outputs
 from yolo_prune.env.checkpoints import open_model
 from yolo_prune.env.files import write_text
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import RunError
 from yolo_prune.measure import runtimes
 from yolo_prune.measure.subjects import Setting
@@ -31,7 +32,7 @@ class Compared(NamedTuple):
 
 
 def compare(
-    models: Sequence[str | Path], data: str, imgsz: int, save: str | Path, formats: Sequence[str] = (), **how: Any
+    models: Sequence[str | Path], data: str, imgsz: ImageSize, save: str | Path, formats: Sequence[str] = (), **how: Any
 ) -> Compared:
     """Validate checkpoints on a dataset, and write a page that compares them.
 

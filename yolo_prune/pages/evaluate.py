@@ -13,10 +13,12 @@ from ultralytics.engine.results import Results
 
 from yolo_prune.cut.copies import size_mb
 from yolo_prune.env import outputs
+from yolo_prune.env.image_size import ImageSize, plain
 from yolo_prune.env.metrics import average_precision, class_ap
 from yolo_prune.errors import RunError
 from yolo_prune.measure import benchmark
 from yolo_prune.measure.subjects import Setting
+from yolo_prune.measure.validation import at_size
 from yolo_prune.planning import planner
 from yolo_prune.report import Figures
 from yolo_prune.report.compare import Candidate
@@ -30,7 +32,7 @@ CONFIDENCE = 0.25
 SHOWN = ("detect", "segment", "pose", "obb")  # tasks whose results have outlines
 
 
-def validate_once(model: Model, name: str, data: str | Path, imgsz: int) -> Candidate:
+def validate_once(model: Model, name: str, data: str | Path, imgsz: ImageSize) -> Candidate:
     """Validate a model once, and compute its cost.
 
     Args:
@@ -46,9 +48,9 @@ def validate_once(model: Model, name: str, data: str | Path, imgsz: int) -> Cand
     flops, params = planner.present_cost(module.float(), imgsz)
     size = size_mb(module)
     with outputs.scratch() as folder:
-        places = {"project": folder, "name": "val", "exist_ok": True}
+        places = {"project": folder, "name": "val", "exist_ok": True, **at_size(model, imgsz)}
         try:
-            metrics: Any = model.val(data=str(data), imgsz=imgsz, plots=False, verbose=False, workers=0, **places)
+            metrics: Any = model.val(data=str(data), plots=False, verbose=False, workers=0, **places)
         except (OSError, RuntimeError, SyntaxError, KeyError, IndexError, ValueError, TypeError) as e:
             raise RunError(f"{name} cannot be validated on data={data}: {type(e).__name__}: {e}") from e
     part = average_precision(metrics)
@@ -70,7 +72,7 @@ def time_all(models: Sequence[Model], formats: Sequence[str], setting: Setting) 
     return measurement
 
 
-def photographs(models: Sequence[Model], files: Sequence[Path], imgsz: int | Sequence[int], device: Any) -> list[Photo]:
+def photographs(models: Sequence[Model], files: Sequence[Path], imgsz: ImageSize, device: Any) -> list[Photo]:
     """Images with the detections of models; empty for tasks whose results have no outlines.
 
     Args:
@@ -81,8 +83,8 @@ def photographs(models: Sequence[Model], files: Sequence[Path], imgsz: int | Seq
     """
     if any(model.task not in SHOWN for model in models):
         return []
-    size = imgsz if isinstance(imgsz, int) else list(imgsz)
-    settings: dict[str, Any] = {"imgsz": size, "conf": CONFIDENCE, "device": device, "verbose": False, "save": False}
+    size, quiet = plain(imgsz), {"verbose": False, "save": False}
+    settings: dict[str, Any] = {"imgsz": size, "conf": CONFIDENCE, "device": device, **quiet}
     by_model = [[model.predict(str(file), **settings)[0] for file in files] for model in models]
     return [_photo(file, results) for file, *results in zip(files, *by_model, strict=True)]
 

@@ -15,6 +15,7 @@ from yolo_prune.data import datasets
 from yolo_prune.env import outputs
 from yolo_prune.env.checkpoints import open_model
 from yolo_prune.env.files import write_text
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import PruneError, RunError
 from yolo_prune.measure import runtimes
 from yolo_prune.measure.subjects import Setting
@@ -88,7 +89,7 @@ def measure_run(
     *,
     data: str | None = None,
     model: str | None = None,
-    imgsz: int | None = None,
+    imgsz: ImageSize | None = None,
     **how: Any,
 ) -> Measurement:
     """Measure the start model and the delivered model of a run in turn, and save the result in its folder.
@@ -154,7 +155,7 @@ def _photos_and_classes(report: Report, models: list[Model], data: str, measure:
 
     With `measure`, class accuracies that the report lacks are measured and added to the copy.
     """
-    imgsz = report.imgsz if isinstance(report.imgsz, int) else max(report.imgsz or [640])
+    imgsz = report.imgsz or 640
     files = datasets.validation_files(models[0], data, imgsz, evaluate.PHOTOS)
     report = report.model_copy(deep=True)
     for figures, model in zip((report.dense, report.pruned), models, strict=True):

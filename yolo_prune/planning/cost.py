@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import PruneError
 from yolo_prune.graph.structure import Graph
 
@@ -61,14 +62,14 @@ class Cost:
         fixed: MACs that do not depend on any width.
         params: names of the parameters that count.
         shapes: shapes of all tensors in this model.
-        imgsz: image height and width in pixels for which the MACs are counted.
+        imgsz: image size in pixels for which the MACs are counted.
         timing: the latency as a function of widths, if the target is a latency.
     """
 
     macs: Mapping[str, float]
     params: frozenset[str]
     shapes: dict[str, tuple[int, ...]]
-    imgsz: int
+    imgsz: ImageSize
     fixed: float = 0.0
     timing: Timing | None = None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.report.data import Figures
 from yolo_prune.report.measurement import Measurement
 from yolo_prune.report.page import NARROW, WIDE, ClassRow, class_rows, legend, write
@@ -38,7 +39,7 @@ class Candidate:
 def render_comparison(
     candidates: Sequence[Candidate],
     data: str,
-    imgsz: int,
+    imgsz: ImageSize,
     photos: Sequence[Photo] = (),
     command: str = "",
     measurement: Measurement | None = None,

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
+from yolo_prune.env.image_size import ImageSize, image_size, plain
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PruneError
 
@@ -51,6 +52,9 @@ _Float = Annotated[float | None, BeforeValidator(_plain)]
 _Int = Annotated[int | None, BeforeValidator(_plain)]
 _Count = Annotated[int, BeforeValidator(_plain)]
 _Text = Annotated[str, BeforeValidator(_plain)]
+Size = Annotated[
+    ImageSize, BeforeValidator(lambda value: image_size(value, multiple=1, error=ValueError)), PlainSerializer(plain)
+]
 _Mapping = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 
@@ -104,7 +108,7 @@ class LatencyRow(_Row):
     """
 
     place: str = ""
-    imgsz: _Int = None
+    imgsz: Size | None = None
     dense_ms: _Float = None
     ms: _Float = None
     ratio: _Float = None
@@ -177,7 +181,7 @@ class Report(_Row):
     recipe: _Mapping = Field(default_factory=dict)
     model: _Text = ""
     data: _Text = ""
-    imgsz: Annotated[int | list[int] | None, BeforeValidator(_plain)] = None
+    imgsz: Size | None = None
     epochs: _Int = None
     arguments: _Mapping = Field(default_factory=dict)
     status: Literal["running", "finished", "failed"] = "running"

@@ -17,7 +17,7 @@ from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import BenchError, ParityError
-from yolo_prune.report.data import _Count, _Float, _Int, _plain, _Row
+from yolo_prune.report.data import Size, _Count, _Float, _Int, _plain, _Row
 from yolo_prune.report.table import MISSING, align, number
 
 FORMAT = 1
@@ -181,7 +181,7 @@ class Measurement(_Row):
     cores: _Int = None
     threads: _Int = None
     busy: _Float = None
-    imgsz: int
+    imgsz: Size
     batch: int
     rounds: dict[str, int] = Field(default_factory=dict)
     rows: list[TimingRow] = Field(default_factory=list)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from yolo_prune.env.image_size import height_width
 from yolo_prune.report.measurement import Measurement, TimingRow, busy_note
 
 FEW = 6  # fewest rounds that allow a confidence interval
@@ -12,7 +13,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 def facts(measurement: Measurement) -> list[tuple[str, str]]:
     """The settings of the measurement: `(name, value)`."""
     rows = [
-        ("image", f"{measurement.imgsz} {TIMES} {measurement.imgsz}"),
+        ("image", f" {TIMES} ".join(map(str, height_width(measurement.imgsz)))),
         ("batch", str(measurement.batch)),
         ("on", measurement.hardware),
     ]

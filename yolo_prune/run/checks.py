@@ -12,6 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils import __version__ as ULTRALYTICS
+from ultralytics.utils.checks import check_imgsz
 
 from yolo_prune.cut.record import is_pruned
 from yolo_prune.env.releases import load_checkpoint, shares_callbacks
@@ -101,14 +102,12 @@ def _levels(module: Any) -> int:
 
 def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Try the whole recipe on the model before a run folder exists, to refuse a recipe that does not fit."""
-    imgsz = settings["imgsz"]
-    size = max(imgsz) if isinstance(imgsz, list | tuple) else int(imgsz)
-    step = stride(module)  # Ultralytics also rounds the image size up to a multiple of the stride
+    step = stride(module)
+    size: int = check_imgsz(settings["imgsz"], stride=step, floor=step, max_dim=1)  # as the trainer will do it
     freeze = settings.get("freeze")
     frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
     names = [f"model.{layer}" for layer in frozen]
     try:
-        size = max(1, -(-size // step)) * step
         graph = planner.survey(module, recipe, size, names)
         present = search.trial(module, graph, recipe, size).present
     except NothingToRemoveError as e:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from ultralytics.cfg import get_cfg
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
@@ -28,6 +29,9 @@ from yolo_prune.run import checks, journal, schedule
 from yolo_prune.run.callback import PruneCallback
 from yolo_prune.run.settings import as_arguments, fine_tuning, not_chosen, recommended
 from yolo_prune.run.trainer import KeepStructure, prune_trainer
+
+OF_THE_MODEL = ("model", "task", "mode", "cfg")
+"""Arguments that Ultralytics does not take from a file `cfg=`."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,36 @@ class Request:
 
     @classmethod
     def of(cls, model: Model, arguments: Mapping[str, Any]) -> Request:
-        """Resolve arguments as Ultralytics does: defaults, then `cfg=` or the model's overrides, then `arguments`."""
-        stock = _keys.without_pruning_keys(arguments)
-        ours = {key: value for key, value in arguments.items() if key not in stock}
-        cfg = stock.get("cfg")
-        base = load_yaml(ultralytics_checks.check_yaml(cfg)) if cfg else model.overrides
-        settings = {**DEFAULT_CFG_DICT, **base, **stock}
-        explicit = frozenset({*(base if cfg else ()), *stock})
-        return cls(ours, stock, settings, explicit, _keys.wants_pruning(ours.get("callbacks")))
+        """Resolve arguments as Ultralytics does: defaults, then `cfg=` or the model's overrides, then `arguments`.
+
+        Raises:
+            ArgumentError: If a callback is not known, or a key of this package is misspelt in the file `cfg=`.
+        """
+        cfg, stock = arguments.get("cfg"), _keys.without_pruning_keys(arguments)
+        file = load_yaml(ultralytics_checks.check_yaml(cfg)) if cfg else {}
+        _keys.check_spelling(file, DEFAULT_CFG_DICT)
+        given = {**file, **arguments}
+        explicit = _keys.without_pruning_keys(given)
+        ours = {key: value for key, value in given.items() if key not in explicit}
+        settings = {**DEFAULT_CFG_DICT, **({} if cfg else model.overrides), **explicit}
+        if any(map(_keys.is_pruning_key, file)):
+            stock = _instead_of_file(model, file, stock)
+        return cls(ours, stock, settings, frozenset(explicit), _keys.wants_pruning(ours.get("callbacks")))
 
     @property
     def recipe_keys(self) -> list[str]:
         """The keys of this package, except `callbacks`."""
         return [key for key in self.ours if key != "callbacks"]
+
+
+def _instead_of_file(model: Model, file: Mapping[str, Any], stock: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with the same effect as `cfg=`, for a file with keys of this package: Ultralytics would refuse them.
+
+    With a file, Ultralytics leaves out the overrides of the model, and takes the model and its task from the model.
+    """
+    left_out = {k: DEFAULT_CFG_DICT[k] for k in model.overrides if k in DEFAULT_CFG_DICT and k != "data"}
+    merged = {**left_out, **_keys.without_pruning_keys(file)}
+    return {k: v for k, v in merged.items() if k not in OF_THE_MODEL} | {k: v for k, v in stock.items() if k != "cfg"}
 
 
 @dataclass(frozen=True)
@@ -92,9 +113,12 @@ def train(
     Raises:
         PruneError: Before anything is written, if an argument is wrong or the recipe does not fit the model or the run;
             later, if the run cannot go on or ends without the pruned model.
+        SyntaxError: If Ultralytics does not know an argument.
+        TypeError: If an argument has a type that Ultralytics refuses. There are others for other values.
     """
     model._check_is_pytorch_model()
     request = Request.of(model, arguments)
+    get_cfg(overrides={**request.settings, "mode": "train"})  # Ultralytics' own check of names and values comes first
     if request.settings["resume"]:
         launch = _resume(model, request)
     elif request.prunes:
