@@ -140,11 +140,13 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     source = dict(other.named_modules())
     for name, layer in model.named_modules():
-        if name not in source:  # a loss with its own weights, which no checkpoint contains
+        if name not in source:  # like a tensor that is not there: a loss with its own weights, for example
             continue
-        tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        tensors, others = _own_tensors(layer), _own_tensors(source[name])
         for key, old in tensors.items():
-            new = getattr(source[name], key).detach().to(old, copy=True)
+            if key not in others:
+                continue
+            new = others[key].detach().to(old, copy=True)
             if old.ndim == 4 and not old.is_contiguous():
                 new = new.contiguous(memory_format=torch.channels_last)
             if isinstance(old, nn.Parameter):
@@ -157,6 +159,10 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
         for key in values:
             setattr(model.get_submodule(layer_name), key, copy(getattr(source[layer_name], key)))
     return replaced
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    return {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
 
 
 def start_optimizer_anew(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
