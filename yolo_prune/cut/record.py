@@ -182,6 +182,11 @@ def is_pruned(model: nn.Module) -> bool:
     return composed_plan(model) is not None
 
 
+def is_rebuilt(model: nn.Module) -> bool:
+    """True if a model was built from the YAML of a pruned model: it has the record, but not the structure."""
+    return KEY in (getattr(model, "yaml", None) or {}) and read_record(model) is None
+
+
 def composed_plan(model: nn.Module) -> Plan | None:
     """Everything that was removed from this model; None if it is not pruned."""
     record = read_record(model)

@@ -127,12 +127,12 @@ def apply_to_optimizer(
 
 
 def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
-    """Undo cuts: give `model` the structure and the weights of `other`, from which less was removed.
+    """Give `model` the structure and the weights of `other`. Tensors that only one of them has stay as they are.
 
     Args:
-        model: a model after `plan`; it is changed in place.
-        other: the same architecture before the plan or before a part of the plan; it is not changed.
-        plan: the composed plan of all cuts of `model`.
+        model: the model to change, in place.
+        other: the same architecture with other widths; it is not changed.
+        plan: the composed plan of all cuts in which the two differ. One of them is the model after this plan.
 
     Returns:
         `{old parameter: new parameter}` for all parameters.
@@ -140,7 +140,7 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     source = dict(other.named_modules())
     for name, layer in model.named_modules():
-        if name not in source:  # like a tensor that is not there: a loss with its own weights, for example
+        if name not in source:  # a loss with its own weights, for example
             continue
         tensors, others = _own_tensors(layer), _own_tensors(source[name])
         for key, old in tensors.items():

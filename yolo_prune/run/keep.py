@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A pruned model in a run: it is fitted to the dataset, and the model that a user's trainer builds gets its structure."""
+"""A pruned model in a run: it is fitted to the dataset, and what a user's `get_model` builds gets its structure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -23,7 +22,7 @@ class StockLevel:
         kept: while `get_model` of the user's trainer runs, the pruned model of this run; else None.
     """
 
-    kept: nn.Module | None = None
+    kept: Any = None
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """As in Ultralytics. But if `weights` is the pruned model, it is returned as it is."""
@@ -57,9 +56,15 @@ def differences(model: Any, data: Mapping[str, Any], by_name: bool) -> dict[str,
     keypoints = getattr(model, "kpt_shape", None)
     if keypoints and "kpt_shape" in data and list(keypoints) != list(data["kpt_shape"]):
         found["kpt_shape"] = list(keypoints), list(data["kpt_shape"])
-    if len(model.names) != data["nc"] or (by_name and heads.same_names(model.names, data["names"])):
-        found["names"] = dict(model.names), dict(data["names"])
+    old, names = _numbered(model.names), _numbered(data["names"])
+    if len(old) != data["nc"] or (by_name and heads.same_names(old, names)):
+        found["names"] = old, names
     return found
+
+
+def _numbered(names: Any) -> Mapping[int, str]:
+    """Names of classes by number. The `get_dataset` of a user may return a list."""
+    return names if isinstance(names, Mapping) else dict(enumerate(names))
 
 
 def check_same_data(model: Any, data: Mapping[str, Any], by_name: bool) -> None:
@@ -69,9 +74,10 @@ def check_same_data(model: Any, data: Mapping[str, Any], by_name: bool) -> None:
         RunError: If the dataset has other classes, keypoints or image channels than the checkpoint.
     """
     for key, (then, now) in differences(model, data, by_name).items():
-        then, now = (len(then), data["nc"]) if key == "names" else (then, now)
-        what = {"names": "classes", "channels": "image channels"}.get(key, key)
-        changed = f"{what}: {then} in the checkpoint, {now} in the dataset" if then != now else f"the order of the {what}"
+        if key == "names":
+            key, then, now = "classes", len(then), data["nc"]
+        counts = f"{key}: {then} in the checkpoint, {now} in the dataset"
+        changed = counts if then != now else "the order of the classes"
         raise RunError(
             f"The dataset was changed since this run began ({changed}), so the run cannot be resumed. Restore the "
             "dataset; or leave out resume, which starts a new run from the checkpoint."
@@ -108,14 +114,15 @@ def fit(model: Any, data: Mapping[str, Any], by_name: bool, build: Callable[...,
         model.yaml["nc"] = data["nc"]
 
 
-def adopt(built: Any, pruned: Any, builder: str) -> None:
+def adopt(built: Any, pruned: Any, edited: bool, builder: str) -> None:
     """Give the model that `get_model` returned the structure and the weights of the pruned model, in place.
 
     Its class, its attributes and its hooks stay. A model that has the structure already keeps its weights, too.
 
     Args:
         built: the model that `get_model` returned.
-        pruned: the pruned model that `get_model` got as `weights`.
+        pruned: the pruned model.
+        edited: whether `built` is the copy of the pruned model that `get_model` got. Its layers may be replaced.
         builder: name of the class with this `get_model`, for the message.
 
     Raises:
@@ -125,17 +132,18 @@ def adopt(built: Any, pruned: Any, builder: str) -> None:
         raise RunError(f"{builder}.get_model returned {built!r} instead of a model. Return the model to train.")
     plan = composed_plan(pruned) or Plan({}, {}, {})
     mine, theirs = _shapes(built), _shapes(pruned)
-    if any(mine.get(name) != shape for name, shape in theirs.items()):
-        head = f"model.{len(pruned.model) - 1}."  # its hidden widths may come from another number of classes
-        for name, shape in theirs.items():
-            dense = plan.shapes.get(name, shape)
-            if name not in mine or (mine[name] not in (shape, dense) and not name.startswith(head)):
-                found = f"has the shape {mine[name]} instead of {dense}" if name in mine else "is missing"
-                raise RunError(
-                    f"{builder}.get_model builds another model than the one that was pruned: '{name}' {found}. Return "
-                    "super().get_model(cfg, weights), or build the model from cfg. To train another model, prune that "
-                    f"model with trainer={builder}."
-                )
+    head = f"model.{len(pruned.model) - 1}."  # its hidden widths may come from another number of classes
+    wrong = {n: shape for n, shape in theirs.items() if mine.get(n, shape if edited else None) != shape}
+    for name, shape in wrong.items():
+        dense = plan.shapes.get(name, shape)
+        if name not in mine or (mine[name] != dense and not name.startswith(head)):
+            found = f"has the shape {mine[name]} instead of {dense}" if name in mine else "is missing"
+            raise RunError(
+                f"{builder}.get_model builds another model than the one that was pruned: '{name}' {found}. Return "
+                "super().get_model(cfg, weights), or build the model from cfg. To train another model, prune that "
+                f"model with trainer={builder}."
+            )
+    if wrong:
         surgery.become(built, pruned, plan)
     built.yaml = {**(getattr(built, "yaml", None) or {}), **pruned.yaml}  # type: ignore[assignment]
 

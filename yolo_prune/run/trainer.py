@@ -65,10 +65,10 @@ class KeepStructure(_Base):
 
     def get_model(self, cfg: Any = None, weights: Any = None, **options: Any) -> Any:
         """The model to train, from the user's trainer or Ultralytics' own. If `weights` is pruned, it stays pruned."""
-        given = isinstance(weights, nn.Module)
-        if given and self.resume:
+        trained = isinstance(weights, nn.Module)
+        if trained and self.resume:
             keep.check_same_data(weights, self.data, self._by_name)
-        if not given or not is_pruned(weights):
+        if not trained or not is_pruned(weights):
             return super().get_model(cfg=cfg, weights=weights, **options)  # type: ignore[misc]
         if any("YOLOEPE" in cls.__name__ for cls in type(self).__mro__):
             raise RunError(
@@ -76,13 +76,13 @@ class KeepStructure(_Base):
                 "prune; or fine-tune the pruned model with the default trainer."
             )
         pruned = self._fitted(weights)
-        yaml, self.kept = pruned.yaml, pruned
-        delete_record(pruned)  # so `load` of a dense model takes these weights; `adopt` corrects its structure
+        given = self.kept = deepcopy(pruned)
+        delete_record(given)  # else `load` of a dense model would refuse it; `adopt` corrects that model's structure
         try:
-            built = super().get_model(cfg=deepcopy(pruned.yaml), weights=pruned, **options)  # type: ignore[misc]
+            built = super().get_model(cfg=deepcopy(given.yaml), weights=given, **options)  # type: ignore[misc]
         finally:
-            self.kept, pruned.yaml = None, yaml
-        keep.adopt(built, pruned, _user_class(self).__name__)
+            self.kept = None
+        keep.adopt(built, pruned, edited=built is given, builder=_user_class(self).__name__)
         self.keeps = True
         return built
 
@@ -272,7 +272,8 @@ def prune_trainer(base: type[BaseTrainer]) -> type[BaseTrainer]:
     name = f"Prune{base.__name__}"
     stock = next(cls for cls in base.__mro__ if _is_stock(cls))
     users = () if base is stock else (base,)
-    return type(name, (KeepStructure, *users, StockLevel, stock), {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__})
+    described = {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__}
+    return type(name, (KeepStructure, *users, StockLevel, stock), described)
 
 
 def _is_stock(cls: type) -> bool:
