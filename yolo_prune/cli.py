@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from yolo_prune import _grammar as grammar
 from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
+from yolo_prune.env import outputs
 from yolo_prune.errors import PruneError
 
 
@@ -45,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:  # `yolo-prune show ... | head`: the reader has ended; Python must not write again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        if e.errno not in OUTSIDE:
+            raise
+        where = f"'{e.filename}': " if e.filename else ""
+        print(f"yolo-prune {name}: {where}{outputs.reason(e)}", file=sys.stderr)
         return 1
 
 
@@ -87,10 +95,7 @@ def _plan(request: Request) -> int:
     plan = api.plan(
         values["model"], values.get("recipe"), imgsz=values["imgsz"], data=values.get("data"), **request.overrides
     )
-    print(plan.describe())
-    if save := values.get("save"):
-        print(f"saved {plan.save(save)}")
-    return 0
+    return _finish(plan.describe(), values.get("save"), plan.save)
 
 
 def _apply(request: Request) -> int:
@@ -99,8 +104,9 @@ def _apply(request: Request) -> int:
         raise PruneError("plan= and recipe= exclude one another, because a plan replaces the recipe. Leave one out.")
     source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
-    if target.resolve() == source.resolve():
+    if target.resolve() == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
+    outputs.check(target)
     from yolo_prune import api
     from yolo_prune.cut.plan import Plan
     from yolo_prune.recipe import load_recipe
@@ -108,16 +114,18 @@ def _apply(request: Request) -> int:
     model = api.open_model(source)
     recipe = load_recipe(values.get("recipe"), overrides)
     plan = Plan.load(values["plan"]) if "plan" in values else api.plan(model, recipe, imgsz=imgsz, data=data)
+    if plan.forecast:
+        outputs.check(target, size=HALF_PRECISION * plan.forecast.params_after)
     refit = recipe.recover.refit
     proven = api.apply(model, plan, data=data, imgsz=imgsz, refit=refit)
-    api.save(model, target)
+    target, asked = outputs.deliver(target, lambda path: api.save(model, path)), target
     print(plan.describe())
     if proven:
         print(f"exact: pruned model and masked reference agree to {proven.error:.0e} in float64")
     why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
     fitted = why and f"; the weights were not refitted, because {why}"
     print(f"saved {target}{fitted}. Fine-tune it with: yolo train model={target} data=... epochs=...")
-    return 0
+    return int(target != asked)
 
 
 def _bench(request: Request) -> int:
@@ -129,11 +137,9 @@ def _bench(request: Request) -> int:
 
     asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
     measurement = benchmark.measure_models(models, formats, asked)
-    print(measurement)
-    if save := values.get("save"):
-        print(f"\nsaved {measurement.save(save)}")
+    status = _finish(str(measurement), values.get("save"), measurement.save)
     measurement.check()
-    return 0
+    return status
 
 
 def _profile(request: Request) -> int:
@@ -146,8 +152,9 @@ def _profile(request: Request) -> int:
     from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(values["imgsz"], **how)
-    print(f"saved {target.profile(api.open_model(values['model']), formats[0], asked, values['save'])}")
-    return 0
+    saved = target.profile(api.open_model(values["model"]), formats[0], asked, values["save"])
+    print(f"saved {saved}")
+    return int(saved != values["save"])
 
 
 def _show(request: Request) -> int:
@@ -178,7 +185,7 @@ def _report(request: Request) -> int:
     print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
     if measurement:
         measurement.check()
-    return 0
+    return int(path != values.get("save", path))
 
 
 def _compare(request: Request) -> int:
@@ -190,11 +197,11 @@ def _compare(request: Request) -> int:
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    text, measurement = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
-    print(f"{text}\nsaved {values['save']}")
-    if measurement:
-        measurement.check()
-    return 0
+    done = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    print(f"{done.text}\nsaved {done.page}")
+    if done.measurement:
+        done.measurement.check()
+    return int(done.page != values["save"])
 
 
 def _demo(request: Request) -> int:
@@ -215,12 +222,21 @@ def _schema(request: Request) -> int:
     from yolo_prune.env.files import write_text
     from yolo_prune.recipe import json_schema
 
-    text = json.dumps(json_schema(), indent=2) + "\n"
+    text = json.dumps(json_schema(), indent=2)
     if save := request.values.get("save"):
-        print(f"saved {write_text(save, text)}")
-    else:
-        print(text, end="")
+        return _finish("", save, lambda path: write_text(path, f"{text}\n"))
+    print(text)
     return 0
+
+
+def _finish(text: str, save: Path | None, write: Callable[[Path], object]) -> int:
+    """Save a result if this was requested, then print it. The status is 1 if it had to be saved elsewhere."""
+    saved = outputs.deliver(save, write) if save else None
+    if text:
+        print(text)
+    if saved:
+        print(f"saved {saved}")
+    return int(saved != save)
 
 
 def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[str, Any]]:
@@ -239,6 +255,9 @@ def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[st
     return runtimes.parse(values["format"]), how
 
 
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""Errors that come from the disk and its permissions, and not from this package."""
+HALF_PRECISION = 2  # bytes of a parameter in a checkpoint
 FALSE = ("=false", "=0", "=none", "=")
 
 MODEL = Argument("model", "best.pt", "a .pt checkpoint", required=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ultralytics.utils import USER_CONFIG_DIR
 from ultralytics.utils.patches import imread
 
 from yolo_prune.data.calibration import Calibration, draw
+from yolo_prune.env import outputs
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import stride
 
@@ -75,7 +75,7 @@ def _dataset(model: Model, data: str | Path, imgsz: int, split: str) -> tuple[An
             f"data={data} has {info['nc']} classes, the model {len(names)}. Pass the dataset on which the model was "
             "trained."
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with outputs.scratch() as folder:
         validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=settings)
     validator.data, validator.stride, validator.device = info, stride(module), device
     path = info[split]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from yolo_prune import _startup
+from yolo_prune.env import outputs
 from yolo_prune.errors import PruneError
 from yolo_prune.report import Report, rounds_table, summary_table
 
@@ -107,6 +108,7 @@ def compare_onnx(checkpoint: Path, exported: Path, images: list[Path]) -> float:
 
 
 def _prepare(folder: Path) -> None:
+    outputs.check_folder(folder)
     ours = folder / "scenes"
     if folder.exists() and any(folder.iterdir()) and not ours.is_dir():
         raise PruneError(f"'{folder}' holds other files. Pass an empty or new folder: yolo-prune demo folder=NAME.")

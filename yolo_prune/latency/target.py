@@ -14,6 +14,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import student_of
 from yolo_prune.data import datasets
+from yolo_prune.env import outputs
 from yolo_prune.env.log import PREFIX, bar
 from yolo_prune.env.versions import PACKAGES, installed
 from yolo_prune.errors import BenchError, TargetError
@@ -170,14 +171,16 @@ def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Pa
 
     Raises:
         BenchError: If this machine cannot measure with this format and setting.
+        OutputError: If the file cannot be written.
     """
     _check(format, setting)
+    outputs.check(save)
     dense = dense_twin(student_of(model.model))
     layers = layers_of(dense, setting.imgsz)
     table = measured(dense, layers, format, setting)
     key = table.find(layers, setting.imgsz)
     assert key
-    return table.only(layers, key).save(save)
+    return outputs.deliver(save, table.only(layers, key).save)
 
 
 def place_of(format: str, setting: Setting) -> Place:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from yolo_prune.env import outputs
 from yolo_prune.env.log import bar
 from yolo_prune.env.versions import installed
 from yolo_prune.errors import BenchError
@@ -75,9 +75,11 @@ def bench(
     """
     given = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     setting = Setting.of(imgsz, batch, device, threads, repeats, quantize, data)
+    if save:
+        outputs.check(save)
     measurement = measure_models(given, runtimes.parse(format), setting)
     if save:
-        measurement.save(save)
+        outputs.deliver(save, measurement.save)
     measurement.check()
     return measurement
 
@@ -99,7 +101,7 @@ def measure_models(models: Sequence[Source], formats: Sequence[str], setting: Se
     if setting.quantize == 8 and not setting.data:
         raise BenchError("quantize=8 needs images for the calibration. Pass a dataset with data=.")
     opened = [subjects.open_source(item) for item in models]
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-bench-") as folder:
+    with outputs.scratch(subjects.room(model.model for model in opened)) as folder:
         pairs = enumerate(zip(opened, subjects.names(models), strict=True))
         measured_subjects = [subjects.subject(model, name, Path(folder) / str(i)) for i, (model, name) in pairs]
         for subject in measured_subjects:

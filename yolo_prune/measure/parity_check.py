@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ultralytics.engine.model import Model
 
 from yolo_prune.data.datasets import calibration, pixels
+from yolo_prune.env import outputs
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.measure import runtimes, subjects
 from yolo_prune.measure.differences import CONFIDENCE, Array, Comparison, Layout, batches
@@ -74,7 +74,7 @@ def parity(
     runtimes.check([format], setting.quantize, setting.device)
     opened, pictures = subjects.open_source(model), pixels(images, imgsz)
     session = subjects.session(format, path, setting)
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-parity-") as folder:
+    with outputs.scratch(subjects.room([opened.model])) as folder:
         measured_subject = subjects.subject(opened, path.name, Path(folder))
         result = compare(measured_subject, session, pictures, setting, confidence)
     if tolerance:
@@ -141,7 +141,7 @@ def _quality(subject: Subject, path: Path, setting: Setting) -> float:
     """MAP50-95 on square images, which exports with a fixed size need; the fitness for tasks without mAP50-95."""
     half = setting.quantize == 16 and setting.device.type != "cpu" and path.suffix != ".pt"
     name = f"Validating {subject.name} as {path.name}"
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-val-") as folder, quietly(name):
+    with outputs.scratch() as folder, quietly(name):
         metrics = subjects.reopen(subject.model, path).val(
             data=str(setting.data),
             imgsz=setting.imgsz,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ultralytics.utils import LOGGER
 
 from yolo_prune.data import datasets
+from yolo_prune.env import outputs
 from yolo_prune.env.checkpoints import open_model
 from yolo_prune.env.files import write_text
 from yolo_prune.errors import RunError
@@ -22,10 +23,11 @@ from yolo_prune.report.measurement import Measurement
 
 
 class Compared(NamedTuple):
-    """The result of `compare`: tables as text, and the measurement if one was requested."""
+    """The result of `compare`: tables as text, the measurement if one was requested, and the path of the page."""
 
     text: str
     measurement: Measurement | None
+    page: Path
 
 
 def compare(
@@ -47,6 +49,7 @@ def compare(
     """
     setting = Setting.of(imgsz, data=data, **how)
     runtimes.check(formats, setting.quantize, setting.device)
+    outputs.check(save)
     paths = [Path(model) for model in models]
     names = short_names(paths)
     opened = [open_model(path) for path in paths]
@@ -66,6 +69,7 @@ def compare(
     photos = evaluate.photographs(opened, files[0], imgsz, None)
     asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
     words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]
-    write_text(save, render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement))
+    text = render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement)
+    page = outputs.deliver(save, lambda path: write_text(path, text))
     tables = [comparison_table(candidates), *([str(measurement)] if measurement else [])]
-    return Compared("\n\n".join(tables), measurement)
+    return Compared("\n\n".join(tables), measurement, page)

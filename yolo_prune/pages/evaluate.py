@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.results import Results
 
 from yolo_prune.cut.copies import size_mb
+from yolo_prune.env import outputs
 from yolo_prune.env.metrics import average_precision, class_ap
 from yolo_prune.errors import RunError
 from yolo_prune.measure import benchmark
@@ -45,7 +45,7 @@ def validate_once(model: Model, name: str, data: str | Path, imgsz: int) -> Cand
     module: Any = model.model
     flops, params = planner.present_cost(module.float(), imgsz)
     size = size_mb(module)
-    with tempfile.TemporaryDirectory() as folder:
+    with outputs.scratch() as folder:
         places = {"project": folder, "name": "val", "exist_ok": True}
         try:
             metrics: Any = model.val(data=str(data), imgsz=imgsz, plots=False, verbose=False, workers=0, **places)

@@ -177,5 +177,6 @@ def check_devices(settings: Mapping[str, Any]) -> None:
 
 def origin(model: Model) -> Path | None:
     """The file that a model was loaded from; None if it was not loaded from a file."""
-    path = Path(str(getattr(model.model, "pt_path", None) or ""))
-    return path.resolve() if path.is_file() else None
+    # After a cut in memory, `pt_path` names no file, and `ckpt_path` is the file from before the cut.
+    paths = (Path(str(path)) for path in (getattr(model.model, "pt_path", None), model.ckpt_path) if path)
+    return next((path.resolve() for path in paths if path.is_file()), None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,10 +20,10 @@ from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolo_prune.cut.record import delete_record, is_pruned
 from yolo_prune.env import ranks
-from yolo_prune.env.files import WholeFile, write_bytes
+from yolo_prune.env.files import WholeFile, move, write_bytes
 from yolo_prune.env.releases import strip_qat, unwrap_model
 from yolo_prune.errors import RunError
-from yolo_prune.run import keep, resume, rounds, schedule
+from yolo_prune.run import inputs, keep, resume, rounds, schedule
 from yolo_prune.run.keep import StockLevel
 from yolo_prune.run.sparse import SparseTraining
 from yolo_prune.run.state import PruningTrainer, RunState
@@ -58,6 +57,7 @@ class KeepStructure(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
+        inputs.keep(self)
         self.accumulation = resume.GradientAccumulation()
         self.warm_up = RestartWarmUp()
         self.sparse = SparseTraining()
@@ -204,7 +204,7 @@ class KeepStructure(_Base):
     def tidy(self) -> None:
         """The run is complete: delete the files that only a resumed run needs."""
         if self._stripped and self._stripped.exists():
-            os.replace(self._stripped, self.last)
+            move(self._stripped, self.last)
         if ranks.first() and self.pruning:
             resume.delete_old_states(self)
 
@@ -217,7 +217,7 @@ class KeepStructure(_Base):
         if target == self.last:
             self._stripped = temporary
         elif temporary.exists():
-            os.replace(temporary, target)
+            move(temporary, target)
         return result
 
 
