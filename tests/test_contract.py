@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import logging
 import textwrap
 from pathlib import Path
 
@@ -33,13 +34,14 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
-from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, checks, metrics, torch_utils
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, USER_CONFIG_DIR, checks, metrics, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
 from yolo_prune._patch import MARK
 from yolo_prune.cut import export_record
 from yolo_prune.data import datasets
+from yolo_prune.env import terminal, trained
 from yolo_prune.graph import blocks, rules
 from yolo_prune.measure import runtimes
 from yolo_prune.run.callback import PruneCallback
@@ -443,3 +445,15 @@ def test_timing_builds_engines_of_single_layers_with_this() -> None:
         "ultralytics.utils.export.engine", reason="releases before 8.4 build engines elsewhere"
     )
     assert {"onnx_file", "output_file", "quantize", "shape"} <= set(inspect.signature(engine.onnx2engine).parameters)
+
+
+def test_terminal_finds_the_logger_without_an_import_of_ultralytics() -> None:
+    assert logging.getLogger(terminal.LOGGING_NAME) is LOGGER
+    assert any(type(handler) is logging.StreamHandler for handler in LOGGER.handlers)
+
+
+def test_trained_finds_the_settings_of_a_training() -> None:
+    assert trained.HELD == (*trained.JUDGING, *trained.LOSS)  # this release has all of them
+    assert '"train_args": vars(self.args)' in inspect.getsource(BaseTrainer.save_model)
+    assert DEFAULT_CFG_DICT["imgsz"] == trained.SIZE
+    assert 'data["names"] = {0: "item"}' in inspect.getsource(BaseTrainer.get_dataset)  # with single_cls

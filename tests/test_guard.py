@@ -113,7 +113,7 @@ def test_rows_of_rounds_that_made_the_same_plan_are_told_apart(tmp_path: Path) -
     rows = [RoundRow(number=n, epoch=n, plan="same", params=n) for n in (1, 2)]
     Report(rounds=rows).save(tmp_path / "prune.json")
     trainer: Any = SimpleNamespace(save_dir=tmp_path, start_epoch=3)
-    found = journal.resumed_report(trainer, load_recipe(), "", Record({}, rounds=tuple(facts)))
+    found = journal.resumed_report(trainer, load_recipe(), Record({}, rounds=tuple(facts)))
     assert [(r.params, r.held, r.fitness.end) for r in found.rounds] == [(1, True, 0.1), (2, False, 0.2)]
 
 

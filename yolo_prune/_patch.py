@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from yolo_prune._keys import check_spelling, is_pruning_key, without_pruning_keys
+from yolo_prune.env.terminal import forgiving
 from yolo_prune.errors import ArgumentError, PruneError
 
 MARK = "__yolo_prune__"
@@ -76,11 +77,11 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         allowed = [allowed_custom_keys] if allowed_custom_keys else []  # releases before 8.4.0 lack this parameter
         if "train" not in base:  # not a command, but the arguments of a mode, or another configuration
-            with _without_traceback():
+            with _as_a_command():
                 _refuse_elsewhere(custom)
             original(base, custom, e, *allowed)
             return
-        with _without_traceback():
+        with _as_a_command():
             _check_command(custom, unreadable=e is not None)
         # With the examples, Ultralytics also suggests the keys of this package for misspelt keys.
         original({**base, **EXAMPLES}, without_pruning_keys(custom), e, *allowed)
@@ -130,22 +131,24 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, trainer=trainer, **kwargs)
         from yolo_prune.run import launch  # imported late, so that runs without pruning do not depend on its imports
 
-        with _without_traceback():
+        with _as_a_command():
             return launch.train(self, original, trainer, kwargs)
 
     return train
 
 
 @contextmanager
-def _without_traceback() -> Iterator[None]:
-    """If a `yolo` command fails with an error of this package, show only the message, without a traceback."""
-    try:
+def _as_a_command() -> Iterator[None]:
+    """In a `yolo` command, show only the message of an error of this package; output that fails does not end a run."""
+    command = Path(sys.argv[0])
+    if command.stem not in ("yolo", "ultralytics") or command.suffix.lower() not in ("", ".exe"):
         yield
+        return
+    try:
+        with forgiving():
+            yield
     except PruneError as e:
-        command = Path(sys.argv[0])
-        if command.stem in ("yolo", "ultralytics") and command.suffix.lower() in ("", ".exe"):
-            sys.exit(f"yolo-prune: {e}")
-        raise
+        sys.exit(f"yolo-prune: {e}")
 
 
 def _may_involve_pruning(model: Any, arguments: Mapping[str, Any]) -> bool:
@@ -173,7 +176,7 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
         if source is not None and (_has_record(self) or _has_record(source)):
             from yolo_prune.run import checks  # imported late, like `launch` above
 
-            with _without_traceback():
+            with _as_a_command():
                 checks.check_load(self, source)
         original(self, weights, verbose)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import Any
 from yolo_prune import _grammar as grammar
 from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, terminal
 from yolo_prune.env.image_size import image_size
 from yolo_prune.errors import PruneError
 
@@ -23,38 +22,41 @@ from yolo_prune.errors import PruneError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake gives one message on standard error, and status 1."""
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
-    if grammar.asks_for_help(name) and all(map(grammar.asks_for_help, words)):
+    if grammar.asks_for_help(name) and words and not all(map(grammar.asks_for_help, words)):
+        name, words = words[0], [name]  # `yolo-prune help plan` is `yolo-prune plan --help`
+    try:
+        with terminal.forgiving():
+            return _run(name, words)
+    except (PruneError, SyntaxError, FileNotFoundError) as e:
+        return _fail(f"{name}: {str(e).strip()}")
+    except OSError as e:
+        if e.errno not in OUTSIDE:
+            raise
+        return _fail(f"{name}: " + (f"'{e.filename}': " if e.filename else "") + outputs.reason(e))
+
+
+def _fail(message: str) -> int:
+    with terminal.forgiving():
+        print(f"yolo-prune {message}", file=sys.stderr)
+    return 1
+
+
+def _run(name: str, words: list[str]) -> int:
+    if grammar.asks_for_help(name):
         print(overview())
         return 0
     if name.lstrip("-") in ("version", "v"):
         print(__version__)
         return 0
-    if grammar.asks_for_help(name):  # `yolo-prune help plan` is `yolo-prune plan --help`
-        name, words = words[0], [name]
-    try:
-        if name not in COMMANDS:
-            near = grammar.nearest(name, COMMANDS)
-            hint = f"Did you mean '{near}'? " if near else ""
-            raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
-        command = COMMANDS[name]
-        if any(map(grammar.asks_for_help, words)):
-            print(command.help())
-            return 0
-        status = command.run(command.read(words))
-        sys.stdout.flush()
-        return status
-    except (PruneError, SyntaxError, FileNotFoundError) as e:
-        print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `yolo-prune show ... | head`: the reader has ended; Python must not write again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as e:
-        if e.errno not in OUTSIDE:
-            raise
-        where = f"'{e.filename}': " if e.filename else ""
-        print(f"yolo-prune {name}: {where}{outputs.reason(e)}", file=sys.stderr)
-        return 1
+    if name not in COMMANDS:
+        near = grammar.nearest(name, COMMANDS)
+        hint = f"Did you mean '{near}'? " if near else ""
+        raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
+    command = COMMANDS[name]
+    if any(map(grammar.asks_for_help, words)):
+        print(command.help())
+        return 0
+    return command.run(command.read(words))
 
 
 def overview() -> str:
@@ -94,7 +96,7 @@ def _plan(request: Request) -> int:
     from yolo_prune import api
 
     plan = api.plan(
-        values["model"], values.get("recipe"), imgsz=values["imgsz"], data=values.get("data"), **request.overrides
+        values["model"], values.get("recipe"), imgsz=values.get("imgsz"), data=values.get("data"), **request.overrides
     )
     return _finish(plan.describe(), values.get("save"), plan.save)
 
@@ -103,7 +105,7 @@ def _apply(request: Request) -> int:
     values, overrides = request.values, request.overrides
     if "plan" in values and ("recipe" in values or overrides):
         raise PruneError("plan= and recipe= exclude one another, because a plan replaces the recipe. Leave one out.")
-    source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
+    source, data, imgsz = Path(values["model"]), values.get("data"), values.get("imgsz")
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
     if target.resolve() == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
@@ -136,7 +138,7 @@ def _bench(request: Request) -> int:
     from yolo_prune.measure import benchmark
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
+    asked = Setting.of(values.get("imgsz"), data=values.get("data"), **how)
     measurement = benchmark.measure_models(models, formats, asked)
     status = _finish(str(measurement), values.get("save"), measurement.save)
     measurement.check()
@@ -152,9 +154,10 @@ def _profile(request: Request) -> int:
     from yolo_prune.latency import target
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(values["imgsz"], **how)
-    saved = target.profile(api.open_model(values["model"]), formats[0], asked, values["save"])
-    print(f"saved {saved}")
+    model = api.open_model(values["model"])
+    setting = Setting.of(values.get("imgsz"), **how).sized([model])
+    saved = target.profile(model, formats[0], setting, values["save"])
+    print(f"saved {saved}, measured with imgsz {setting.imgsz}")
     return int(saved != values["save"])
 
 
@@ -198,7 +201,7 @@ def _compare(request: Request) -> int:
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    done = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    done = compare_page.compare(models, values["data"], values.get("imgsz"), values["save"], formats, **how)
     print(f"{done.text}\nsaved {done.page}")
     if done.measurement:
         done.measurement.check()
@@ -267,9 +270,8 @@ RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: 
 IMGSZ = Argument(
     "imgsz",
     "640",
-    "the size of images in pixels: one number, or height,width",
+    "the size of images in pixels: one number, or height,width (default: that of the model's training)",
     lambda name, text: image_size(text),
-    640,
 )
 FORMAT = Argument("format", "onnx,openvino", "the formats to measure", default="onnx")
 HALF = Argument("half", "True", "the same as quantize=16", grammar.boolean)
@@ -376,7 +378,7 @@ COMMANDS = {
                     "the file to write (default: in the folder of the run)",
                     grammar.file(".html"),
                 ),
-                replace(IMGSZ, help=f"{IMGSZ.help} (default: that of the run)", default=None),
+                replace(IMGSZ, help=IMGSZ.help.replace("model's training", "run")),
                 *ON_A_PAGE,
             ),
             places="runs/detect/train",

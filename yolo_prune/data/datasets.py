@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ultralytics.utils import USER_CONFIG_DIR
 from ultralytics.utils.patches import imread
 
 from yolo_prune.data.calibration import Calibration, draw
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width, plain
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import stride
@@ -38,7 +39,7 @@ def calibration(model: Model, data: str | Path, imgsz: ImageSize, count: int, se
     Raises:
         RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
-    dataset, validator, settings = _dataset(model, data, imgsz, "train")
+    dataset, validator, settings = _dataset(model, data, imgsz, "train", trained.settings(model))
     collate = getattr(dataset, "collate_fn", default_collate)
     return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings, MEMORY)
 
@@ -50,26 +51,41 @@ def spread(dataset: Any, count: int) -> list[Path]:
     return [Path(files[i * len(files) // shown]) for i in range(shown)]
 
 
-def validation_files(model: Model, data: str | Path, imgsz: ImageSize, count: int) -> list[Path]:
+def validation_files(
+    model: Model, data: str | Path, imgsz: ImageSize, count: int, settings: Mapping[str, Any] | None = None
+) -> list[Path]:
     """At most `count` validation images of a dataset, evenly spaced over it.
+
+    Args:
+        model: a `YOLO` object.
+        data: the dataset, as for `model.val`.
+        imgsz: image size in pixels.
+        count: largest number of images.
+        settings: more arguments for `model.val`; None: those that the model was trained with.
 
     Raises:
         RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
-    return spread(_dataset(model, data, imgsz, "val")[0], count)
+    settings = trained.settings(model) if settings is None else settings
+    return spread(_dataset(model, data, imgsz, str(settings.get("split", "val")), settings)[0], count)
 
 
-def _dataset(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tuple[Any, Any, Any]:
+def _dataset(
+    model: Model, data: str | Path, imgsz: ImageSize, split: str, settings: Mapping[str, Any]
+) -> tuple[Any, Any, Any]:
     """A split of a dataset, prepared as for validation at exactly this size, the validator, and its settings."""
     module: Any = model.model
     device, size = next(module.parameters()).device, height_width(imgsz)
     overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": max(size), "batch": 1, "workers": 0}
-    settings = get_cfg(overrides={**overrides, "device": device.type, "rect": False})
+    fixed = {"device": device.type, "rect": False, "split": split}
+    args = get_cfg(overrides={**settings, **overrides, **fixed})
     check = check_cls_dataset if model.task == "classify" else check_det_dataset
     try:
         info = check(str(data))
     except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
         raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
+    if args.single_cls:  # as the trainer does
+        info |= {"names": {0: "item"}, "nc": 1}
     names = getattr(module, "names", None)
     if names and len(names) != info["nc"]:
         raise RunError(
@@ -77,12 +93,12 @@ def _dataset(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tu
             "trained."
         )
     with outputs.scratch() as folder:
-        validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=settings)
+        validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=args)
     validator.args.imgsz = plain(imgsz)  # Ultralytics' own validation takes rectangles of exports only
     validator.data, validator.stride, validator.device = info, stride(module), device
     path = info[split]
     dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
-    return dataset, validator, settings
+    return dataset, validator, args
 
 
 def pixels(source: Any, imgsz: ImageSize) -> npt.NDArray[np.float32]:

@@ -11,7 +11,7 @@ from typing import Any
 from ultralytics.engine.model import Model
 
 from yolo_prune.data.datasets import calibration, pixels
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.measure import runtimes, subjects
@@ -38,7 +38,7 @@ def parity(
     exported: str | Path,
     images: Any,
     *,
-    imgsz: ImageSize | Sequence[int] | str = 640,
+    imgsz: ImageSize | Sequence[int] | str | None = None,
     batch: int = 1,
     device: str | int = "cpu",
     quantize: int | None = None,
@@ -51,7 +51,8 @@ def parity(
         model: a `YOLO` object or a path to the checkpoint.
         exported: `.torchscript`, `.onnx`, `.engine`, `..._openvino_model` or `..._ncnn_model`.
         images: a folder, a list of files, or an array `(n, channels, height, width)` with values from 0 to 1.
-        imgsz: image size of the export, in pixels: one number, or height and width.
+        imgsz: image size of the export, in pixels: one number, or height and width. None: the size that the model
+            was trained with, which is also the default of Ultralytics' export.
         batch: batch size of the export.
         device: the device on which both models run.
         quantize: precision of the export: 16 or 8; None for 32. The limits depend on it.
@@ -75,7 +76,9 @@ def parity(
     format = _format_of(path)
     setting = Setting.of(imgsz, batch, device, quantize=quantize)
     runtimes.check([format], setting.quantize, setting.device)
-    opened, pictures = subjects.open_source(model), pixels(images, setting.imgsz)
+    opened = subjects.open_source(model)
+    setting = setting.sized([opened])
+    pictures = pixels(images, setting.imgsz)
     session = subjects.session(format, path, setting)
     with outputs.scratch(subjects.room([opened.model])) as folder:
         measured_subject = subjects.subject(opened, path.name, Path(folder))
@@ -145,7 +148,7 @@ def _quality(subject: Subject, path: Path, setting: Setting) -> float:
     half = setting.quantize == 16 and setting.device.type != "cpu" and path.suffix != ".pt"
     name = f"Validating {subject.name} as {path.name}"
     with outputs.scratch() as folder, quietly(name):
-        settings: dict[str, Any] = {"rect": False, **at_size(subject.model, setting.imgsz)}
+        settings = {**trained.settings(subject.model), "rect": False, **at_size(subject.model, setting.imgsz)}
         metrics = subjects.reopen(subject.model, path).val(
             data=str(setting.data),
             batch=setting.batch,
