@@ -105,7 +105,7 @@ def measure(name: str, folder: Path, width: float | None = None, columns: tuple[
         row.cells["plan"] = row.cells["trace"]
         return row
     row.cells.pop("trace")
-    least = cell("least FLOPs", lambda: planner.reachable(model, graph, recipe(0.5)))
+    least = cell("least FLOPs", lambda: planner.limits_of(model, graph, recipe(0.5)).least("flops"))
     row.protected = protected(model, graph)
     first, second = (least + (1 - least) * share for share in (0.6, 0.3))
     plan = cell("plan", lambda: planner.plan_for(model, graph, recipe(first)))

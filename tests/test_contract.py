@@ -30,6 +30,7 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.results import Results
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
@@ -189,6 +190,32 @@ def test_patch_targets_are_wrapped_once_and_keep_their_signatures() -> None:
     assert hasattr(Model.train, MARK)
     assert list(inspect.signature(Model.train).parameters) == ["self", "trainer", "kwargs"]
     assert not hasattr(inspect.unwrap(Model.train), MARK)
+    assert hasattr(tasks.BaseModel.load, MARK)
+    assert list(inspect.signature(tasks.BaseModel.load).parameters) == ["self", "weights", "verbose"]
+    assert not hasattr(inspect.unwrap(tasks.BaseModel.load), MARK)
+
+
+def test_all_weights_pass_through_the_load_that_is_patched() -> None:
+    models = [c for c in vars(tasks).values() if isinstance(c, type) and issubclass(c, tasks.BaseModel)]
+    assert {cls.__name__ for cls in models if "load" in vars(cls)} == {"BaseModel"}
+    assert "self.model.load(weights)" in inspect.getsource(Model.load)
+    assert '(weights.get("ema") or weights["model"]) if isinstance(weights, dict)' in inspect.getsource(
+        inspect.unwrap(tasks.BaseModel.load)
+    )
+    assert 'self.overrides["pretrained"] = False' in inspect.getsource(Model.reset_weights)
+
+
+def test_keep_overrides_get_model_as_all_trainers_define_it_and_as_it_is_called() -> None:
+    trainers = [DetectionTrainer]
+    trainers += [cls for base in BaseTrainer.__subclasses__() for cls in (base, *base.__subclasses__())]
+    assert len(trainers) > 5
+    for cls in trainers:
+        if cls.__module__.startswith("ultralytics."):
+            assert list(inspect.signature(cls.get_model).parameters) == ["self", "cfg", "weights", "verbose"], cls
+    called = "self.trainer.get_model(weights=weights, cfg=self.model.yaml)"
+    assert called in inspect.getsource(inspect.unwrap(Model.train))
+    assert "self.model = self.get_model(cfg=cfg, weights=weights, " in inspect.getsource(BaseTrainer.setup_model)
+    assert "ckpt = self.setup_model()" in inspect.getsource(BaseTrainer._setup_train)
 
 
 def test_patch_finds_the_export_event() -> None:

@@ -139,11 +139,6 @@ def test_a_run_into_the_folder_of_its_own_model_keeps_it_until_there_is_a_better
     begin(folder, tmp_path, 1, model)
     assert there
     assert all(there)
-    with pytest.raises(RunError, match=r"This run would overwrite its teacher .*best\.pt"):
-        YOLO(weights / "best.pt").train(
-            **{**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)},
-            distill_model=str(weights / "best.pt"),
-        )
 
 
 class Archiving(DetectionTrainer):

@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from yolo_prune.env import outputs
 from yolo_prune.errors import PruneError
 
 WIDTH = 118  # of help, in characters
@@ -189,12 +190,13 @@ def boolean(name: str, text: str) -> bool:
 
 
 def file(suffix: str) -> Callable[[str, str], Path]:
-    """A function that reads file names, which must end in `suffix`."""
+    """A function that reads the names of files to write, which must end in `suffix`."""
 
     def read(name: str, text: str) -> Path:
         path = Path(text)
         if path.suffix != suffix:
             raise PruneError(f"{name}={text}: the name must end in {suffix}.")
+        outputs.check(path)
         return path
 
     return read

@@ -21,6 +21,7 @@ from yolo_prune.data import datasets
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log, trained
 from yolo_prune.env.checkpoints import open_model, save
+from yolo_prune.env.files import unused
 from yolo_prune.env.image_size import ImageSize, image_size
 from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
 from yolo_prune.latency import search
@@ -146,7 +147,10 @@ def apply(
     flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
     facts = RoundFacts(number=1, plan=plan.hash, flops=flops, params=params)
     write_record(module, Record(record.recipe if record else {}, composed, widths, (facts,)))
+    loaded_from = getattr(module, "pt_path", None)
+    _export_elsewhere(module)
     if isinstance(model, Model):
+        model.ckpt_path = loaded_from or model.ckpt_path
         # train() takes the weights from `ckpt`, not from a YAML file. The optimizer and the epoch of the dense run are
         # left out, because they do not fit the pruned model.
         model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
@@ -236,6 +240,17 @@ def _calibration(model: Model | nn.Module, data: str | Path, imgsz: ImageSize, c
         raise RunError("data= needs the YOLO object, because its module cannot read a dataset. Pass the YOLO object.")
     model.model.float()
     return datasets.calibration(model, data, imgsz, count)
+
+
+def _export_elsewhere(module: Any) -> None:
+    """Give a model another name after a cut: an export must not replace that of the file it was loaded from.
+
+    The exporter takes the folder and the name of its files from `pt_path`.
+    """
+    built_from = getattr(module, "yaml", {}).get("yaml_file") or "model.yaml"
+    path = Path(getattr(module, "pt_path", None) or Path(built_from).name)
+    if path.is_file() or not path.stem.endswith("-pruned"):
+        module.pt_path = str(unused(path.with_name(f"{path.stem}-pruned.pt")))
 
 
 def _size(model: Model | nn.Module, asked: ImageSize | Sequence[int] | str | None) -> ImageSize:

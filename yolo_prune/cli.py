@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from yolo_prune import _grammar as grammar
 from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
-from yolo_prune.env import terminal
+from yolo_prune.env import outputs, terminal
 from yolo_prune.env.image_size import image_size
 from yolo_prune.errors import PruneError
 
@@ -27,9 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminal.forgiving():
             return _run(name, words)
     except (PruneError, SyntaxError, FileNotFoundError) as e:
-        with terminal.forgiving():
-            print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
-        return 1
+        return _fail(f"{name}: {str(e).strip()}")
+    except OSError as e:
+        if e.errno not in OUTSIDE:
+            raise
+        return _fail(f"{name}: " + (f"'{e.filename}': " if e.filename else "") + outputs.reason(e))
+
+
+def _fail(message: str) -> int:
+    with terminal.forgiving():
+        print(f"yolo-prune {message}", file=sys.stderr)
+    return 1
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -89,11 +98,7 @@ def _plan(request: Request) -> int:
     plan = api.plan(
         values["model"], values.get("recipe"), imgsz=values.get("imgsz"), data=values.get("data"), **request.overrides
     )
-    saved = plan.save(values["save"]) if "save" in values else None
-    print(plan.describe())
-    if saved:
-        print(f"saved {saved}")
-    return 0
+    return _finish(plan.describe(), values.get("save"), plan.save)
 
 
 def _apply(request: Request) -> int:
@@ -102,8 +107,9 @@ def _apply(request: Request) -> int:
         raise PruneError("plan= and recipe= exclude one another, because a plan replaces the recipe. Leave one out.")
     source, data, imgsz = Path(values["model"]), values.get("data"), values.get("imgsz")
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
-    if target.resolve() == source.resolve():
+    if target.resolve() == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
+    outputs.check(target)
     from yolo_prune import api
     from yolo_prune.cut.plan import Plan
     from yolo_prune.recipe import load_recipe
@@ -111,16 +117,18 @@ def _apply(request: Request) -> int:
     model = api.open_model(source)
     recipe = load_recipe(values.get("recipe"), overrides)
     plan = Plan.load(values["plan"]) if "plan" in values else api.plan(model, recipe, imgsz=imgsz, data=data)
+    if plan.forecast:
+        outputs.check(target, size=HALF_PRECISION * plan.forecast.params_after)
     refit = recipe.recover.refit
     proven = api.apply(model, plan, data=data, imgsz=imgsz, refit=refit)
-    api.save(model, target)
+    target, asked = outputs.deliver(target, lambda path: api.save(model, path)), target
     print(plan.describe())
     if proven:
         print(f"exact: pruned model and masked reference agree to {proven.error:.0e} in float64")
     why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
     fitted = why and f"; the weights were not refitted, because {why}"
     print(f"saved {target}{fitted}. Fine-tune it with: yolo train model={target} data=... epochs=...")
-    return 0
+    return int(target != asked)
 
 
 def _bench(request: Request) -> int:
@@ -132,12 +140,9 @@ def _bench(request: Request) -> int:
 
     asked = Setting.of(values.get("imgsz"), data=values.get("data"), **how)
     measurement = benchmark.measure_models(models, formats, asked)
-    saved = measurement.save(values["save"]) if "save" in values else None
-    print(measurement)
-    if saved:
-        print(f"\nsaved {saved}")
+    status = _finish(str(measurement), values.get("save"), measurement.save)
     measurement.check()
-    return 0
+    return status
 
 
 def _profile(request: Request) -> int:
@@ -151,8 +156,9 @@ def _profile(request: Request) -> int:
 
     model = api.open_model(values["model"])
     setting = Setting.of(values.get("imgsz"), **how).sized([model])
-    print(f"saved {target.profile(model, formats[0], setting, values['save'])}, measured with imgsz {setting.imgsz}")
-    return 0
+    saved = target.profile(model, formats[0], setting, values["save"])
+    print(f"saved {saved}, measured with imgsz {setting.imgsz}")
+    return int(saved != values["save"])
 
 
 def _show(request: Request) -> int:
@@ -183,7 +189,7 @@ def _report(request: Request) -> int:
     print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
     if measurement:
         measurement.check()
-    return 0
+    return int(path != values.get("save", path))
 
 
 def _compare(request: Request) -> int:
@@ -195,12 +201,11 @@ def _compare(request: Request) -> int:
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    imgsz = values.get("imgsz")
-    text, measurement = compare_page.compare(models, values["data"], imgsz, values["save"], formats, **how)
-    print(f"{text}\nsaved {values['save']}")
-    if measurement:
-        measurement.check()
-    return 0
+    done = compare_page.compare(models, values["data"], values.get("imgsz"), values["save"], formats, **how)
+    print(f"{done.text}\nsaved {done.page}")
+    if done.measurement:
+        done.measurement.check()
+    return int(done.page != values["save"])
 
 
 def _demo(request: Request) -> int:
@@ -221,12 +226,21 @@ def _schema(request: Request) -> int:
     from yolo_prune.env.files import write_text
     from yolo_prune.recipe import json_schema
 
-    text = json.dumps(json_schema(), indent=2) + "\n"
+    text = json.dumps(json_schema(), indent=2)
     if save := request.values.get("save"):
-        print(f"saved {write_text(save, text)}")
-    else:
-        print(text, end="")
+        return _finish("", save, lambda path: write_text(path, f"{text}\n"))
+    print(text)
     return 0
+
+
+def _finish(text: str, save: Path | None, write: Callable[[Path], object]) -> int:
+    """Save a result if this was requested, then print it. The status is 1 if it had to be saved elsewhere."""
+    saved = outputs.deliver(save, write) if save else None
+    if text:
+        print(text)
+    if saved:
+        print(f"saved {saved}")
+    return int(saved != save)
 
 
 def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[str, Any]]:
@@ -245,6 +259,9 @@ def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[st
     return runtimes.parse(values["format"]), how
 
 
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""Errors that come from the disk and its permissions, and not from this package."""
+HALF_PRECISION = 2  # bytes of a parameter in a checkpoint
 FALSE = ("=false", "=0", "=none", "=")
 
 MODEL = Argument("model", "best.pt", "a .pt checkpoint", required=True)

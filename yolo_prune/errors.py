@@ -64,6 +64,10 @@ class RunError(PruneError):
     """A training run that cannot be pruned, or that did not end pruned."""
 
 
+class OutputError(PruneError):
+    """A result that cannot be written."""
+
+
 class GradientError(PruneError):
     """The loss of the model or its gradients are not finite, so they cannot be used to score channels."""
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ultralytics.utils import USER_CONFIG_DIR
 from ultralytics.utils.patches import imread
 
 from yolo_prune.data.calibration import Calibration, draw
-from yolo_prune.env import trained
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width, plain
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import image_channels, stride
@@ -97,7 +96,7 @@ def _dataset(
             f"data={data} has {info['nc']} classes, the model {len(names)}. Pass the dataset on which the model was "
             "trained."
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with outputs.scratch() as folder:
         validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=args)
     validator.args.imgsz = plain(imgsz)  # Ultralytics' own validation takes rectangles of exports only
     validator.data, validator.stride, validator.device = info, stride(module), device

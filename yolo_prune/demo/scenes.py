@@ -9,12 +9,12 @@ same seed gives the same pixels, and a larger dataset begins with the images of 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from yolo_prune.env.files import move
 from yolo_prune.errors import PruneError
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def make_dataset(folder: Path, train: int = 320, val: int = 48, imgsz: int = 128
         made = temporary / "made"  # the folder of mkdtemp itself can be read by its owner only
         _write(made, stamp)
         if folder.exists():
-            os.replace(folder, temporary / "old")
-        os.replace(made, folder)
+            move(folder, temporary / "old")
+        move(made, folder)
     except OSError:
         if not _complete(folder, stamp):  # else another process has made the same dataset in the meantime
             raise

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from pathlib import Path
 
 from ultralytics import RTDETR, YOLO
@@ -55,7 +55,6 @@ def open_model(path: str | Path) -> Model:
 
 def save(model: Model, path: str | Path) -> Path:
     """Save a model as Ultralytics does, but never leave an incomplete file."""
-    with tempfile.TemporaryDirectory() as folder:
-        temporary = Path(folder) / "model.pt"
-        model.save(temporary)
-        return write_bytes(path, temporary.read_bytes())
+    buffer = io.BytesIO()
+    model.save(buffer)  # it passes this on to torch.save, which takes files as well
+    return write_bytes(path, buffer.getvalue())

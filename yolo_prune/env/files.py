@@ -1,28 +1,41 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Write files so that they are never incomplete."""
+"""Write files so that they are never incomplete.
+
+Some folders refuse a part of this: mounted buckets, exFAT or network shares may not flush a file or rename it. What is
+optional is done where it can be done, and is never the reason to stop.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import uuid
 from pathlib import Path
+from typing import BinaryIO
+
+LOST = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors that mean that the content did not reach the disk. Any other error of a flush means that it cannot flush."""
+LONGEST = 40  # characters of a file's name in the name of its temporary file; file systems limit the length of names
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write `data` to a temporary name in the same folder, then rename it to `path`."""
+    """Write `data` to a temporary name in the same folder, then rename it to `path`. A link stays a link."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    target.parent.mkdir(parents=True, exist_ok=True)
     # `open` gives the file ordinary permissions; the files of `tempfile` are private
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = target.parent / f".{target.name[:LONGEST]}.{uuid.uuid4().hex[:8]}.tmp"
     file = temporary.open("xb")  # "x": it fails if another process has made this file
     try:
         with file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # after the file is closed: Windows cannot rename an open file
-    except BaseException:  # closing fails, too, if the disk is full
+            _flush(file)
+        move(temporary, target)  # after the file is closed: Windows cannot rename an open file
+    except BaseException as e:  # closing fails, too, if the disk is full
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            e.filename = str(path)
         raise
     return path
 
@@ -30,6 +43,41 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` as UTF-8; see `write_bytes`."""
     return write_bytes(path, text.encode("utf-8"))
+
+
+def move(source: str | Path, target: str | Path) -> None:
+    """Rename a file or a folder; an existing file is replaced. If this is refused, the content is copied instead."""
+    source, target = Path(source), Path(target)
+    try:
+        os.replace(source, target)
+    except OSError:
+        if source.is_dir():
+            target.mkdir()  # fails if there is such a folder, as renaming does
+            for inside in source.iterdir():
+                move(inside, target / inside.name)
+            source.rmdir()
+        else:  # without its permissions, which cannot be set everywhere
+            shutil.copyfile(source, target)
+            source.unlink()
+
+
+def unused(path: Path) -> Path:
+    """`path`, or a path like it with a number, at which there is no file."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _flush(file: BinaryIO) -> None:
+    """Flush a file to the disk, if the folder can do this. All programs see the complete file either way."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as e:
+        if e.errno in LOST:
+            raise
 
 
 class WholeFile(type(Path())):  # type: ignore[misc]  # PosixPath or WindowsPath; Path itself only from Python 3.12 on

@@ -21,6 +21,8 @@ from yolo_prune.graph.tracer import Tracer
 from yolo_prune.graph.twin import weightless
 
 UNSEEN = "does not run in a forward pass"
+FROZEN = "frozen in this run"
+PROTECT = "recipe: protect"
 
 
 def trace(
@@ -56,7 +58,7 @@ def trace(
     channels = probes.image_channels(model)
     if channels is None:
         raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
-    protected_modules = dict.fromkeys(frozen, "frozen in this run") | _protected_modules(model, protect)
+    protected_modules = dict.fromkeys(frozen, FROZEN) | _protected_modules(model, protect)
     twin = weightless(model)
     stated = rules.gather(twin, heads)
     labels = Labels(_labelled(twin))
@@ -223,7 +225,7 @@ def _protected_modules(model: nn.Module, protect: Sequence[str]) -> dict[str, st
     """`{module name: reason}` of the modules that the patterns match."""
     reasons: dict[str, str] = {}
     for pattern in protect:
-        reasons.update(dict.fromkeys(named(model, pattern, "protect"), f"recipe: protect '{pattern}'"))
+        reasons.update(dict.fromkeys(named(model, pattern, "protect"), f"{PROTECT} '{pattern}'"))
     return reasons
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_prune.data.calibration import Progress
+from yolo_prune.env import outputs
 from yolo_prune.errors import BenchError
 from yolo_prune.latency.fit import LayerTime
 from yolo_prune.latency.layers import COPIES, Layer
@@ -54,7 +54,7 @@ def time_layers(
 
 def _time(layer: Layer, format: str, setting: Setting) -> list[LayerTime]:
     widths = layer.widths()
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-layer-") as folder:
+    with outputs.scratch() as folder:
         with quietly(f"The export of a layer ({layer.key}) to {format}"):
             sessions = [_open(layer.at(*pair), format, setting, Path(folder) / str(i)) for i, pair in enumerate(widths)]
         if setting.device.type == "cpu":

@@ -118,8 +118,8 @@ def _check_reachable(model: nn.Module, weighed: Weighed, target: Target, imgsz: 
     if reached > keep * (1 + TOLERANCE):
         raise TargetError(
             f"target.latency: {keep:g} of the dense model's latency is out of reach. The deepest cut that channels and "
-            f"protect allow has a measured latency of {reached:.3f} of the dense model's. Raise "
-            "channels.max_removed, lower channels.min or channels.round_to, protect less, or set a larger target."
+            f"protect allow has a measured latency of {reached:.3f} of the dense model's. Set a larger target. "
+            f"{weighed.limits.advice(METRIC, _formula_target(weighed, keep, present))}".rstrip()
         )
     return present
 
@@ -158,8 +158,8 @@ def settle(
     _check_slower(present, keep)
     if not weighed.deepest(METRIC):
         raise NothingToRemoveError(
-            "target.latency: no further cut of this model saves time under channels and protect. Raise "
-            "channels.max_removed, lower channels.min or channels.round_to, or protect less."
+            "target.latency: no further cut of this model saves time under channels and protect. "
+            f"{weighed.limits.advice(METRIC, _formula_target(weighed, keep, present))}".rstrip()
         )
     format, setting = setting_of(target, imgsz)
     with Stopwatch(dense_twin(model), format, setting) as stopwatch:
@@ -168,8 +168,7 @@ def settle(
     if abs(hit.ratio / keep - 1) > tolerance:
         LOGGER.warning(
             f"{PREFIX}target.latency: the best cut has a latency of {hit.ratio:.3f}, not {keep:g} (within "
-            f"{tolerance:.0%}), because {search.limit}. For more possible widths, lower channels.round_to or raise "
-            "channels.max_removed."
+            f"{tolerance:.0%}), because {search.limit}. {_nearer(weighed, keep, present)}".rstrip()
         )
     low, high = hit.measured.ratio.low, hit.measured.ratio.high
     if (high - low) / 2 > TOLERANCE * hit.ratio:
@@ -284,6 +283,15 @@ def _restated(plan: Plan, measured: Measured, present: float) -> Plan:
     before, after = present * dense, measured.ratio.median * dense
     forecast = replace(plan.predicted, dense_ms=dense, ms_before=before, ms_after=after, measured=True)
     return replace(plan, forecast=forecast)
+
+
+def _nearer(weighed: Weighed, keep: float, present: float) -> str:
+    """What to change for a latency nearer to the target; empty if nothing can be done."""
+    deepest, wanted = weighed.deepest(METRIC), _formula_target(weighed, keep, present)
+    if deepest is None or deepest.predicted.kept(METRIC) > wanted:
+        return weighed.limits.advice(METRIC, wanted)
+    step = weighed.cost.timing.multiple if weighed.cost.timing else 1
+    return "For more possible widths, lower channels.round_to." if weighed.constraints.round_to > step else ""
 
 
 def _check_slower(present: float, keep: float) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +17,7 @@ from yolo_prune.cut import surgery
 from yolo_prune.cut.copies import bare_copy, lean_copy
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import KEY, read_record, student_of
-from yolo_prune.env import checkpoints
+from yolo_prune.env import checkpoints, outputs
 from yolo_prune.env.image_size import height_width
 from yolo_prune.errors import BenchError
 from yolo_prune.graph import probes
@@ -39,6 +38,8 @@ Timing goes on until the interval is below `CERTAIN`, for up to three budgets; t
 up to ten budgets. `UNCERTAIN` is `search.TOLERANCE`: a wider interval does not show whether the target is met.
 `CERTAIN` is a third of it, so that the decision seldom depends on chance.
 """
+
+MODELS = 10  # the dense model and the attempts of a search: a stopwatch keeps all its exports until it is closed
 
 
 class Measured(NamedTuple):
@@ -65,7 +66,7 @@ class Stopwatch:
     def __enter__(self) -> Stopwatch:
         with contextlib.ExitStack() as stack:
             stack.enter_context(runtimes.undisturbed())
-            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="yolo-prune-latency-")))
+            self._folder = Path(stack.enter_context(outputs.scratch(subjects.room([self.dense] * MODELS))))
             self._count = 0
             self._reference = self._open(self.dense)
             self._entered = stack.pop_all()

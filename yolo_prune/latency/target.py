@@ -14,6 +14,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import student_of
 from yolo_prune.data import datasets
+from yolo_prune.env import outputs
 from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.env.log import PREFIX, bar
 from yolo_prune.env.versions import PACKAGES, installed
@@ -172,14 +173,16 @@ def profile(model: Model, format: str, setting: Setting, save: str | Path) -> Pa
 
     Raises:
         BenchError: If this machine cannot measure with this format and setting.
+        OutputError: If the file cannot be written.
     """
     _check(format, setting)
+    outputs.check(save)
     dense = dense_twin(student_of(model.model))
     layers = layers_of(dense, setting.imgsz)
     table = measured(dense, layers, format, setting)
     key = table.find(layers, setting.imgsz)
     assert key
-    return table.only(layers, key).save(save)
+    return outputs.deliver(save, table.only(layers, key).save)
 
 
 def place_of(format: str, setting: Setting) -> Place:
@@ -204,8 +207,10 @@ def _wholes(
     sums = table.sums(layers)
     weighed = planner.weigh(dense, graph, recipe, timing=sums)
     if not (deepest := weighed.deepest("latency")):
+        other = "Set target.flops or target.params instead." if weighed.deepest("flops") else ""
         raise TargetError(
-            "target.latency: no cut makes this model faster on this device. Set target.flops or target.params instead."
+            "target.latency: no cut makes this model faster on this device. "
+            f"{other or weighed.limits.advice('latency', 1.0)}".rstrip()
         )
     floor = deepest.predicted.kept("latency")
     plans = [weighed.nearest("latency", 1 - depth * (1 - floor)) for depth in DEPTHS]

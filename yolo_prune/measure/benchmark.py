@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from ultralytics.utils import LOGGER
 
-from yolo_prune.env import trained
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.env.log import bar
 from yolo_prune.env.versions import installed
@@ -79,9 +78,11 @@ def bench(
     """
     given = list(models) if isinstance(models, Sequence) and not isinstance(models, str) else [models]
     setting = Setting.of(imgsz, batch, device, threads, repeats, quantize, data)
+    if save:
+        outputs.check(save)
     measurement = measure_models(given, runtimes.parse(format), setting)
     if save:
-        measurement.save(save)
+        outputs.deliver(save, measurement.save)
     measurement.check()
     return measurement
 
@@ -109,7 +110,7 @@ def measure_models(models: Sequence[Source], formats: Sequence[str], setting: Se
             f"The mAP of these models cannot be compared, because they were trained "
             f"and validated with different {', '.join(different)}."
         )
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-bench-") as folder:
+    with outputs.scratch(subjects.room(model.model for model in opened)) as folder:
         pairs = enumerate(zip(opened, subjects.names(models), strict=True))
         measured_subjects = [subjects.subject(model, name, Path(folder) / str(i)) for i, (model, name) in pairs]
         for subject in measured_subjects:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
 from yolo_prune.data.datasets import calibration, labelled, pixels, validation_set
-from yolo_prune.env import trained
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.graph import probes
@@ -83,7 +82,7 @@ def parity(
     setting = setting.sized([opened])
     pictures = pixels(images, setting.imgsz, probes.image_channels(opened.model) or 3)
     session = subjects.session(format, path, setting)
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-parity-") as folder:
+    with outputs.scratch(subjects.room([opened.model])) as folder:
         measured_subject = subjects.subject(opened, path.name, Path(folder))
         result = compare(measured_subject, session, pictures, setting, confidence)
     if tolerance:
@@ -166,7 +165,7 @@ def _quality(subject: Subject, path: Path, setting: Setting) -> float:
     """MAP50-95 on images of one size, which exports need; the fitness for tasks without mAP50-95."""
     half = setting.quantize == 16 and setting.device.type != "cpu" and path.suffix != ".pt"
     name = f"Validating {subject.name} as {path.name}"
-    with tempfile.TemporaryDirectory(prefix="yolo-prune-val-") as folder, quietly(name):
+    with outputs.scratch() as folder, quietly(name):
         settings = {**trained.settings(subject.model), "rect": False, **at_size(subject.model, setting.imgsz)}
         metrics = subjects.reopen(subject.model, path).val(
             data=str(setting.data),

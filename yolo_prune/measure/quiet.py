@@ -16,6 +16,7 @@ from typing import IO, Any
 from ultralytics import utils
 from ultralytics.utils import LOGGER, checks
 
+from yolo_prune.env import outputs
 from yolo_prune.errors import BenchError, PruneError
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -38,7 +39,7 @@ def quietly(what: str) -> Iterator[None]:
     Raises:
         BenchError: If an error that is not a PruneError is raised inside; the message has the last lines of output.
     """
-    with _ONE_AT_A_TIME, tempfile.TemporaryFile() as log:
+    with _ONE_AT_A_TIME, outputs.scratch() as folder, tempfile.TemporaryFile(dir=folder) as log:
         try:
             with _installing_nothing(), _root_handlers_kept(), _descriptors_to(log) as terminals:
                 with _this_thread_to(log, terminals):

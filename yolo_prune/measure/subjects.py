@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, Union
@@ -17,7 +17,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import get_cpu_info
 
-from yolo_prune.env import checkpoints, trained
+from yolo_prune.env import checkpoints, outputs, trained
 from yolo_prune.env.image_size import ImageSize, image_size, plain
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.measure import runtimes
@@ -27,6 +27,11 @@ from yolo_prune.measure.runtimes import Session
 from yolo_prune.planning import planner
 from yolo_prune.report.measurement import PRECISIONS
 
+BYTES = 16
+"""Disk space for each parameter: a checkpoint in half precision, and its exports in single precision.
+
+This value is a choice. The checkpoint of a YOLO11n, its TorchScript and its ONNX export have 10.3 bytes per parameter.
+"""
 Source: TypeAlias = Union[Model, str, Path]  # noqa: UP007  # evaluated at run time, when Model may be Any
 
 
@@ -178,6 +183,12 @@ def names(sources: Sequence[Source]) -> list[str]:
     short = [Path(name).name for name in given]
     chosen = given if len(set(short)) < len(short) and len(set(given)) == len(given) else short
     return [name if chosen.count(name) == 1 else f"{name} #{i}" for i, name in enumerate(chosen, start=1)]
+
+
+def room(modules: Iterable[Any]) -> int:
+    """The free space in bytes that the checkpoints and exports of models need, estimated from the parameters."""
+    numbers: int = sum(p.numel() for module in modules for p in module.parameters())
+    return outputs.LITTLE + BYTES * numbers
 
 
 def subject(model: Model, name: str, folder: Path) -> Subject:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ultralytics.utils import LOGGER
 
 from yolo_prune.data import datasets
-from yolo_prune.env import trained
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.checkpoints import open_model
 from yolo_prune.env.files import write_text
 from yolo_prune.env.image_size import ImageSize
@@ -24,10 +24,11 @@ from yolo_prune.report.measurement import Measurement
 
 
 class Compared(NamedTuple):
-    """The result of `compare`: tables as text, and the measurement if one was requested."""
+    """The result of `compare`: tables as text, the measurement if one was requested, and the path of the page."""
 
     text: str
     measurement: Measurement | None
+    page: Path
 
 
 def compare(
@@ -54,6 +55,7 @@ def compare(
     """
     setting = Setting.of(imgsz, data=data, **how)
     runtimes.check(formats, setting.quantize, setting.device)
+    outputs.check(save)
     paths = [Path(model) for model in models]
     names = short_names(paths)
     opened = [open_model(path) for path in paths]
@@ -81,7 +83,8 @@ def compare(
     photos = evaluate.photographs(opened, datasets.spread(images[0], evaluate.PHOTOS), imgsz, None)
     asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
     words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]
-    write_text(save, render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement, notes))
+    text = render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement, notes)
+    page = outputs.deliver(save, lambda path: write_text(path, text))
     told = "\n".join((f"imgsz {imgsz}", *(f"The models were {note}." for note in notes)))
     parts = [told, comparison_table(candidates), *([str(measurement)] if measurement else [])]
-    return Compared("\n\n".join(parts), measurement)
+    return Compared("\n\n".join(parts), measurement, page)

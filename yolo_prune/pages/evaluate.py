@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.results import Results
 
 from yolo_prune.cut.copies import size_mb
-from yolo_prune.env import trained
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, plain
 from yolo_prune.env.metrics import average_precision, class_ap
 from yolo_prune.errors import RunError
@@ -51,7 +50,7 @@ def validate_once(
     module: Any = model.model
     flops, params = planner.present_cost(module.float(), imgsz)
     size = size_mb(module)
-    with tempfile.TemporaryDirectory() as folder:
+    with outputs.scratch() as folder:
         places = {"project": folder, "name": "val", "exist_ok": True}
         how = {**(trained.settings(model) if settings is None else settings), **at_size(model, imgsz)}
         try:

@@ -12,7 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
 from yolo_prune.data import datasets
-from yolo_prune.env import trained
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.checkpoints import open_model
 from yolo_prune.env.files import write_text
 from yolo_prune.env.image_size import ImageSize
@@ -67,6 +67,7 @@ def write_report(
         PruneError: If the run, the dataset or a checkpoint cannot be read.
     """
     folder, report, start = _open(run, model)
+    outputs.check(save or folder / PAGE)
     asked = data is not None or model is not None
     photos: list[Photo] = []
     if asked and start is None:
@@ -120,7 +121,7 @@ def measure_run(
     models = [open_model(start), open_model(_delivered(folder))]
     dataset = bench_file.dataset(models, data, report, setting.imgsz)
     measurement = evaluate.time_all(models, formats, replace(setting, data=dataset))
-    measurement.save(folder / BENCH)
+    outputs.deliver(folder / BENCH, measurement.save)
     return measurement
 
 
@@ -145,7 +146,8 @@ def _write(
     if measurement:
         measurement = measurement.renamed(names)
         report = bench_file.with_latencies(report, measurement)
-    return write_text(save or folder / PAGE, render(report, Front.load(folder), photos, folder, names, measurement))
+    page = render(report, Front.load(folder), photos, folder, names, measurement)
+    return outputs.deliver(save or folder / PAGE, lambda path: write_text(path, page))
 
 
 def _photos_and_classes(report: Report, models: list[Model], data: str, measure: bool) -> tuple[Report, list[Photo]]:

@@ -22,7 +22,8 @@ from yolo_prune.graph import Graph, Rows, has_heads, named, trace
 from yolo_prune.graph.structure import ChannelSet
 from yolo_prune.planning import allocation
 from yolo_prune.planning.cost import Cost, Timing, cost_of
-from yolo_prune.planning.select import Allocation, Constraints, Goal, least, levels, select
+from yolo_prune.planning.limits import Limits
+from yolo_prune.planning.select import Allocation, Constraints, Goal, levels, select
 from yolo_prune.recipe import AllocationSpec, CriterionSpec, LayerLimits, Recipe
 
 STAND_INS: Mapping[str, CriterionSpec | AllocationSpec] = {
@@ -133,10 +134,26 @@ class Weighed:
             NothingToRemoveError: If the model is already as small.
         """
         goal = _goal(self.cost, self.dense, metric, keep)
-        free = [g for g in self.graph.groups if not g.protected]
-        limits = self.constraints, self.widths
-        kept = select(free, self.cost, self.scores, goal, *limits, self.comparable, self.group_allocation)
+        groups, constraints = self.graph.groups, (self.constraints, self.widths)
+        try:
+            kept = select(groups, self.cost, self.scores, goal, *constraints, self.comparable, self.group_allocation)
+        except TargetError as e:
+            raise TargetError(self._out_of_reach(metric, keep, e.reached or 0.0), e.reached) from e
         return build_plan(self.graph, self.cost, kept, self.dense)
+
+    def _out_of_reach(self, metric: str, keep: float, reached: float) -> str:
+        ask, advice = math.ceil(reached * 100) / 100, self.limits.advice(metric, keep)
+        if ask >= self.present(metric):
+            return f"target.{metric}: nothing, or next to nothing, can be removed from this model. {advice}".strip()
+        return (
+            f"target.{metric}: {keep:.3g} of the dense model cannot be reached: at least {reached:.3f} is left. "
+            f"Set the target to {ask:.2f} or more. {advice}"
+        ).strip()
+
+    @property
+    def limits(self) -> Limits:
+        """What limits the cuts of the model."""
+        return Limits(self.graph.groups, self.cost, self.constraints, self.dense, self.widths)
 
     def nearest(self, metric: str, keep: float) -> Plan:
         """The plan that keeps the fraction `keep` of the dense model; if this is out of reach, the deepest plan.
@@ -161,7 +178,7 @@ class Weighed:
 
     def present(self, metric: str) -> float:
         """Cost of the model as a fraction of the dense model's cost."""
-        return self.cost.total(metric) / self.cost.total(metric, self.dense)
+        return self.limits.present(metric)
 
 
 def plan_for(
@@ -220,30 +237,25 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
     """The plan that a run with this recipe would make, but without data; in a search for the size, its first plan."""
     keep = recipe.target.keep
     if keep is None:
-        cost, metric = cost_of(model, graph), recipe.target.metric
-        present = cost.total(metric) / cost.total(metric, _dense_sizes(model, graph)[0])
-        floor = reachable(model, graph, recipe)
+        limits, metric = limits_of(model, graph, recipe), recipe.target.metric
+        present, floor = limits.present(metric), limits.least(metric)
         if present <= floor:
-            raise NothingToRemoveError(
-                "target.max_drop: the limits in channels and protect allow no removal from this model. Raise "
-                "channels.max_removed, lower channels.min or channels.round_to, or protect less."
-            )
+            advice = limits.advice(metric, present)
+            raise TargetError(f"target.max_drop: nothing can be removed from this model. {advice}".strip())
         keep = (present + floor) / 2
     return plan_for(model, graph, rehearsal(recipe), keep)
 
 
-def reachable(model: nn.Module, graph: Graph, recipe: Recipe) -> float:
-    """The smallest fraction of the dense model that the recipe's constraints allow, in its target's metric.
+def limits_of(model: nn.Module, graph: Graph, recipe: Recipe) -> Limits:
+    """What limits the cuts of a model, for a target without a latency.
 
     Args:
         model: the model; dense or pruned before.
         graph: the graph of the model.
-        recipe: the recipe with the metric and the constraints.
+        recipe: the recipe with the constraints.
     """
-    cost, metric = cost_of(model, graph), recipe.target.metric
     dense, widths = _dense_sizes(model, graph)
-    constraints = _constraints(model, graph, recipe)
-    return least(graph.groups, cost, metric, constraints, widths) / cost.total(metric, dense)
+    return Limits(graph.groups, cost_of(model, graph), _constraints(model, graph, recipe), dense, widths)
 
 
 def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing | None = None) -> Constraints:

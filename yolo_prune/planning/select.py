@@ -347,27 +347,18 @@ def _cut(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:
         queue(number)
     while total > goal.limit:
         if not turns:
-            raise TargetError(_out_of_reach(goal, total / goal.dense), reached=total / goal.dense)
+            left = total / goal.dense
+            raise TargetError(
+                f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached: at least "
+                f"{left:.3f} is left.",
+                reached=left,
+            )
         _, number = heapq.heappop(turns)
         move = classes[number].cheapest()  # may be another group than when it was queued, because prices rise
         assert move
         classes[number].step(move, 1)
         total = ledger.total()
         queue(number)
-
-
-def _out_of_reach(goal: Goal, least: float) -> str:
-    ask = math.ceil(least * 100) / 100
-    if ask >= 1:
-        return (
-            f"target.{goal.metric}: the limits in channels and protect allow no removal from this model. Raise "
-            "channels.max_removed, lower channels.min or channels.round_to, or protect less."
-        )
-    return (
-        f"target.{goal.metric}: {goal.limit / goal.dense:.3g} of the dense model cannot be reached. With the limits in "
-        f"channels (channels.layers included) and protect, at least {least:.3f} is left. Set the target to {ask:.2f} "
-        "or more, raise channels.max_removed, or lower channels.min or channels.round_to."
-    )
 
 
 def _undo_steps(classes: list[_Class], ledger: _Ledger, goal: Goal) -> None:

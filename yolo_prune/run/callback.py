@@ -17,7 +17,7 @@ from yolo_prune.run.state import PruningTrainer, run_of
 class PruneCallback:
     """`callbacks=prune`: cuts the model in rounds while it trains.
 
-    It holds only the recipe and the name of the model, so that it can be pickled and shared. The state of a run is on
+    It holds only the recipe, so that it can be pickled and shared. The state of a run is on
     its trainer.
     """
 
@@ -31,15 +31,13 @@ class PruneCallback:
         "teardown",
     )
 
-    def __init__(self, recipe: Recipe, source: str = "") -> None:
+    def __init__(self, recipe: Recipe) -> None:
         """Make a callback for a recipe.
 
         Args:
             recipe: the resolved recipe.
-            source: the model that the user named; the report shows it.
         """
         self.recipe = recipe
-        self.source = source
 
     def attach(self, callbacks: dict[str, list[Any]]) -> None:
         """Add this callback to Ultralytics' `{event: [functions]}`."""
@@ -53,7 +51,7 @@ class PruneCallback:
 
     def on_pretrain_routine_end(self, trainer: PruningTrainer) -> None:
         """The run is set up but not yet trained: fix its rounds, or refuse the run."""
-        trainer.pruning = start(trainer, self.recipe, self.source)
+        trainer.pruning = start(trainer, self.recipe)
 
     def on_train_epoch_start(self, trainer: PruningTrainer) -> None:
         """No batch is being processed at this point: cut the model if a round is due."""

@@ -14,7 +14,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.checks import check_imgsz
 
-from yolo_prune.cut.record import is_pruned
+from yolo_prune.cut.record import composed_plan, is_pruned, is_rebuilt
 from yolo_prune.env.releases import load_checkpoint, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.graph.probes import stride
@@ -116,9 +116,15 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
 
 
 def check_keeps_structure(model: Model, settings: Mapping[str, Any]) -> None:
-    """Refuse weights that would replace a pruned structure by a dense one, or a dense structure by a pruned one."""
+    """Refuse a run that would replace a pruned structure by a dense one, or a dense structure by a pruned one."""
     pretrained = settings.get("pretrained", True)
     if is_pruned(model.model):
+        if pretrained is False:
+            raise RunError(
+                "pretrained=False would rebuild the dense model and lose the pruned structure. Leave pretrained out. "
+                "After reset_weights(), which sets it, pass pretrained=True: this trains the new weights in the pruned "
+                "structure."
+            )
         if pretrained not in (True, None):
             raise RunError(
                 f"pretrained={pretrained!r} would rebuild the dense model and lose the pruned structure. Leave "
@@ -131,6 +137,29 @@ def check_keeps_structure(model: Model, settings: Mapping[str, Any]) -> None:
                 f"pretrained={pretrained} is a pruned model. Copying its weights into the dense model would lose the "
                 f"pruned structure. Pass it as the model instead: model={pretrained}."
             )
+    if not model.ckpt and is_rebuilt(model.model):
+        raise RunError(
+            f"'{model.model_name}' describes a pruned model, but a YAML file always builds the dense model. Pass the "
+            "pruned .pt checkpoint; or, for the dense model, remove the key 'pruning' from the file."
+        )
+
+
+def check_load(module: nn.Module, weights: nn.Module) -> None:
+    """Refuse to load weights between a pruned model and a model with another structure.
+
+    Ultralytics copies the tensors that fit, and leaves the others as they are.
+    """
+    mine, theirs = composed_plan(module), composed_plan(weights)
+    if (mine and mine.keep) == (theirs and theirs.keep):
+        return
+    if mine and theirs:
+        differ = "This model and the weights to load were pruned differently"
+    else:
+        differ = f"This model is {'' if mine else 'not '}pruned, but the weights to load are{' not' if mine else ''}"
+    raise RunError(
+        f"{differ}. Loading would mix two structures and damage the model. Start from the file of the weights instead: "
+        "YOLO('weights.pt')."
+    )
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:
@@ -147,5 +176,6 @@ def check_devices(settings: Mapping[str, Any]) -> None:
 
 def origin(model: Model) -> Path | None:
     """The file that a model was loaded from; None if it was not loaded from a file."""
-    path = Path(str(getattr(model.model, "pt_path", None) or ""))
-    return path.resolve() if path.is_file() else None
+    # After a cut in memory, `pt_path` names no file, and `ckpt_path` is the file from before the cut.
+    paths = (Path(str(path)) for path in (getattr(model.model, "pt_path", None), model.ckpt_path) if path)
+    return next((path.resolve() for path in paths if path.is_file()), None)

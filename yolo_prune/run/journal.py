@@ -49,12 +49,12 @@ def fail(trainer: PruningTrainer, error: BaseException | None) -> None:
         save(trainer, run.report)
 
 
-def new_report(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan) -> Report:
+def new_report(trainer: PruningTrainer, recipe: Recipe, plan: Plan) -> Report:
     """The report of a new run. `plan` is a trial plan that applies the recipe in one cut."""
     forecast = plan.predicted
     whole = forecast.present(recipe.target.metric) == 1.0
     return Report(
-        **_identity(trainer, recipe, source),
+        **_identity(trainer, recipe),
         dense=Figures(
             flops=forecast.dense_flops,
             params=forecast.dense_params,
@@ -64,12 +64,12 @@ def new_report(trainer: PruningTrainer, recipe: Recipe, source: str, plan: Plan)
     )
 
 
-def resumed_report(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> Report:
+def resumed_report(trainer: PruningTrainer, recipe: Recipe, record: Record) -> Report:
     """The report of a resumed run, as it was at the checkpoint. A missing report is made from the record."""
     report = _saved_report(trainer)
     if report is None:
         flops, params = planner.dense_cost(live.model_of(trainer), record.plan, trainer.args.imgsz)
-        report = Report(**_identity(trainer, recipe, source), dense=Figures(flops=flops, params=params))
+        report = Report(**_identity(trainer, recipe), dense=Figures(flops=flops, params=params))
     known = {(row.number, row.plan): row for row in report.rounds}
     report.rounds = [
         known.get((facts.number, facts.plan)) or RoundRow.model_validate(facts.to_dict()) for facts in record.rounds
@@ -94,11 +94,11 @@ def _saved_report(trainer: PruningTrainer) -> Report | None:
     return report
 
 
-def _identity(trainer: PruningTrainer, recipe: Recipe, source: str) -> dict[str, Any]:
+def _identity(trainer: PruningTrainer, recipe: Recipe) -> dict[str, Any]:
     return {
         "versions": installed(),
         "recipe": recipe.to_dict(),
-        "model": source or str(trainer.args.model),
+        "model": str(trainer.args.model),
         "data": str(trainer.args.data),
         "imgsz": trainer.args.imgsz,
         "epochs": trainer.epochs,

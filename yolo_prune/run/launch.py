@@ -187,7 +187,7 @@ def _prune(model: Model, request: Request) -> Launch:
         gentle = recommended(recipe, settings, request.explicit)
         LOGGER.info(f"{PREFIX}the model is trained already, so these settings are used: {as_arguments(gentle)}")
         added |= gentle
-    return Launch(PruneCallback(recipe, str(settings.get("model") or model.model_name)), added)
+    return Launch(PruneCallback(recipe), added)
 
 
 def _warn(model: Model, recipe: Recipe, settings: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from yolo_prune.cut.record import Record, read_record, student_of, write_record
 from yolo_prune.data import datasets
 from yolo_prune.data.calibration import Batch, Calibration, draw
 from yolo_prune.env import ranks
-from yolo_prune.env.files import write_bytes
+from yolo_prune.env.files import move, write_bytes
 from yolo_prune.env.releases import unwrap_model
 from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.recover.rewind import Early
@@ -151,7 +151,7 @@ def put_aside(trainer: PruningTrainer, aside: Path) -> None:
     An existing file is kept: if the run was killed after this step, best.pt may be another checkpoint now.
     """
     if ranks.first() and trainer.best.exists() and trainer.best_fitness is not None and not aside.exists():
-        trainer.best.replace(aside)
+        move(trainer.best, aside)
 
 
 def forget_best(trainer: PruningTrainer) -> None:

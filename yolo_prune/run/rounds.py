@@ -213,7 +213,7 @@ def _decide(
     ema, recipe, stages = live.average_of(trainer), run.recipe, guard.stages(record.start, record.rounds)
     graph = planner.survey(ema, recipe, run.imgsz(trainer), run.frozen)
     searches = recipe.target.keep is None
-    floor = planner.reachable(ema, graph, recipe) if searches else 0.0
+    floor = planner.limits_of(ema, graph, recipe).least(recipe.target.metric) if searches else 0.0
     keep = guard.next_keep(stages, due.keep, floor, recipe.target.keep)
     if searches and guard.search_is_over(stages):
         return None

@@ -93,9 +93,11 @@ def lay_out(schedule: Schedule, target: float | None, epochs: int, present: floa
     if count > epochs - start:
         room = epochs - start - search
         fit = f"at most {room} rounds fit" if room > 0 else "no round fits"
+        ways = {"set fewer schedule.rounds": room > 0, "lower schedule.start": start > 0, "train longer": True}
+        advice = " or ".join(way for way, helps in ways.items() if helps)
         raise ScheduleError(
             f"schedule: {count - search} rounds{_WITH_LAST * search} from epoch {start} need at least {start + count} "
-            f"epochs, and the run has {epochs}; {fit}. Set schedule.rounds or schedule.start, or train longer."
+            f"epochs, and the run has {epochs}; {fit}. {advice.capitalize()}."
         )
     cuts = _epochs(schedule, count, start, epochs, search)
     if cuts[-1] > epochs - 1:

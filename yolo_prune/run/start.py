@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import Record, read_record
@@ -24,7 +22,7 @@ from yolo_prune.run.state import PruningTrainer, RunState
 METRICS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
 
 
-def start(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
+def start(trainer: PruningTrainer, recipe: Recipe) -> RunState:
     """Fix the rounds of a run and open its report, or resume the run from its checkpoint.
 
     Raises:
@@ -32,7 +30,7 @@ def start(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
     """
     ranks.agree(lambda: _check_labels(trainer, recipe))
     record = read_record(live.model_of(trainer))
-    run = _resume(trainer, recipe, source, record) if trainer.resume and record else _begin(trainer, recipe, source)
+    run = _resume(trainer, recipe, record) if trainer.resume and record else _begin(trainer, recipe)
     if not run.over:
         live.hold_early_stopping(trainer)
     if ranks.first():
@@ -70,13 +68,7 @@ def _aim(recipe: Recipe) -> str:
     return f"down to {recipe.target.keep:g} of the dense model's {METRICS[recipe.target.metric]}"
 
 
-def _begin(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
-    teacher = getattr(trainer.args, "distill_model", None)
-    if teacher and Path(teacher).resolve().parent == Path(trainer.wdir).resolve():
-        raise RunError(
-            f"This run would overwrite its teacher {teacher}, which is in the folder of the run. Give the run "
-            "another name=."
-        )
+def _begin(trainer: PruningTrainer, recipe: Recipe) -> RunState:
     model, frozen = live.model_of(trainer), live.frozen_modules(trainer)
     record = read_record(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
@@ -89,13 +81,13 @@ def _begin(trainer: PruningTrainer, recipe: Recipe, source: str) -> RunState:
         for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
             old.unlink(missing_ok=True)  # these files belong to an earlier run in the same folder
     due = schedule.rounds(recipe, trainer.epochs, present)
-    report = journal.new_report(trainer, recipe, source, plan)
+    report = journal.new_report(trainer, recipe, plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     exact = bool(trainer.args.deterministic)
     return RunState(recipe, due, report, trainer.stopper.patience, cost, frozen, timing=timing, exact=exact)
 
 
-def _resume(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record) -> RunState:
+def _resume(trainer: PruningTrainer, recipe: Recipe, record: Record) -> RunState:
     exact = bool(trainer.args.deterministic)
     if exact:
         resume.restore(trainer, guard.structure_changes([r.held for r in record.rounds]))
@@ -104,7 +96,7 @@ def _resume(trainer: PruningTrainer, recipe: Recipe, source: str, record: Record
     due = schedule.rounds(recipe, trainer.epochs, record.start)
     cut = record.rounds[-1].number if record.rounds else 0
     done = max(cut, sum(r.epoch < trainer.start_epoch for r in due))  # the record has no rounds without a cut
-    report = journal.resumed_report(trainer, recipe, source, record)
+    report = journal.resumed_report(trainer, recipe, record)
     frozen = live.frozen_modules(trainer)
     run = RunState(recipe, due, report, trainer.stopper.patience, (0.0, 0), frozen, None, done, exact)
     run.cost = planner.present_cost(live.model_of(trainer), run.imgsz(trainer))
