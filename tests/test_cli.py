@@ -16,7 +16,7 @@ from ultralytics import YOLO
 from ultralytics.cfg import entrypoint
 
 import yolo_prune
-from yolo_prune import _keys, _patch, cli
+from yolo_prune import _grammar, _keys, _patch, cli
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import KEY
 from yolo_prune.demo import tour
@@ -128,6 +128,55 @@ def test_a_plan_for_rectangles(
     found, square = Plan.load("plan.json"), yolo_prune.plan(checkpoint, "gentle", imgsz=96)
     assert found.predicted.dense_flops == pytest.approx(square.predicted.dense_flops * 64 / 96, rel=0.01)
     assert yolo_prune.plan(checkpoint, "gentle", imgsz=[64, 96]).forecast == found.forecast
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a.pt,b.pt", ["a.pt", "b.pt"]),
+        ("a.pt, b.pt,", ["a.pt", "b.pt"]),
+        (
+            "runs/lr0=0.1,batch=8/best.pt",
+            ["runs/lr0=0.1,batch=8/best.pt"],
+        ),  # not there: a message names it whole
+        ("yolo11n.yaml,runs/a,b/best.pt", ["yolo11n.yaml", "runs/a,b/best.pt"]),
+        ("nothing,else", ["nothing,else"]),
+        ("here,1/x.pt,2.pt", ["here,1/x.pt,2.pt"]),  # it is there, with a comma after a suffix
+        ("a.pt,here,1/x.pt,2.pt,b.pt", ["a.pt", "here,1/x.pt,2.pt", "b.pt"]),
+    ],
+)
+def test_a_list_of_files_whose_names_have_commas(text: str, read: list[str], clean_cwd: Path) -> None:
+    Path("here,1").mkdir()
+    Path("here,1/x.pt,2.pt").touch()
+    assert _grammar.files("model", text) == read
+
+
+def test_paths_of_hyperparameter_searches(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    """Ray Tune names its folders so."""
+    places = [Path("runs/train_a1_lr0=0.1,batch=8/weights/best.pt"), Path('with "quotes", and spaces/best.pt')]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.write_bytes(checkpoint.read_bytes())
+    settings = ["format=torch", "repeats=1", "imgsz=32"]
+    assert cli.main(["bench", f"model={places[0]},{places[1]}", *settings, "save=b.json"]) == 0
+    assert len(json.loads(Path("b.json").read_text())["rows"]) == 2
+    message = "The model 'runs/train_a1_lr0=0.2,batch=8/weights/best.pt' does not exist"
+    missing = str(places[0]).replace("0.1", "0.2")
+    assert message in fails(capsys, "bench", f"model={missing},{places[1]}", *settings)
+    assert message in fails(capsys, "compare", missing, str(places[0]), "data=x.yaml")
+    read = cli.COMMANDS["compare"].read([*map(str, places), "data=x.yaml"])
+    assert read.places == [*map(str, places)]
+
+
+def test_a_path_that_ultralytics_cannot_open_is_told_as_that(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    Path("it's.pt").write_bytes(checkpoint.read_bytes())
+    assert "Ultralytics cannot open 'it's.pt', because of the quote (') in its path" in fails(
+        capsys, "plan", "model=it's.pt"
+    )
 
 
 def test_show_prints_a_recipe_with_its_overrides(capsys: pytest.CaptureFixture[str]) -> None:

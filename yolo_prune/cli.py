@@ -131,13 +131,12 @@ def _apply(request: Request) -> int:
 
 def _bench(request: Request) -> int:
     values = request.values
-    models = [name for name in values["model"].split(",") if name]
     formats, how = _measuring(values)
     from yolo_prune.measure import benchmark
     from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
-    measurement = benchmark.measure_models(models, formats, asked)
+    measurement = benchmark.measure_models(values["model"], formats, asked)
     status = _finish(str(measurement), values.get("save"), measurement.save)
     measurement.check()
     return status
@@ -342,7 +341,10 @@ COMMANDS = {
             _bench,
             (
                 replace(
-                    MODEL, example="dense.pt,pruned.pt", help="the checkpoints; the others are compared with the first"
+                    MODEL,
+                    example="dense.pt,pruned.pt",
+                    help="the checkpoints; the others are compared with the first",
+                    read=grammar.files,
                 ),
                 FORMAT,
                 IMGSZ,

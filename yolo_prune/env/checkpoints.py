@@ -29,6 +29,8 @@ def open_model(path: str | Path) -> Model:
     try:
         return RTDETR(str(path)) if "rtdetr" in path.stem.lower() else YOLO(str(path))  # as `yolo` does
     except FileNotFoundError as e:
+        if path.exists():  # Ultralytics removes quotes from names
+            raise RunError(f"Ultralytics cannot open '{path}', because of the quote (') in its path. Rename it.") from e
         raise RunError(f"The model '{path}' does not exist. Pass the path of a .pt or .yaml file.") from e
     except TypeError as e:
         raise UnsupportedModelError(
