@@ -37,6 +37,7 @@ ORDER = (  # folders, and the faces at the root: each imports only what stands a
     "__init__",
     "_grammar",
     "cli",
+    "__main__",
 )
 KNOW_NO_ULTRALYTICS = {"errors", "_version", "_keys", "recipe", "cut", "criteria", "planning", "recover", "report"}
 IN_FREE_ROOMS = {  # beside them: parts of other folders that are plain functions, and are to stay so

@@ -16,7 +16,8 @@ from ultralytics import YOLO
 from ultralytics.cfg import entrypoint
 
 import yolo_prune
-from yolo_prune import _keys, _patch, cli
+from yolo_prune import _grammar, _keys, _patch, cli
+from yolo_prune import _grammar as grammar
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import KEY
 from yolo_prune.demo import tour
@@ -128,6 +129,56 @@ def test_a_plan_for_rectangles(
     found, square = Plan.load("plan.json"), yolo_prune.plan(checkpoint, "gentle", imgsz=96)
     assert found.predicted.dense_flops == pytest.approx(square.predicted.dense_flops * 64 / 96, rel=0.01)
     assert yolo_prune.plan(checkpoint, "gentle", imgsz=[64, 96]).forecast == found.forecast
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a.pt,b.pt", ["a.pt", "b.pt"]),
+        ("a.pt, b.pt,", ["a.pt", "b.pt"]),
+        (
+            "runs/lr0=0.1,batch=8/best.pt",
+            ["runs/lr0=0.1,batch=8/best.pt"],
+        ),  # not there: a message names it whole
+        ("yolo11n.yaml,runs/a,b/best.pt", ["yolo11n.yaml", "runs/a,b/best.pt"]),
+        ("nothing,else", ["nothing,else"]),
+        ("here,1/x.pt,2.pt", ["here,1/x.pt,2.pt"]),  # it is there, with a comma after a suffix
+        ("a.pt,here,1/x.pt,2.pt,b.pt", ["a.pt", "here,1/x.pt,2.pt", "b.pt"]),
+    ],
+)
+def test_a_list_of_files_whose_names_have_commas(text: str, read: list[str], clean_cwd: Path) -> None:
+    Path("here,1").mkdir()
+    Path("here,1/x.pt,2.pt").touch()
+    assert _grammar.files("model", text) == read
+
+
+def test_paths_of_hyperparameter_searches(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    """Ray Tune names its folders so."""
+    places = [Path("runs/train_a1_lr0=0.1,batch=8/weights/best.pt"), Path('with "quotes", and spaces/best.pt')]
+    for place in places:
+        place.parent.mkdir(parents=True)
+        place.write_bytes(checkpoint.read_bytes())
+    settings = ["format=torch", "repeats=1", "imgsz=32"]
+    assert cli.main(["bench", f"model={places[0]},{places[1]}", *settings, "save=b.json"]) == 0
+    assert len(json.loads(Path("b.json").read_text())["rows"]) == 2
+    capsys.readouterr()
+    message = "The model 'runs/train_a1_lr0=0.2,batch=8/weights/best.pt' does not exist"
+    missing = str(places[0]).replace("0.1", "0.2")
+    assert message in fails(capsys, "bench", f"model={missing},{places[1]}", *settings)
+    assert message in fails(capsys, "compare", missing, str(places[0]), "data=x.yaml")
+    read = cli.COMMANDS["compare"].read([*map(str, places), "data=x.yaml"])
+    assert read.places == [*map(str, places)]
+
+
+def test_a_path_that_ultralytics_cannot_open_is_told_as_that(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    Path("it's.pt").write_bytes(checkpoint.read_bytes())
+    assert "Ultralytics cannot open 'it's.pt', because of the quote (') in its path" in fails(
+        capsys, "plan", "model=it's.pt"
+    )
 
 
 def test_show_prints_a_recipe_with_its_overrides(capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,3 +348,47 @@ assert not {"yolo_prune.graph", "yolo_prune.run.launch"} & set(sys.modules)
 
 def test_the_patch_looks_where_the_record_is() -> None:
     assert _patch.RECORD == KEY
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("model = best.pt imgsz=64", ["model=best.pt", "imgsz=64"]),
+        ("model= best.pt imgsz =64", ["model=best.pt", "imgsz=64"]),
+        ("data= imgsz=64", ["data=", "imgsz=64"]),
+        ("model=~/a.pt,~/b.pt ~/c.pt", ["model={}/a.pt,{}/b.pt", "{}/c.pt"]),
+        ("data=a~/b.yaml save=~x.json", ["data=a~/b.yaml", "save=~x.json"]),
+    ],
+)
+def test_words_are_read_as_people_type_them(typed: str, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda _: "/home/me")
+    assert grammar.as_typed(typed.split()) == [word.format(*["/home/me"] * 2) for word in read]
+
+
+def test_the_package_is_a_command_too(clean_cwd: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "yolo_prune", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{yolo_prune.__version__}\n"
+
+
+def test_an_interrupted_command_has_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert cli.main(["plan", "model=best.pt"]) == 130
+    assert capsys.readouterr().err == "yolo-prune plan: interrupted\n"
+
+
+def test_a_checkpoint_given_as_run_is_told_its_run(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    weights = Path("runs/x/weights")
+    weights.mkdir(parents=True)
+    (weights / "best.pt").write_bytes(checkpoint.read_bytes())
+    assert "'runs/x/weights/best.pt' is not a report. Pass the folder of the run." in fails(
+        capsys, "report", str(weights / "best.pt")
+    )
+    Path("runs/x/prune.json").write_text("{}")
+    assert "Pass the folder of the run: runs/x\n" in fails(capsys, "report", str(weights / "best.pt"))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,6 +17,8 @@ from yolo_prune.errors import PruneError
 
 WIDTH = 118  # of help, in characters
 HELP = ("help", "h")
+SUFFIXES = (".pt", ".yaml", ".yml", ".onnx", ".engine", ".torchscript")
+"""Endings of the names of models."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Command:
             return request
         request.values.update((a.name, a.default) for a in self.arguments if a.default is not None)
         for word in request.words:
-            if self.places and ("=" not in word or Path(word).exists()):
+            if self.places and ("=" not in word or Path(word).exists() or self._is_path(word)):
                 request.places.append(word)
                 continue
             key, equals, value = word.removeprefix("--").partition("=")
@@ -141,11 +145,30 @@ class Command:
                 raise PruneError(f"{argument.name}= is missing: pass {argument.help}, for example {example}.")
         return request
 
+    def _is_path(self, word: str) -> bool:
+        """Whether a word with an equals sign is a path, which may be mistyped: no argument has a slash in its name."""
+        return bool(set(word.partition("=")[0]) & {"/", os.sep})
+
     def _unknown(self, key: str) -> str:
         near = nearest(key, self.known) or next(iter(_recipe_fields(key) if "recipe" in self.known else []), "")
         hint = f"Did you mean '{near}'? " if near else ""
         takes = f"It takes {', '.join(self.known)}." if self.known else "It takes none."
         return f"'{key}' is not an argument of '{self.name}'. {hint}{takes}"
+
+
+def as_typed(words: Sequence[str]) -> list[str]:
+    """The words as a shell should pass them: `a = b` is one word, as in Ultralytics, and `~` is the home folder.
+
+    Not every shell replaces the `~` in `model=~/best.pt`.
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and (word.startswith("=") or (joined[-1].endswith("=") and "=" not in word)):
+            joined[-1] += word
+        else:
+            joined.append(word)
+    home = os.path.expanduser("~")
+    return [re.sub(r"(^|[=,])~(?=[/\\]|$)", lambda found: found[1] + home, word) for word in joined]
 
 
 def nearest(word: str, known: Mapping[str, Any]) -> str:
@@ -176,6 +199,21 @@ def positive_integer(name: str, text: str) -> int:
     if not text.isdigit() or not int(text):
         raise PruneError(f"{name}={text}: must be a whole number of at least 1.")
     return int(text)
+
+
+def files(name: str, text: str) -> list[str]:
+    """The files in a list that is separated by commas. Paths may contain commas, too.
+
+    A file that exists is one item. Otherwise a comma ends an item only after a suffix, as in `a.pt,b.pt`.
+    """
+    parts, found = text.split(","), []
+    while parts:
+        joined = [",".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        there = next((path for path in joined if Path(path).is_file()), None)
+        ends = next((path for path in reversed(joined) if Path(path).suffix in SUFFIXES), joined[0])
+        parts = parts[(there or ends).count(",") + 1 :]
+        found.append(there or ends.strip())
+    return [path for path in found if path]
 
 
 def boolean(name: str, text: str) -> bool:

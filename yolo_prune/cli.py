@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, words = words[0], [name]  # `yolo-prune help plan` is `yolo-prune plan --help`
     try:
         with terminal.forgiving():
-            return _run(name, words)
+            return _run(name, grammar.as_typed(words))
+    except KeyboardInterrupt:
+        return _fail(f"{name}: interrupted", INTERRUPTED)
     except (PruneError, SyntaxError, FileNotFoundError) as e:
         return _fail(f"{name}: {str(e).strip()}")
     except OSError as e:
@@ -35,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{name}: " + (f"'{e.filename}': " if e.filename else "") + outputs.reason(e))
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 1) -> int:
     with terminal.forgiving():
         print(f"yolo-prune {message}", file=sys.stderr)
-    return 1
+    return status
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -133,13 +135,12 @@ def _apply(request: Request) -> int:
 
 def _bench(request: Request) -> int:
     values = request.values
-    models = [name for name in values["model"].split(",") if name]
     formats, how = _measuring(values)
     from yolo_prune.measure import benchmark
     from yolo_prune.measure.subjects import Setting
 
     asked = Setting.of(values.get("imgsz"), data=values.get("data"), **how)
-    measurement = benchmark.measure_models(models, formats, asked)
+    measurement = benchmark.measure_models(values["model"], formats, asked)
     status = _finish(str(measurement), values.get("save"), measurement.save)
     measurement.check()
     return status
@@ -259,6 +260,7 @@ def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[st
     return runtimes.parse(values["format"]), how
 
 
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 """Errors that come from the disk and its permissions, and not from this package."""
 HALF_PRECISION = 2  # bytes of a parameter in a checkpoint
@@ -344,7 +346,10 @@ COMMANDS = {
             _bench,
             (
                 replace(
-                    MODEL, example="dense.pt,pruned.pt", help="the checkpoints; the others are compared with the first"
+                    MODEL,
+                    example="dense.pt,pruned.pt",
+                    help="the checkpoints; the others are compared with the first",
+                    read=grammar.files,
                 ),
                 FORMAT,
                 IMGSZ,

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import importlib.util
 import pickle
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -58,18 +57,28 @@ def unwrap_model(model: nn.Module) -> Any:
 
 def closes_mosaic_late() -> bool:
     """True if a run with fewer epochs than `close_mosaic` uses no mosaic. Earlier releases use mosaic in it."""
-    return "mosaic_closed" in inspect.getsource(BaseTrainer._do_train)
+    return _mentions(BaseTrainer._do_train.__code__, "mosaic_closed")
 
 
 def shares_callbacks() -> bool:
     """True if the processes of a run on several devices get the callbacks of the process that started them."""
-    return "callbacks" in inspect.getsource(dist.generate_ddp_file)
+    return _mentions(dist.generate_ddp_file.__code__, "callbacks")
 
 
 def halves_onnx() -> bool:
     """True if an ONNX export on the CPU can have half precision. In early releases only an export on a GPU can."""
-    exporter = importlib.import_module("ultralytics.engine.exporter")  # slow to import
-    return "convert_float_to_float16" in inspect.getsource(exporter)
+    exporter: Any = importlib.util.find_spec("ultralytics.engine.exporter")  # not imported, because that is slow
+    return _mentions(exporter.loader.get_code(exporter.name), "convert_float_to_float16")
+
+
+def _mentions(code: CodeType, word: str) -> bool:
+    """True if a name or a constant in compiled code contains a word. Some installations have no sources to read."""
+    names = (*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars)
+    if any(word in name for name in names):
+        return True
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    plain = (repr(constant) for constant in code.co_consts if not isinstance(constant, CodeType))
+    return any(word in text for text in plain) or any(_mentions(constant, word) for constant in inner)
 
 
 def strip_qat(model: nn.Module) -> None:

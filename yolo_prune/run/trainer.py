@@ -24,6 +24,7 @@ from yolo_prune.env.files import WholeFile, move, write_bytes
 from yolo_prune.env.releases import strip_qat, unwrap_model
 from yolo_prune.errors import RunError
 from yolo_prune.run import inputs, keep, resume, rounds, schedule
+from yolo_prune.run.claim import Claim
 from yolo_prune.run.keep import StockLevel
 from yolo_prune.run.sparse import SparseTraining
 from yolo_prune.run.state import PruningTrainer, RunState
@@ -45,6 +46,7 @@ class KeepStructure(_Base):
         sparse: sparse training, after each step of the optimizer.
         stopped_early: whether the resumed run had already stopped early when it was killed.
         keeps: whether the run trains a model that was pruned before.
+        claim: keeps other runs out of the folder of this run; None if this process does not write there.
     """
 
     data: Any
@@ -57,6 +59,8 @@ class KeepStructure(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
+        writes = ranks.first() and not getattr(self, "ddp", False)  # else another process writes
+        self.claim = Claim(self.save_dir) if writes else None
         inputs.keep(self)
         self.accumulation = resume.GradientAccumulation()
         self.warm_up = RestartWarmUp()
