@@ -24,6 +24,7 @@ from ultralytics.data import build
 from ultralytics.data.augment import LetterBox, Mosaic
 from ultralytics.data.base import BaseDataset
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import check_cls_dataset
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.model import Model
@@ -457,3 +458,15 @@ def test_trained_finds_the_settings_of_a_training() -> None:
     assert '"train_args": vars(self.args)' in inspect.getsource(BaseTrainer.save_model)
     assert DEFAULT_CFG_DICT["imgsz"] == trained.SIZE
     assert 'data["names"] = {0: "item"}' in inspect.getsource(BaseTrainer.get_dataset)  # with single_cls
+
+
+def test_datasets_finds_labels_and_the_splits_of_classification(tmp_path: Path) -> None:
+    """Labels are looked for in `labels`, each with `cls`; a classification without val is validated on test."""
+    assert "self.labels = self.get_labels()" in inspect.getsource(BaseDataset.__init__)
+    assert '"cls"' in inspect.getsource(BaseDataset.update_labels)
+    assert "self.test_loader = self.get_dataloader(" in inspect.getsource(BaseTrainer)
+    for split, name in (("train", "a"), ("test", "a")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "0.png").write_bytes(b"")
+    assert check_cls_dataset(str(tmp_path))["val"] is None
+    assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "test"

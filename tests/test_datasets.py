@@ -90,6 +90,9 @@ def test_a_classification_dataset_without_val_is_validated_on_test(
     assert message in said(capsys, *words)
     assert message in said(capsys, "bench", f"model={model}", f"data={data}", "imgsz=64", "format=torch")
     assert cli.main(["plan", f"model={model}", f"data={data}", "imgsz=64", "recipe.target.flops=0.9"]) == 0
+    with pytest.raises(RunError, match="has no folder 'val' or 'test'"):
+        YOLO(model).train(data=str(data), project=str(tmp_path), recipe="gentle", **SETTINGS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_split_without_images_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +157,18 @@ def test_some_images_may_lack_labels(folder: Path) -> None:
         label.write_text("")
     data = datasets.validation_set(YOLO(folder / "dense.pt"), described(folder), IMGSZ)
     assert datasets.labelled(data, "detect")
+
+
+def test_training_images_without_labels_are_warned_about(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr("yolo_prune.data.datasets.LOGGER.warning", warned.append)
+    message = "No training image of data="
+    model = YOLO(folder / "dense.pt")
+    datasets.calibration(model, described(folder), IMGSZ, 1)
+    assert message not in "".join(warned)
+    shutil.rmtree(folder / "scenes/labels/train")
+    datasets.calibration(model, described(folder), IMGSZ, 1)
+    assert message in "".join(warned)
 
 
 def test_other_datasets_count_as_labelled() -> None:

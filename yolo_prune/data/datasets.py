@@ -15,7 +15,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.utils import IMG_FORMATS, check_cls_dataset, check_det_dataset
 from ultralytics.engine.model import Model
-from ultralytics.utils import USER_CONFIG_DIR
+from ultralytics.utils import LOGGER, USER_CONFIG_DIR
 from ultralytics.utils.patches import imread
 
 from yolo_prune.data.calibration import Calibration, draw
@@ -43,6 +43,11 @@ def calibration(model: Model, data: str | Path, imgsz: ImageSize, count: int, se
         RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
     dataset, validator, settings = _dataset(model, data, imgsz, "train", trained.settings(model))
+    if not labelled(dataset, model.task):
+        LOGGER.warning(
+            f"No training image of data={data} has a label. A criterion or an allocation that uses the loss does not "
+            "see then what the model is for."
+        )
     collate = getattr(dataset, "collate_fn", default_collate)
     return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings, MEMORY)
 

@@ -65,6 +65,17 @@ def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
         raise RunError("A limit on the drop (max_drop) needs validation after each epoch. Leave val=False out.")
 
 
+def check_splits(model: Model, settings: Mapping[str, Any]) -> None:
+    """Refuse a classification dataset without validation images. Ultralytics would end with a `TypeError`."""
+    folder = Path(str(settings.get("data")))
+    splits = ("val", "validation", "valid", "test")
+    if model.task == "classify" and (folder / "train").is_dir() and not any((folder / s).exists() for s in splits):
+        raise RunError(
+            f"data={folder} has no folder 'val' or 'test', and Ultralytics needs validation images in every run. Move "
+            "some of the training images into it."
+        )
+
+
 def check_teacher(model: Model, recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Refuse a distillation that cannot work. Ultralytics would refuse it too, but only after the run has begun."""
     teacher = settings.get("distill_model")

@@ -179,6 +179,7 @@ def _prune(model: Model, request: Request) -> Launch:
     _warn(model, recipe, settings)
     checks.check_settings(settings)
     checks.check_validates(recipe, settings)
+    checks.check_splits(model, settings)
     checks.check_teacher(model, recipe, settings)
     checks.check_fits(model.model, recipe, settings)
     checks.check_keeps_structure(model, settings)
