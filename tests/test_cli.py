@@ -17,7 +17,6 @@ from ultralytics.cfg import entrypoint
 
 import yolo_prune
 from yolo_prune import _grammar, _keys, _patch, cli
-from yolo_prune import _grammar as grammar
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import KEY
 from yolo_prune.demo import tour
@@ -362,7 +361,7 @@ def test_the_patch_looks_where_the_record_is() -> None:
 )
 def test_words_are_read_as_people_type_them(typed: str, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "expanduser", lambda _: "/home/me")
-    assert grammar.as_typed(typed.split()) == [word.format(*["/home/me"] * 2) for word in read]
+    assert _grammar.as_typed(typed.split()) == [word.format(*["/home/me"] * 2) for word in read]
 
 
 def test_the_package_is_a_command_too(clean_cwd: Path) -> None:
