@@ -17,6 +17,7 @@ from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
 from yolo_prune.api import open_model
+from yolo_prune.env import checkpoints
 from yolo_prune.errors import RunError, UnsupportedModelError
 
 # Written by these releases themselves (thin models with random weights, compressed); fields were added, classes moved.
@@ -153,3 +154,19 @@ def test_a_path_that_cannot_be_opened_is_told_with_the_right_one(clean_cwd: Path
         open_model("runs")
     with pytest.raises(RunError, match=r"'best\.PT'\. Rename it"):
         open_model("best.PT")
+
+
+def test_a_name_without_suffix_is_that_of_a_checkpoint(clean_cwd: Path) -> None:
+    with pytest.raises(RunError, match=r"The model 'mine\.pt' does not exist"):
+        open_model("mine")
+    Path("mine.pt").write_bytes(gzip.decompress(OLD[0].read_bytes()))
+    assert open_model("mine").model is not None
+
+
+def test_an_address_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Download failure.")
+
+    monkeypatch.setattr(checkpoints, "YOLO", offline)
+    with pytest.raises(RunError, match=r"cannot be downloaded: Download failure\. Pass the path of a \.pt file"):
+        open_model("https://x.org/best.pt")

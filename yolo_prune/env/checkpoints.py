@@ -24,6 +24,8 @@ def open_model(path: str | Path) -> Model:
         PruneError: If the file is missing or is not a checkpoint that can be pruned.
     """
     path = Path(path).expanduser()
+    if not (path.suffix or path.exists() or _is_export(path)):
+        path = path.with_suffix(".pt")  # as in Ultralytics: `yolo26n` is `yolo26n.pt`
     _check_path(path)
     try:
         model = RTDETR(str(path)) if "rtdetr" in path.stem.lower() else YOLO(str(path))  # as `yolo` does
@@ -42,6 +44,8 @@ def open_model(path: str | Path) -> Model:
                 else "It holds a custom block. Add the folder of the block's module to PYTHONPATH."
             )
         ) from e
+    except ConnectionError as e:
+        raise RunError(f"'{path}' cannot be downloaded: {e} Pass the path of a .pt file.") from e
     except DAMAGED as e:
         if path.suffix != ".pt" and isinstance(e, KeyError):
             raise UnsupportedModelError(
@@ -59,7 +63,7 @@ def open_model(path: str | Path) -> Model:
 
 def _check_path(path: Path) -> None:
     """Refuse a path that is not that of a checkpoint, or that Ultralytics cannot open."""
-    if path.is_dir():
+    if path.is_dir() and not _is_export(path):
         inside = next((p for p in (path / "weights/best.pt", path / "best.pt") if p.is_file()), None)
         raise RunError(f"'{path}' is a folder. Pass a checkpoint{f': {inside}' if inside else ''}.")
     if path.suffix.lower() == ".pt" != path.suffix:
@@ -69,6 +73,11 @@ def _check_path(path: Path) -> None:
             f"'{path}' cannot be pruned. Pass a .pt checkpoint; if this is an exported model, pass its checkpoint and "
             "export it again."
         )
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a path is named like the folder of an export, for example `best_openvino_model`."""
+    return path.name.endswith("_model")
 
 
 def _other_content(path: Path) -> str:

@@ -153,7 +153,7 @@ def _matched(reference: list[Array], exported: list[Array]) -> list[tuple[Array,
             shapes = [tuple(a.shape) for a in reference]
             raise BenchError(
                 f"The export has an output of shape {tuple(output.shape)}, but its checkpoint has {shapes}. Export the "
-                "checkpoint again."
+                "checkpoint again, without nms=True."
             )
         pairs.append((left.pop(index), output))
     return pairs
