@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import io
 import logging
 import textwrap
 from pathlib import Path
@@ -45,6 +46,7 @@ from yolo_prune.data import datasets
 from yolo_prune.env import terminal, trained
 from yolo_prune.graph import blocks, rules
 from yolo_prune.measure import runtimes
+from yolo_prune.run import inputs
 from yolo_prune.run.callback import PruneCallback
 
 # What the rules in graph/blocks.py say is true of exactly this code: `{class or function: hash of its forward}`.
@@ -446,6 +448,26 @@ def test_timing_builds_engines_of_single_layers_with_this() -> None:
         "ultralytics.utils.export.engine", reason="releases before 8.4 build engines elsewhere"
     )
     assert {"onnx_file", "output_file", "quantize", "shape"} <= set(inspect.signature(engine.onnx2engine).parameters)
+
+
+def test_a_model_is_saved_into_memory() -> None:
+    buffer = io.BytesIO()
+    YOLO("yolo11n.yaml").save(buffer)  # type: ignore[arg-type]
+    assert isinstance(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)["model"], tasks.DetectionModel)
+
+
+def test_an_export_is_named_after_the_path_of_the_model() -> None:
+    source = inspect.getsource(Exporter.__call__)
+    assert 'getattr(model, "pt_path", None) or getattr(model, "yaml_file", None)' in source
+    assert "self.file = file" in source
+
+
+def test_inputs_knows_what_a_run_writes_and_reads() -> None:
+    assert 'self.wdir / f"epoch{self.epoch}.pt"' in inspect.getsource(BaseTrainer.save_model)
+    assert set(inputs.READ) <= set(DEFAULT_CFG_DICT)
+    source = inspect.getsource(BaseTrainer.__init__)
+    assert 'YAML.save(self.save_dir / "args.yaml", vars(self.args))' in source
+    assert source.index("self.wdir.mkdir") < source.index("self.ddp =")
 
 
 def test_terminal_finds_the_logger_without_an_import_of_ultralytics() -> None:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from yolo_prune.env.files import unused
+from yolo_prune.env.terminal import LOGGING_NAME
 from yolo_prune.errors import OutputError
 
-LOGGER = logging.getLogger("ultralytics")  # the logger of Ultralytics, which may not be imported yet
+LOGGER = logging.getLogger(LOGGING_NAME)
 MB = 10**6
 LITTLE = 4 * MB  # enough for texts and small files
 
