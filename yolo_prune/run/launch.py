@@ -127,6 +127,7 @@ def train(
         launch = _keep_structure(model, request)
     if launch is None:
         return stock_train(model, trainer=trainer, **request.stock)
+    checks.check_gradients()
     checks.check_devices(request.settings)
     return _run(model, stock_train, prune_trainer(_trainer_class(trainer, model)), request, launch)
 
