@@ -177,11 +177,13 @@ def _report(request: Request) -> int:
         raise PruneError(f"{given}; pass the folder of one run, as in 'yolo-prune report runs/detect/train'.")
     formats, how = _measuring(values, "imgsz")
     from yolo_prune.pages import run_page
+    from yolo_prune.run import leftovers
 
     known = {key: values.get(key) for key in ("data", "model")}
     imgsz = values.get("imgsz")
     measurement = run_page.measure_run(runs[0], formats, imgsz=imgsz, **known, **how) if formats else None
     path = run_page.write_report(runs[0], save=values.get("save"), **known)
+    leftovers.delete(run_page.folder_of(runs[0]))
     print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
     if measurement:
         measurement.check()

@@ -127,10 +127,14 @@ def measure_run(
 
 def _open(run: str | Path, model: str | None) -> tuple[Path, Report, Path | None]:
     """The folder of a run, its report, and the checkpoint that it started from, if the file exists."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    report = Report.load(run)
+    folder, report = folder_of(run), Report.load(run)
     Front.load(folder)  # a damaged file is reported before any work
     return folder, report, Path(model) if model else _start(folder, report)
+
+
+def folder_of(run: str | Path) -> Path:
+    """The folder of a run, from this folder or its prune.json."""
+    return Path(run) if Path(run).is_dir() else Path(run).parent
 
 
 def _no_start_model(report: Report) -> RunError:
