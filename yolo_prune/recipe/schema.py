@@ -313,7 +313,12 @@ class Recipe(_Part):
             target: {flops: 0.5}
             ...
         """
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+        return as_yaml(self.to_dict())
+
+
+def as_yaml(data: Mapping[str, Any]) -> str:
+    """A recipe that is given as plain data, as YAML."""
+    return yaml.safe_dump(dict(data), sort_keys=False, default_flow_style=None)
 
 
 def json_schema() -> dict[str, Any]:
