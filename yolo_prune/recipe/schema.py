@@ -54,6 +54,16 @@ class Target(_Part):
     def _number(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    @field_validator("imgsz", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) or (isinstance(value, str) and "," in value):
+            raise ValueError(
+                "latency targets need a square size here, so give one number; for rectangles, measure a profile with "
+                "'yolo-prune profile imgsz=height,width', and give it as target.profile"
+            )
+        return value
+
     @model_validator(mode="after")
     def _one(self) -> Target:
         if sum(getattr(self, metric) is not None for metric in METRICS) != 1:
