@@ -37,6 +37,7 @@ ORDER = (  # folders, and the faces at the root: each imports only what stands a
     "__init__",
     "_grammar",
     "cli",
+    "__main__",
 )
 KNOW_NO_ULTRALYTICS = {"errors", "_version", "_keys", "recipe", "cut", "criteria", "planning", "recover", "report"}
 IN_FREE_ROOMS = {  # beside them: parts of other folders that are plain functions, and are to stay so
@@ -47,6 +48,7 @@ IN_FREE_ROOMS = {  # beside them: parts of other folders that are plain function
     "env/json_files.py",
     "env/ranks.py",
     "env/registry.py",
+    "env/terminal.py",
     "env/versions.py",
     "graph/trace.py",
     "graph/rules.py",

@@ -17,7 +17,7 @@ from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
 from yolo_prune.api import open_model
-from yolo_prune.errors import UnsupportedModelError
+from yolo_prune.errors import RunError, UnsupportedModelError
 
 # Written by these releases themselves (thin models with random weights, compressed); fields were added, classes moved.
 OLD = sorted((Path(__file__).parent / "checkpoints").glob("*.pt.gz"))
@@ -120,3 +120,36 @@ def test_a_fused_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"model": model, "train_args": {}}, path)
     with pytest.raises(UnsupportedModelError, match=r"fused for inference.*before fuse\(\)"):
         yolo_prune.plan(path, "half-flops", imgsz=64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"'best\.pt' is empty\. Download or copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", r"only the pointer .* Run: git lfs pull"),
+        (b"<html><body>404", r"is not a checkpoint: it begins with '<html><body>404'\. Download"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_told_by_its_content(content: bytes, message: str, clean_cwd: Path) -> None:
+    Path("best.pt").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_model("best.pt")
+
+
+def test_other_models_of_torch_are_told_by_their_class(clean_cwd: Path) -> None:
+    torch.save(models.build("yolov8-tiny"), "whole.pt")  # Ultralytics takes the attribute `model` of what is no dict
+    torch.save({"model": nn.Linear(2, 2), "epoch": -1}, "other.pt")
+    for name, kind in {"whole.pt": "Sequential", "other.pt": "Linear"}.items():
+        with pytest.raises(UnsupportedModelError, match=rf"'{name}' holds a {kind}, which is no model of Ultralytics"):
+            open_model(name)
+
+
+def test_a_path_that_cannot_be_opened_is_told_with_the_right_one(clean_cwd: Path) -> None:
+    Path("runs/weights").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"'runs' is a folder\. Pass a checkpoint\.$"):
+        open_model("runs")
+    Path("runs/weights/best.pt").touch()
+    with pytest.raises(RunError, match=r"'runs' is a folder\. Pass a checkpoint: runs/weights/best\.pt\."):
+        open_model("runs")
+    with pytest.raises(RunError, match=r"'best\.PT'\. Rename it"):
+        open_model("best.PT")

@@ -163,6 +163,7 @@ def test_paths_of_hyperparameter_searches(
     assert cli.main(["bench", f"model={places[0]},{places[1]}", *settings, "save=b.json"]) == 0
     capsys.readouterr()
     assert len(json.loads(Path("b.json").read_text())["rows"]) == 2
+    capsys.readouterr()
     message = "The model 'runs/train_a1_lr0=0.2,batch=8/weights/best.pt' does not exist"
     missing = str(places[0]).replace("0.1", "0.2")
     assert message in fails(capsys, "bench", f"model={missing},{places[1]}", *settings)
@@ -347,3 +348,47 @@ assert not {"yolo_prune.graph", "yolo_prune.run.launch"} & set(sys.modules)
 
 def test_the_patch_looks_where_the_record_is() -> None:
     assert _patch.RECORD == KEY
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("model = best.pt imgsz=64", ["model=best.pt", "imgsz=64"]),
+        ("model= best.pt imgsz =64", ["model=best.pt", "imgsz=64"]),
+        ("data= imgsz=64", ["data=", "imgsz=64"]),
+        ("model=~/a.pt,~/b.pt ~/c.pt", ["model={}/a.pt,{}/b.pt", "{}/c.pt"]),
+        ("data=a~/b.yaml save=~x.json", ["data=a~/b.yaml", "save=~x.json"]),
+    ],
+)
+def test_words_are_read_as_people_type_them(typed: str, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda _: "/home/me")
+    assert _grammar.as_typed(typed.split()) == [word.format(*["/home/me"] * 2) for word in read]
+
+
+def test_the_package_is_a_command_too(clean_cwd: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "yolo_prune", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{yolo_prune.__version__}\n"
+
+
+def test_an_interrupted_command_has_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupt)
+    assert cli.main(["plan", "model=best.pt"]) == 130
+    assert capsys.readouterr().err == "yolo-prune plan: interrupted\n"
+
+
+def test_a_checkpoint_given_as_run_is_told_its_run(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], clean_cwd: Path
+) -> None:
+    weights = Path("runs/x/weights")
+    weights.mkdir(parents=True)
+    (weights / "best.pt").write_bytes(checkpoint.read_bytes())
+    assert "'runs/x/weights/best.pt' is not a report. Pass the folder of the run." in fails(
+        capsys, "report", str(weights / "best.pt")
+    )
+    Path("runs/x/prune.json").write_text("{}")
+    assert "Pass the folder of the run: runs/x\n" in fails(capsys, "report", str(weights / "best.pt"))

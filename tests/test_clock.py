@@ -140,3 +140,10 @@ def test_a_format_that_could_not_be_measured_is_an_error_in_the_end() -> None:
     found.failed["ncnn"] = "The export to ncnn failed"
     with pytest.raises(BenchError, match="format=ncnn could not be measured: The export to ncnn failed"):
         found.check()
+
+
+def test_thousands_of_rounds_have_an_interval() -> None:
+    ratios = [float(i) for i in range(1, 3001)]
+    median, low, high = clock.paired_ratio(ratios, [1.0] * 3000)
+    assert median == 1500.5
+    assert (low, high) == (1446.0, 1554.0 + 1)  # the normal approximation: 1500 +- 1.96 * sqrt(3000) / 2

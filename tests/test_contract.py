@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import logging
 import textwrap
 from pathlib import Path
 
@@ -23,22 +24,25 @@ from ultralytics.data import build
 from ultralytics.data.augment import LetterBox, Mosaic
 from ultralytics.data.base import BaseDataset
 from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.utils import check_cls_dataset
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.model import Model
 from ultralytics.engine.results import Results
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn import tasks
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
-from ultralytics.utils import DEFAULT_CFG_DICT, USER_CONFIG_DIR, checks, metrics, torch_utils
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER, USER_CONFIG_DIR, checks, metrics, torch_utils
 from ultralytics.utils.callbacks.base import default_callbacks
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
 from yolo_prune._patch import MARK
 from yolo_prune.cut import export_record
 from yolo_prune.data import datasets
+from yolo_prune.env import terminal, trained
 from yolo_prune.graph import blocks, rules
 from yolo_prune.measure import runtimes
 from yolo_prune.run.callback import PruneCallback
@@ -187,6 +191,32 @@ def test_patch_targets_are_wrapped_once_and_keep_their_signatures() -> None:
     assert hasattr(Model.train, MARK)
     assert list(inspect.signature(Model.train).parameters) == ["self", "trainer", "kwargs"]
     assert not hasattr(inspect.unwrap(Model.train), MARK)
+    assert hasattr(tasks.BaseModel.load, MARK)
+    assert list(inspect.signature(tasks.BaseModel.load).parameters) == ["self", "weights", "verbose"]
+    assert not hasattr(inspect.unwrap(tasks.BaseModel.load), MARK)
+
+
+def test_all_weights_pass_through_the_load_that_is_patched() -> None:
+    models = [c for c in vars(tasks).values() if isinstance(c, type) and issubclass(c, tasks.BaseModel)]
+    assert {cls.__name__ for cls in models if "load" in vars(cls)} == {"BaseModel"}
+    assert "self.model.load(weights)" in inspect.getsource(Model.load)
+    assert '(weights.get("ema") or weights["model"]) if isinstance(weights, dict)' in inspect.getsource(
+        inspect.unwrap(tasks.BaseModel.load)
+    )
+    assert 'self.overrides["pretrained"] = False' in inspect.getsource(Model.reset_weights)
+
+
+def test_keep_overrides_get_model_as_all_trainers_define_it_and_as_it_is_called() -> None:
+    trainers = [DetectionTrainer]
+    trainers += [cls for base in BaseTrainer.__subclasses__() for cls in (base, *base.__subclasses__())]
+    assert len(trainers) > 5
+    for cls in trainers:
+        if cls.__module__.startswith("ultralytics."):
+            assert list(inspect.signature(cls.get_model).parameters) == ["self", "cfg", "weights", "verbose"], cls
+    called = "self.trainer.get_model(weights=weights, cfg=self.model.yaml)"
+    assert called in inspect.getsource(inspect.unwrap(Model.train))
+    assert "self.model = self.get_model(cfg=cfg, weights=weights, " in inspect.getsource(BaseTrainer.setup_model)
+    assert "ckpt = self.setup_model()" in inspect.getsource(BaseTrainer._setup_train)
 
 
 def test_patch_finds_the_export_event() -> None:
@@ -416,3 +446,27 @@ def test_timing_builds_engines_of_single_layers_with_this() -> None:
         "ultralytics.utils.export.engine", reason="releases before 8.4 build engines elsewhere"
     )
     assert {"onnx_file", "output_file", "quantize", "shape"} <= set(inspect.signature(engine.onnx2engine).parameters)
+
+
+def test_terminal_finds_the_logger_without_an_import_of_ultralytics() -> None:
+    assert logging.getLogger(terminal.LOGGING_NAME) is LOGGER
+    assert any(type(handler) is logging.StreamHandler for handler in LOGGER.handlers)
+
+
+def test_trained_finds_the_settings_of_a_training() -> None:
+    assert trained.HELD == (*trained.JUDGING, *trained.LOSS)  # this release has all of them
+    assert '"train_args": vars(self.args)' in inspect.getsource(BaseTrainer.save_model)
+    assert DEFAULT_CFG_DICT["imgsz"] == trained.SIZE
+    assert 'data["names"] = {0: "item"}' in inspect.getsource(BaseTrainer.get_dataset)  # with single_cls
+
+
+def test_datasets_finds_labels_and_the_splits_of_classification(tmp_path: Path) -> None:
+    """Labels are looked for in `labels`, each with `cls`; a classification without val is validated on test."""
+    assert "self.labels = self.get_labels()" in inspect.getsource(BaseDataset.__init__)
+    assert '"cls"' in inspect.getsource(BaseDataset.update_labels)
+    assert "self.test_loader = self.get_dataloader(" in inspect.getsource(BaseTrainer)
+    for split, name in (("train", "a"), ("test", "a")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "0.png").write_bytes(b"")
+    assert check_cls_dataset(str(tmp_path))["val"] is None
+    assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "test"

@@ -67,3 +67,8 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path: Path, mo
         files.write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_that_python_cannot_decode_are_written(tmp_path: Path) -> None:
+    names = [name.decode("ascii", "surrogateescape") for name in ("細胞.pt".encode(), b"\xff.pt")]
+    assert files.write_text(tmp_path / "page.html", " ".join(names)).read_text(encoding="utf-8") == "細胞.pt \ufffd.pt"

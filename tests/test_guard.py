@@ -113,7 +113,7 @@ def test_rows_of_rounds_that_made_the_same_plan_are_told_apart(tmp_path: Path) -
     rows = [RoundRow(number=n, epoch=n, plan="same", params=n) for n in (1, 2)]
     Report(rounds=rows).save(tmp_path / "prune.json")
     trainer: Any = SimpleNamespace(save_dir=tmp_path, start_epoch=3)
-    found = journal.resumed_report(trainer, load_recipe(), "", Record({}, rounds=tuple(facts)))
+    found = journal.resumed_report(trainer, load_recipe(), Record({}, rounds=tuple(facts)))
     assert [(r.params, r.held, r.fitness.end) for r in found.rounds] == [(1, True, 0.1), (2, False, 0.2)]
 
 
@@ -306,6 +306,11 @@ def test_a_limit_that_no_cut_stays_within_is_an_error_that_names_the_nearest(fol
     ):
         train(folder, tmp_path, recipe, epochs=4)
     assert Report.load(tmp_path / "run").status == "failed"
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "The run ended with an error." in page
+    assert "No cut stayed within a drop of 0.001" in page
+    assert page.count("rolled back") >= 2
+    assert (tmp_path / "run/prune.png").exists()
     points = json.loads((tmp_path / "run/front.json").read_text())["points"]
     assert [(p["held"], (tmp_path / "run" / p["weights"]).exists()) for p in points] == [
         (True, True),

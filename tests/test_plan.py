@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from copy import deepcopy
@@ -79,7 +80,7 @@ def test_a_plan_survives_pickling_and_plain_data() -> None:
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = SMALL.save(tmp_path / "plan.json")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
     with pytest.raises(OSError, match="disk full"):
         Plan({}, {}, {}).save(path)
     assert Plan.load(path) == SMALL

@@ -402,3 +402,15 @@ def test_a_target_keeps_what_an_override_does_not_exclude() -> None:
     assert target(imgsz=640) == {"latency": 0.6, "format": "ncnn", "imgsz": 640}
     assert target(profile="pi.json") == {"latency": 0.6, "profile": "pi.json"}
     assert target(flops=0.5) == {"flops": 0.5}
+
+
+def test_a_web_address_is_told_as_that() -> None:
+    with pytest.raises(RecipeError, match=r"'https://x\.org/r\.yaml' is a web address\. Download the file"):
+        load_recipe("https://x.org/r.yaml")
+
+
+def test_a_recipe_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "mine.yaml").write_bytes(b"\xef\xbb\xbftarget:\r\n  flops: 0.3\r\n")
+    assert load_recipe("~/mine.yaml").target.flops == 0.3

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -178,9 +179,9 @@ def test_a_failed_save_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.
     before = path.read_bytes()
 
     def no_space(*_: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(files.os, "replace", no_space)
+    monkeypatch.setattr(files.os, "fsync", no_space)
     with pytest.raises(OSError, match="no space left"):
         Report().save(path)
     assert path.read_bytes() == before

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -153,6 +154,21 @@ class Command:
         hint = f"Did you mean '{near}'? " if near else ""
         takes = f"It takes {', '.join(self.known)}." if self.known else "It takes none."
         return f"'{key}' is not an argument of '{self.name}'. {hint}{takes}"
+
+
+def as_typed(words: Sequence[str]) -> list[str]:
+    """The words as a shell should pass them: `a = b` is one word, as in Ultralytics, and `~` is the home folder.
+
+    Not every shell replaces the `~` in `model=~/best.pt`.
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and (word.startswith("=") or (joined[-1].endswith("=") and "=" not in word)):
+            joined[-1] += word
+        else:
+            joined.append(word)
+    home = os.path.expanduser("~")
+    return [re.sub(r"(^|[=,])~(?=[/\\]|$)", lambda found: found[1] + home, word) for word in joined]
 
 
 def nearest(word: str, known: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The patch of Ultralytics: two functions are replaced, and one public list is extended.
+"""The patch of Ultralytics: three functions are replaced, and one public list is extended.
 
 The new `ultralytics.cfg.check_dict_alignment` accepts `callbacks=` and `recipe=` for `yolo train`. The new
-`Model.train` removes these two arguments before Ultralytics reads the others. The list
+`Model.train` removes these two arguments before Ultralytics reads the others. The new `BaseModel.load`, through which
+all weights pass from one model into another, refuses to mix a pruned model with another structure. The list
 `default_callbacks["on_export_start"]` gets one more entry.
 """
 
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from yolo_prune._keys import check_spelling, is_pruning_key, without_pruning_keys
+from yolo_prune.env.terminal import forgiving
 from yolo_prune.errors import ArgumentError, PruneError
 
 MARK = "__yolo_prune__"
@@ -35,6 +37,9 @@ def apply(module: ModuleType) -> None:
     if module.__name__ == "ultralytics.cfg":
         _replace(module, "check_dict_alignment", ["base", "custom", "e", "allowed_custom_keys"], _alignment, fewest=3)
     elif module.__name__ == "ultralytics.engine.model":
+        from ultralytics.nn.tasks import BaseModel  # this module has imported it already
+
+        _replace(BaseModel, "load", ["self", "weights", "verbose"], _load)
         _replace(module.Model, "train", ["self", "trainer", "kwargs"], _train)
         _extend_export()
 
@@ -72,11 +77,11 @@ def _alignment(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         allowed = [allowed_custom_keys] if allowed_custom_keys else []  # releases before 8.4.0 lack this parameter
         if "train" not in base:  # not a command, but the arguments of a mode, or another configuration
-            with _without_traceback():
+            with _as_a_command():
                 _refuse_elsewhere(custom)
             original(base, custom, e, *allowed)
             return
-        with _without_traceback():
+        with _as_a_command():
             _check_command(custom, unreadable=e is not None)
         # With the examples, Ultralytics also suggests the keys of this package for misspelt keys.
         original({**base, **EXAMPLES}, without_pruning_keys(custom), e, *allowed)
@@ -126,32 +131,56 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, trainer=trainer, **kwargs)
         from yolo_prune.run import launch  # imported late, so that runs without pruning do not depend on its imports
 
-        with _without_traceback():
+        with _as_a_command():
             return launch.train(self, original, trainer, kwargs)
 
     return train
 
 
 @contextmanager
-def _without_traceback() -> Iterator[None]:
-    """If a `yolo` command fails with an error of this package, show only the message, without a traceback."""
-    try:
+def _as_a_command() -> Iterator[None]:
+    """In a `yolo` command, show only the message of an error of this package; output that fails does not end a run."""
+    command = Path(sys.argv[0])
+    if command.stem not in ("yolo", "ultralytics") or command.suffix.lower() not in ("", ".exe"):
         yield
+        return
+    try:
+        with forgiving():
+            yield
     except PruneError as e:
-        command = Path(sys.argv[0])
-        if command.stem in ("yolo", "ultralytics") and command.suffix.lower() in ("", ".exe"):
-            sys.exit(f"yolo-prune: {e}")
-        raise
+        sys.exit(f"yolo-prune: {e}")
 
 
 def _may_involve_pruning(model: Any, arguments: Mapping[str, Any]) -> bool:
     """True for runs with our keys or a file of arguments, of pruned models, or that load another checkpoint."""
-    yaml = getattr(model.model, "yaml", None)
-    pruned = isinstance(yaml, Mapping) and RECORD in yaml
     resumed = arguments.get("resume", model.overrides.get("resume"))
     from_file = isinstance(arguments.get("pretrained", model.overrides.get("pretrained")), str | Path)
     has_file = bool(arguments.get("cfg"))  # its arguments may be keys of this package
-    return pruned or bool(resumed) or from_file or has_file or any(is_pruning_key(key) for key in arguments)
+    return (
+        _has_record(model.model)
+        or bool(resumed)
+        or from_file
+        or has_file
+        or any(is_pruning_key(key) for key in arguments)
+    )
+
+
+def _has_record(module: Any) -> bool:
+    yaml = getattr(module, "yaml", None)
+    return isinstance(yaml, Mapping) and RECORD in yaml
+
+
+def _load(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load(self: Any, weights: Any, verbose: bool = True) -> None:
+        source = (weights.get("ema") or weights.get("model")) if isinstance(weights, Mapping) else weights
+        if source is not None and (_has_record(self) or _has_record(source)):
+            from yolo_prune.run import checks  # imported late, like `launch` above
+
+            with _as_a_command():
+                checks.check_load(self, source)
+        original(self, weights, verbose)
+
+    return load
 
 
 def _extend_export() -> None:

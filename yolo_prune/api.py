@@ -20,7 +20,7 @@ from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
 from yolo_prune.data import datasets
 from yolo_prune.data.calibration import Calibration
-from yolo_prune.env import log
+from yolo_prune.env import log, trained
 from yolo_prune.env.checkpoints import open_model, save
 from yolo_prune.env.files import unused
 from yolo_prune.env.image_size import ImageSize, image_size
@@ -41,7 +41,7 @@ def plan(
     model: Model | nn.Module | str | Path,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
-    imgsz: ImageSize | Sequence[int] | str = 640,
+    imgsz: ImageSize | Sequence[int] | str | None = None,
     data: str | Path | None = None,
     **overrides: Any,
 ) -> Plan:
@@ -51,7 +51,7 @@ def plan(
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
         recipe: a bundled name, a path, a mapping or a `Recipe`; None is the default recipe, `half-flops`.
         imgsz: image size in pixels, at which FLOPs are counted and training images are read: one number, or height
-            and width.
+            and width. None: the size that the model was trained with.
         data: the dataset, as for `model.train`, for criteria and allocations that look at training images. Without
             `data`, the criterion `magnitude` and the allocation `global` replace them.
         **overrides: single fields of the recipe, with dots: `**{"target.flops": 0.4}`.
@@ -70,13 +70,13 @@ def plan(
         >>> plan.predicted.flops_kept <= 0.5
         True
     """
-    asked, size = _load(recipe, overrides), image_size(imgsz)
+    asked = _load(recipe, overrides)
     if isinstance(model, str | Path):
         model = open_model(model)
     count = planner.images_for(asked)
     replaced = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
     asked = asked if data else planner.rehearsal(asked)
-    module, target = _module(model), asked.target
+    module, size, target = _module(model), _size(model, imgsz), asked.target
     graph, bar = planner.survey(module, asked, size), log.bar("scoring channels")
     trial = search.trial(module, graph, asked, size) if target.latency else None
     for key, name in replaced.items():
@@ -98,7 +98,7 @@ def apply(
     *,
     prove: bool = True,
     data: str | Path | None = None,
-    imgsz: ImageSize | Sequence[int] | str = 640,
+    imgsz: ImageSize | Sequence[int] | str | None = None,
     refit: int = 64,
 ) -> proof.Proof | None:
     """Cut a model in place, in one step, without training.
@@ -112,7 +112,8 @@ def apply(
         plan: a plan made for this model.
         prove: whether to prove the cut on a copy first.
         data: the dataset, as for `model.train`. Its training images, not their labels, are used for the refit.
-        imgsz: size of these images in pixels: one number, or height and width.
+        imgsz: size of these images in pixels: one number, or height and width. None: the size that the model was
+            trained with.
         refit: number of these images.
 
     Returns:
@@ -133,7 +134,7 @@ def apply(
         >>> model.save("cut.pt")
     """
     _startup.install(force=True)  # a later `model.train(...)` must keep the pruned structure
-    module, size = _module(model), image_size(imgsz)
+    module, size = _module(model), _size(model, imgsz)
     if not plan:
         raise PlanError("The plan removes nothing; there is nothing to apply.")
     surgery.check(module, plan)
@@ -215,15 +216,15 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
 def describe(model: Model | nn.Module | str | Path) -> str:
     """A readable summary of the pruning of a checkpoint: rounds, cost, and layers before and after."""
     module = _module(model)
-    record = read_record(module)
+    record, size = read_record(module), trained.size(module)
     if not record or not record.plan:
         return "This model is not pruned."
     surgery.check_applied(module, record.plan)
-    flops, params = planner.present_cost(module, 640)
-    dense = planner.dense_cost(module, record.plan, 640)
+    flops, params = planner.present_cost(module, size)
+    dense = planner.dense_cost(module, record.plan, size)
     lines = [
         f"{'':12}{'dense':>12}{'pruned':>12}{'kept':>10}",
-        f"{'GFLOPs':12}{dense[0] / 1e9:12.3f}{flops / 1e9:12.3f}{flops / dense[0]:10.1%}   at imgsz 640",
+        f"{'GFLOPs':12}{dense[0] / 1e9:12.3f}{flops / 1e9:12.3f}{flops / dense[0]:10.1%}   at imgsz {size}",
         f"{'parameters':12}{dense[1]:12,}{params:12,}{params / dense[1]:10.1%}",
         "",
     ]
@@ -254,6 +255,10 @@ def _export_elsewhere(module: Any) -> None:
     path = Path(getattr(module, "pt_path", None) or Path(built_from).name)
     if path.is_file() or not path.stem.endswith("-pruned"):
         module.pt_path = str(unused(path.with_name(f"{path.stem}-pruned.pt")))
+
+
+def _size(model: Model | nn.Module, asked: ImageSize | Sequence[int] | str | None) -> ImageSize:
+    return trained.size(model) if asked is None else image_size(asked)
 
 
 INSTEAD = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from yolo_prune import _grammar as grammar
 from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, terminal
 from yolo_prune.env.image_size import image_size
 from yolo_prune.errors import BenchError, ParityError, PruneError
 
@@ -26,38 +25,43 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A user's mistake gives one message on standard error, and status 1."""
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
-    if grammar.asks_for_help(name) and all(map(grammar.asks_for_help, words)):
+    if grammar.asks_for_help(name) and words and not all(map(grammar.asks_for_help, words)):
+        name, words = words[0], [name]  # `yolo-prune help plan` is `yolo-prune plan --help`
+    try:
+        with terminal.forgiving():
+            return _run(name, grammar.as_typed(words))
+    except KeyboardInterrupt:
+        return _fail(f"{name}: interrupted", INTERRUPTED)
+    except (PruneError, SyntaxError, FileNotFoundError) as e:
+        return _fail(f"{name}: {str(e).strip()}")
+    except OSError as e:
+        if e.errno not in OUTSIDE:
+            raise
+        return _fail(f"{name}: " + (f"'{e.filename}': " if e.filename else "") + outputs.reason(e))
+
+
+def _fail(message: str, status: int = 1) -> int:
+    with terminal.forgiving():
+        print(f"yolo-prune {message}", file=sys.stderr)
+    return status
+
+
+def _run(name: str, words: list[str]) -> int:
+    if grammar.asks_for_help(name):
         print(overview())
         return 0
     if name.lstrip("-") in ("version", "v"):
         print(__version__)
         return 0
-    if grammar.asks_for_help(name):  # `yolo-prune help plan` is `yolo-prune plan --help`
-        name, words = words[0], [name]
-    try:
-        if name not in COMMANDS:
-            near = grammar.nearest(name, COMMANDS)
-            hint = f"Did you mean '{near}'? " if near else ""
-            raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
-        command = COMMANDS[name]
-        if any(map(grammar.asks_for_help, words)):
-            print(command.help())
-            return 0
-        status = command.run(command.read(words))
-        sys.stdout.flush()
-        return status
-    except (PruneError, SyntaxError, FileNotFoundError) as e:
-        print(f"yolo-prune {name}: {str(e).strip()}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `yolo-prune show ... | head`: the reader has ended; Python must not write again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as e:
-        if e.errno not in OUTSIDE:
-            raise
-        where = f"'{e.filename}': " if e.filename else ""
-        print(f"yolo-prune {name}: {where}{outputs.reason(e)}", file=sys.stderr)
-        return 1
+    if name not in COMMANDS:
+        near = grammar.nearest(name, COMMANDS)
+        hint = f"Did you mean '{near}'? " if near else ""
+        raise PruneError(f"'{name}' is not a command. {hint}Commands: {', '.join(COMMANDS)}.")
+    command = COMMANDS[name]
+    if any(map(grammar.asks_for_help, words)):
+        print(command.help())
+        return 0
+    return command.run(command.read(words))
 
 
 def overview() -> str:
@@ -97,7 +101,7 @@ def _plan(request: Request) -> int:
     from yolo_prune import api
 
     plan = api.plan(
-        values["model"], values.get("recipe"), imgsz=values["imgsz"], data=values.get("data"), **request.overrides
+        values["model"], values.get("recipe"), imgsz=values.get("imgsz"), data=values.get("data"), **request.overrides
     )
     return _finish(plan.describe(), values.get("save"), plan.save)
 
@@ -106,7 +110,7 @@ def _apply(request: Request) -> int:
     values, overrides = request.values, request.overrides
     if "plan" in values and ("recipe" in values or overrides):
         raise PruneError("plan= and recipe= exclude one another, because a plan replaces the recipe. Leave one out.")
-    source, data, imgsz = Path(values["model"]), values.get("data"), values["imgsz"]
+    source, data, imgsz = Path(values["model"]), values.get("data"), values.get("imgsz")
     target = values.get("save") or Path(f"{source.stem}-pruned.pt")
     if target.resolve() == source.resolve() or (target.exists() and source.exists() and target.samefile(source)):
         raise PruneError(f"save={target} would overwrite the model itself. Choose another name.")
@@ -138,7 +142,7 @@ def _bench(request: Request) -> int:
     from yolo_prune.measure import benchmark
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(values["imgsz"], data=values.get("data"), **how)
+    asked = Setting.of(values.get("imgsz"), data=values.get("data"), **how)
     measurement = benchmark.measure_models(values["model"], formats, asked)
     status = _finish(str(measurement), values.get("save"), measurement.save)
     measurement.check()
@@ -154,9 +158,10 @@ def _profile(request: Request) -> int:
     from yolo_prune.latency import target
     from yolo_prune.measure.subjects import Setting
 
-    asked = Setting.of(values["imgsz"], **how)
-    saved = target.profile(api.open_model(values["model"]), formats[0], asked, values["save"])
-    print(f"saved {saved}")
+    model = api.open_model(values["model"])
+    setting = Setting.of(values.get("imgsz"), **how).sized([model])
+    saved = target.profile(model, formats[0], setting, values["save"])
+    print(f"saved {saved}, measured with imgsz {setting.imgsz}")
     return int(saved != values["save"])
 
 
@@ -215,7 +220,7 @@ def _compare(request: Request) -> int:
     formats, how = _measuring(values)
     from yolo_prune.pages import compare_page
 
-    done = compare_page.compare(models, values["data"], values["imgsz"], values["save"], formats, **how)
+    done = compare_page.compare(models, values["data"], values.get("imgsz"), values["save"], formats, **how)
     print(f"{done.text}\nsaved {done.page}")
     if done.measurement:
         done.measurement.check()
@@ -273,6 +278,7 @@ def _measuring(values: dict[str, Any], *others: str) -> tuple[list[str], dict[st
     return runtimes.parse(values["format"]), how
 
 
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C has ended
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 """Errors that come from the disk and its permissions, and not from this package."""
 HALF_PRECISION = 2  # bytes of a parameter in a checkpoint
@@ -284,9 +290,8 @@ RECIPE = Argument("recipe", "half-flops", "a bundled recipe or a file (default: 
 IMGSZ = Argument(
     "imgsz",
     "640",
-    "the size of images in pixels: one number, or height,width",
+    "the size of images in pixels: one number, or height,width (default: that of the model's training)",
     lambda name, text: image_size(text),
-    640,
 )
 FORMAT = Argument("format", "onnx,openvino", "the formats to measure", default="onnx")
 HALF = Argument("half", "True", "the same as quantize=16", grammar.boolean)
@@ -396,7 +401,7 @@ COMMANDS = {
                     "the file to write (default: in the folder of the run)",
                     grammar.file(".html"),
                 ),
-                replace(IMGSZ, help=f"{IMGSZ.help} (default: that of the run)", default=None),
+                replace(IMGSZ, help=IMGSZ.help.replace("model's training", "run")),
                 *ON_A_PAGE,
             ),
             places="runs/detect/train",

@@ -167,11 +167,27 @@ def close_record(model: nn.Module) -> None:
     record = read_record(model)
     if record and record.plan:
         write_record(model, replace(record, active=False))
-    elif isinstance(yaml := getattr(model, "yaml", None), dict):
+    else:
+        delete_record(model)
+
+
+def delete_record(model: nn.Module) -> None:
+    """Delete the record of a model, if there is one."""
+    if isinstance(yaml := getattr(model, "yaml", None), dict):
         model.yaml = {k: v for k, v in yaml.items() if k != KEY}  # type: ignore[assignment]  # Ultralytics' own
 
 
 def is_pruned(model: nn.Module) -> bool:
     """True if channels were removed from this model."""
+    return composed_plan(model) is not None
+
+
+def is_rebuilt(model: nn.Module) -> bool:
+    """True if a model was built from the YAML of a pruned model: it has the record, but not the structure."""
+    return KEY in (getattr(model, "yaml", None) or {}) and read_record(model) is None
+
+
+def composed_plan(model: nn.Module) -> Plan | None:
+    """Everything that was removed from this model; None if it is not pruned."""
     record = read_record(model)
-    return bool(record and record.plan)
+    return record.plan if record and record.plan else None

@@ -127,12 +127,12 @@ def apply_to_optimizer(
 
 
 def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
-    """Undo cuts: give `model` the structure and the weights of `other`, from which less was removed.
+    """Give `model` the structure and the weights of `other`. Tensors that only one of them has stay as they are.
 
     Args:
-        model: a model after `plan`; it is changed in place.
-        other: the same architecture before the plan or before a part of the plan; it is not changed.
-        plan: the composed plan of all cuts of `model`.
+        model: the model to change, in place.
+        other: the same architecture with other widths; it is not changed.
+        plan: the composed plan of all cuts in which the two differ. One of them is the model after this plan.
 
     Returns:
         `{old parameter: new parameter}` for all parameters.
@@ -140,11 +140,13 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     source = dict(other.named_modules())
     for name, layer in model.named_modules():
-        if name not in source:  # a loss with its own weights, which no checkpoint contains
+        if name not in source:  # a loss with its own weights, for example
             continue
-        tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        tensors, others = _own_tensors(layer), _own_tensors(source[name])
         for key, old in tensors.items():
-            new = getattr(source[name], key).detach().to(old, copy=True)
+            if key not in others:
+                continue
+            new = others[key].detach().to(old, copy=True)
             if old.ndim == 4 and not old.is_contiguous():
                 new = new.contiguous(memory_format=torch.channels_last)
             if isinstance(old, nn.Parameter):
@@ -157,6 +159,10 @@ def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter,
         for key in values:
             setattr(model.get_submodule(layer_name), key, copy(getattr(source[layer_name], key)))
     return replaced
+
+
+def _own_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    return {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
 
 
 def start_optimizer_anew(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import default_collate
@@ -13,15 +15,17 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.utils import IMG_FORMATS, check_cls_dataset, check_det_dataset
 from ultralytics.engine.model import Model
-from ultralytics.utils import USER_CONFIG_DIR
+from ultralytics.utils import LOGGER, USER_CONFIG_DIR
 from ultralytics.utils.patches import imread
 
 from yolo_prune.data.calibration import Calibration, draw
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width, plain
 from yolo_prune.errors import RunError
-from yolo_prune.graph.probes import stride
+from yolo_prune.graph.probes import image_channels, stride
 
+WITH_BOXES = ("detect", "segment", "pose", "obb")
+"""The tasks whose images may lack labels. In other datasets, an image without a label is not read at all."""
 MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # stores results on images of a dataset
 
 
@@ -38,7 +42,12 @@ def calibration(model: Model, data: str | Path, imgsz: ImageSize, count: int, se
     Raises:
         RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
-    dataset, validator, settings = _dataset(model, data, imgsz, "train")
+    dataset, validator, settings = _dataset(model, data, imgsz, "train", trained.settings(model))
+    if not labelled(dataset, model.task):
+        LOGGER.warning(
+            f"No training image of data={data} has a label. A criterion or an allocation that uses the loss does not "
+            "see then what the model is for."
+        )
     collate = getattr(dataset, "collate_fn", default_collate)
     return Calibration(lambda: draw(dataset, collate, count, seed), validator.preprocess, settings, MEMORY)
 
@@ -50,26 +59,42 @@ def spread(dataset: Any, count: int) -> list[Path]:
     return [Path(files[i * len(files) // shown]) for i in range(shown)]
 
 
-def validation_files(model: Model, data: str | Path, imgsz: ImageSize, count: int) -> list[Path]:
-    """At most `count` validation images of a dataset, evenly spaced over it.
+def validation_set(model: Model, data: str | Path, imgsz: ImageSize) -> Any:
+    """The validation images of a dataset, as an Ultralytics dataset.
 
     Raises:
         RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
-    return spread(_dataset(model, data, imgsz, "val")[0], count)
+    settings = trained.settings(model)
+    return _dataset(model, data, imgsz, str(settings.get("split", "val")), settings)[0]
 
 
-def _dataset(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tuple[Any, Any, Any]:
+def labelled(dataset: Any, task: str | None) -> bool:
+    """Whether an image of an Ultralytics dataset has a label. If none has one, Ultralytics reports an accuracy of 0."""
+    labels = getattr(dataset, "labels", None)  # a user's own dataset may have none
+    return task not in WITH_BOXES or labels is None or any(len(label.get("cls", "?")) for label in labels)
+
+
+def _dataset(
+    model: Model, data: str | Path, imgsz: ImageSize, split: str, settings: Mapping[str, Any]
+) -> tuple[Any, Any, Any]:
     """A split of a dataset, prepared as for validation at exactly this size, the validator, and its settings."""
     module: Any = model.model
     device, size = next(module.parameters()).device, height_width(imgsz)
     overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": max(size), "batch": 1, "workers": 0}
-    settings = get_cfg(overrides={**overrides, "device": device.type, "rect": False})
-    check = check_cls_dataset if model.task == "classify" else check_det_dataset
+    fixed = {"device": device.type, "rect": False, "split": split}
+    args = get_cfg(overrides={**settings, **overrides, **fixed})
     try:
-        info = check(str(data))
+        info = check_cls_dataset(str(data), split) if model.task == "classify" else check_det_dataset(str(data))
     except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
         raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
+    if args.single_cls:  # as the trainer does
+        info |= {"names": {0: "item"}, "nc": 1}
+    if (channels := image_channels(module) or 3) != info.get("channels", 3):
+        raise RunError(
+            f"data={data} has images of {info.get('channels', 3)} channels, the model takes {channels}. Set "
+            f"'channels: {channels}' in the file of the dataset, or pass the dataset on which the model was trained."
+        )
     names = getattr(module, "names", None)
     if names and len(names) != info["nc"]:
         raise RunError(
@@ -77,29 +102,35 @@ def _dataset(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tu
             "trained."
         )
     with outputs.scratch() as folder:
-        validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=settings)
+        validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=args)
     validator.args.imgsz = plain(imgsz)  # Ultralytics' own validation takes rectangles of exports only
     validator.data, validator.stride, validator.device = info, stride(module), device
-    path = info[split]
-    dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
-    return dataset, validator, settings
+    if not (path := info.get(split)):
+        raise RunError(f"data={data} has no images in its split '{split}', and this command needs them. Add them.")
+    try:
+        dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
+    except Exception as e:  # as above
+        raise RunError(f"data={data}: the split '{split}' cannot be read: {e}") from e
+    return dataset, validator, args
 
 
-def pixels(source: Any, imgsz: ImageSize) -> npt.NDArray[np.float32]:
+def pixels(source: Any, imgsz: ImageSize, channels: int = 3) -> npt.NDArray[np.float32]:
     """Images in the form that a model takes: `(n, channels, height, width)`, 0 to 1.
 
     Args:
         source: an array or tensor of this form, which is returned as it is; or a folder, a file, or a list of files.
             Images from files are scaled and padded with grey, as in `yolo predict`.
         imgsz: image size in pixels.
+        channels: number of channels of the model's input. With another number than 1 and 3, all channels of a file are
+            read.
 
     Raises:
-        RunError: If there is no image, or an image cannot be read.
+        RunError: If there is no image, or an image cannot be read or has another number of channels.
     """
     if hasattr(source, "ndim"):
         array = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source, np.float32)
-        if array.ndim != 4 or not len(array):
-            raise RunError(f"images: an array must be (n, channels, height, width), not {array.shape}.")
+        if array.ndim != 4 or not len(array) or array.shape[1] != channels:
+            raise RunError(f"images: an array must be (n, {channels}, height, width) here, not {array.shape}.")
         return array
     files = [Path(source)] if isinstance(source, str | Path) else [Path(item) for item in source]
     if len(files) == 1 and files[0].is_dir():
@@ -107,9 +138,14 @@ def pixels(source: Any, imgsz: ImageSize) -> npt.NDArray[np.float32]:
     if not files:
         raise RunError("images: there are none. Pass a folder of images, a list of files, or an array.")
     box, arrays = LetterBox(height_width(imgsz), auto=False), []
+    flags = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)  # as Ultralytics does
     for file in files:
-        picture = imread(str(file)) if file.is_file() else None
+        picture = imread(str(file), flags) if file.is_file() else None
         if picture is None:
             raise RunError(f"images: '{file}' cannot be read as an image.")
-        arrays.append(box(image=picture)[..., ::-1].transpose(2, 0, 1))
+        picture = picture if picture.ndim == 3 else picture[..., None]
+        if picture.shape[2] != channels:
+            raise RunError(f"images: '{file}' has {picture.shape[2]} channels, and the model takes {channels}.")
+        array = box(image=picture)
+        arrays.append((array[..., ::-1] if channels == 3 else array).transpose(2, 0, 1))
     return np.stack(arrays).astype(np.float32) / np.float32(255)

@@ -32,15 +32,22 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             file.write(data)
             _flush(file)
         move(temporary, target)  # after the file is closed: Windows cannot rename an open file
-    except BaseException:  # closing fails, too, if the disk is full
+    except BaseException as e:  # closing fails, too, if the disk is full
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            e.filename = str(path)
         raise
     return path
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` as UTF-8; see `write_bytes`."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write `text` as UTF-8; see `write_bytes`.
+
+    In names of files, Python keeps bytes that it cannot decode, for example with `LC_ALL=C`. They are written as they
+    are if they are UTF-8, and as question marks if not.
+    """
+    data = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode()
+    return write_bytes(path, data)
 
 
 def move(source: str | Path, target: str | Path) -> None:

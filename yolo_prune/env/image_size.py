@@ -61,6 +61,11 @@ def height_width(size: ImageSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size.height, size.width)
 
 
+def rounded_up(size: ImageSize, multiple: int = 32) -> ImageSize:
+    """The size with both sides rounded up to a multiple, as a model takes it."""
+    return image_size([-(-side // multiple) * multiple for side in height_width(size)], multiple)
+
+
 def _sides(value: Any) -> list[int]:
     """The numbers in a value.
 

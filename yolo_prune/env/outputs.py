@@ -47,12 +47,12 @@ def check_folder(folder: str | Path, size: int = 0) -> None:
 
 def _check(problem: str, path: Path, size: int) -> None:
     try:
-        if path.exists() and not os.access(path, os.W_OK):
-            raise OutputError(f"{problem}: it is protected. Choose another name, or allow writing.")
         folder = next(place for place in path.parents if os.path.lexists(place))
         if not folder.is_dir():
             raise OutputError(f"{problem}: '{folder}' is not a folder. Choose another folder.")
         _try(folder)
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OutputError(f"{problem}: it is protected. Choose another name, or allow writing.")
         free = shutil.disk_usage(folder).free
     except OSError as e:
         raise OutputError(f"{problem}: {reason(e)}. Choose another folder.") from e

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ultralytics.utils import LOGGER
 
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.env.log import bar
 from yolo_prune.env.versions import installed
@@ -35,7 +36,7 @@ def bench(
     models: Source | Sequence[Source],
     format: str | Sequence[str] = "onnx",
     *,
-    imgsz: ImageSize | Sequence[int] | str = 640,
+    imgsz: ImageSize | Sequence[int] | str | None = None,
     batch: int = 1,
     device: str | int = "cpu",
     threads: int | None = None,
@@ -49,7 +50,8 @@ def bench(
     Args:
         models: `YOLO` objects or paths to checkpoints. Ratios refer to the first.
         format: one or several of torch, torchscript, onnx, openvino, ncnn, engine.
-        imgsz: image size of the exports, in pixels: one number, or height and width.
+        imgsz: image size of the exports, in pixels: one number, or height and width. None: the size that the first
+            model was trained with.
         batch: images per pass.
         device: cpu, or the number of a GPU.
         threads: CPU threads per runtime; None for one per core.
@@ -102,11 +104,19 @@ def measure_models(models: Sequence[Source], formats: Sequence[str], setting: Se
     if setting.quantize == 8 and not setting.data:
         raise BenchError("quantize=8 needs images for the calibration. Pass a dataset with data=.")
     opened = [subjects.open_source(item) for item in models]
+    setting = setting.sized(opened)
+    if setting.data and (different := trained.differences(opened)):
+        LOGGER.warning(
+            f"The mAP of these models cannot be compared, because they were trained "
+            f"and validated with different {', '.join(different)}."
+        )
     with outputs.scratch(subjects.room(model.model for model in opened)) as folder:
         pairs = enumerate(zip(opened, subjects.names(models), strict=True))
         measured_subjects = [subjects.subject(model, name, Path(folder) / str(i)) for i, (model, name) in pairs]
         for subject in measured_subjects:
             subjects.count(subject, setting.imgsz)
+        for subject in measured_subjects if setting.data else ():
+            parity_check.check_labels(subject, setting)
         pictures = [parity_check.pictures_of(subject, setting) for subject in measured_subjects] if setting.data else []
         result = Measurement(
             versions=installed(),

@@ -110,7 +110,7 @@ def _tail(count: int) -> int:
     Each of the `count` values is above the true median with probability 1/2, whatever the distribution, so a binomial
     distribution gives k. The result is 0 if even the smallest and largest value do not reach the confidence.
     """
-    allowed, below, k = (1 - CONFIDENCE) / 2 * 2**count, 0, 0
-    while k <= count // 2 and (below := below + math.comb(count, k)) <= allowed:
+    below, k = 0, 0
+    while k <= count // 2 and (below := below + math.comb(count, k)) / 2**count <= (1 - CONFIDENCE) / 2:
         k += 1
     return k

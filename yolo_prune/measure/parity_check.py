@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ultralytics.engine.model import Model
+from ultralytics.utils import LOGGER
 
-from yolo_prune.data.datasets import calibration, pixels
-from yolo_prune.env import outputs
+from yolo_prune.data.datasets import calibration, labelled, pixels, validation_set
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import BenchError, ParityError
+from yolo_prune.graph import probes
 from yolo_prune.measure import runtimes, subjects
 from yolo_prune.measure.differences import CONFIDENCE, Array, Comparison, Layout, batches
 from yolo_prune.measure.quiet import quietly
@@ -38,7 +40,7 @@ def parity(
     exported: str | Path,
     images: Any,
     *,
-    imgsz: ImageSize | Sequence[int] | str = 640,
+    imgsz: ImageSize | Sequence[int] | str | None = None,
     batch: int = 1,
     device: str | int = "cpu",
     quantize: int | None = None,
@@ -51,7 +53,8 @@ def parity(
         model: a `YOLO` object or a path to the checkpoint.
         exported: `.torchscript`, `.onnx`, `.engine`, `..._openvino_model` or `..._ncnn_model`.
         images: a folder, a list of files, or an array `(n, channels, height, width)` with values from 0 to 1.
-        imgsz: image size of the export, in pixels: one number, or height and width.
+        imgsz: image size of the export, in pixels: one number, or height and width. None: the size that the model
+            was trained with, which is also the default of Ultralytics' export.
         batch: batch size of the export.
         device: the device on which both models run.
         quantize: precision of the export: 16 or 8; None for 32. The limits depend on it.
@@ -75,7 +78,9 @@ def parity(
     format = _format_of(path)
     setting = Setting.of(imgsz, batch, device, quantize=quantize)
     runtimes.check([format], setting.quantize, setting.device)
-    opened, pictures = subjects.open_source(model), pixels(images, setting.imgsz)
+    opened = subjects.open_source(model)
+    setting = setting.sized([opened])
+    pictures = pixels(images, setting.imgsz, probes.image_channels(opened.model) or 3)
     session = subjects.session(format, path, setting)
     with outputs.scratch(subjects.room([opened.model])) as folder:
         measured_subject = subjects.subject(opened, path.name, Path(folder))
@@ -87,6 +92,20 @@ def parity(
             f"{exported} ({format}) does not agree with its checkpoint: {'; '.join(result.failures)}.", result
         )
     return result
+
+
+def check_labels(subject: Subject, setting: Setting) -> None:
+    """Look for labels in the validation images; without labels, the mAP is not measured.
+
+    Raises:
+        RunError: If the dataset cannot be read, or has other classes.
+    """
+    assert setting.data
+    with quietly(f"Reading {setting.data}"):
+        images = validation_set(subject.model, setting.data, setting.imgsz)
+    subject.labelled = labelled(images, subject.model.task)
+    if not subject.labelled:
+        LOGGER.warning(f"The mAP is not measured: no validation image of data={setting.data} has a label.")
 
 
 def pictures_of(subject: Subject, setting: Setting) -> Array:
@@ -133,7 +152,9 @@ def compare(
 
 
 def validate(subject: Subject, path: Path, setting: Setting, result: Parity) -> None:
-    """Add the mAP of checkpoint and export on the validation images to `result`."""
+    """Add the mAP of checkpoint and export on the validation images to `result`, if these images have labels."""
+    if not subject.labelled:
+        return
     if subject.quality is None:
         subject.quality = _quality(subject, subject.path, setting)
     result.quality_torch = subject.quality
@@ -145,7 +166,7 @@ def _quality(subject: Subject, path: Path, setting: Setting) -> float:
     half = setting.quantize == 16 and setting.device.type != "cpu" and path.suffix != ".pt"
     name = f"Validating {subject.name} as {path.name}"
     with outputs.scratch() as folder, quietly(name):
-        settings: dict[str, Any] = {"rect": False, **at_size(subject.model, setting.imgsz)}
+        settings = {**trained.settings(subject.model), "rect": False, **at_size(subject.model, setting.imgsz)}
         metrics = subjects.reopen(subject.model, path).val(
             data=str(setting.data),
             batch=setting.batch,

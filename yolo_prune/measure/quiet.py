@@ -80,10 +80,10 @@ def _descriptors_to(log: IO[bytes]) -> Iterator[dict[int, int]]:
     """Redirect standard output and error of the process to a file.
 
     Yields:
-        `{1: ..., 2: ...}`: copies of the descriptors from before the redirection.
+        `{1: ..., 2: ...}`: copies of the descriptors from before the redirection. A closed one is left out.
     """
     _flush()
-    terminals = {number: os.dup(number) for number in (1, 2)}
+    terminals = {number: os.dup(number) for number in (1, 2) if _is_open(number)}
     try:
         for number in terminals:
             os.dup2(log.fileno(), number)
@@ -146,6 +146,14 @@ def _past_descriptors(stream: Any, terminals: dict[int, int]) -> Any:
         return stream
     raw = io.FileIO(terminals[number], "w", closefd=False)
     return io.TextIOWrapper(raw, stream.encoding or "utf-8", stream.errors or "replace", write_through=True)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def _flush() -> None:

@@ -8,7 +8,7 @@ import inspect
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, Union
 
@@ -17,7 +17,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import get_cpu_info
 
-from yolo_prune.env import checkpoints, outputs
+from yolo_prune.env import checkpoints, outputs, trained
 from yolo_prune.env.image_size import ImageSize, image_size, plain
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.measure import runtimes
@@ -28,9 +28,9 @@ from yolo_prune.planning import planner
 from yolo_prune.report.measurement import PRECISIONS
 
 BYTES = 16
-"""Disk space for each parameter: the checkpoint in half precision, and exports in single precision with a copy each.
+"""Disk space for each parameter: a checkpoint in half precision, and its exports in single precision.
 
-This value is a choice. The files of a YOLO11n with 2.6 million parameters in ONNX and OpenVINO had 27 MB, 10 for each.
+This value is a choice. The checkpoint of a YOLO11n, its TorchScript and its ONNX export have 10.3 bytes per parameter.
 """
 Source: TypeAlias = Union[Model, str, Path]  # noqa: UP007  # evaluated at run time, when Model may be Any
 
@@ -47,6 +47,7 @@ class Subject:
         params: number of parameters; None if the model cannot be traced.
         quality: mAP in torch; None until it is measured.
         weights: fingerprint of the weights.
+        labelled: whether the validation images have labels, without which no mAP can be measured.
     """
 
     name: str
@@ -56,11 +57,17 @@ class Subject:
     params: int | None = None
     quality: float | None = None
     weights: str | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of a measurement, from the arguments of `bench`."""
+    """The settings of a measurement, from the arguments of `bench`.
+
+    Attributes:
+        imgsz: image size in pixels.
+        chosen: whether the user chose the image size.
+    """
 
     imgsz: ImageSize
     batch: int
@@ -69,11 +76,12 @@ class Setting:
     repeats: int | None = None
     quantize: int = 32
     data: str | Path | None = None
+    chosen: bool = True
 
     @classmethod
     def of(
         cls,
-        imgsz: ImageSize | Sequence[int] | str = 640,
+        imgsz: ImageSize | Sequence[int] | str | None = None,
         batch: int = 1,
         device: str | int = "cpu",
         threads: int | None = None,
@@ -81,7 +89,7 @@ class Setting:
         quantize: int | None = None,
         data: str | Path | None = None,
     ) -> Setting:
-        """Check the user's arguments and make a setting from them.
+        """Check the user's arguments and make a setting from them. `sized` sets an image size that is left out.
 
         Raises:
             BenchError: For the first argument that is wrong.
@@ -94,10 +102,23 @@ class Setting:
             raise BenchError(
                 f"threads={threads}: must be at most {cores()}, the number of cores that this process may use."
             )
-        size = image_size(imgsz, error=BenchError)
+        size = image_size(trained.SIZE if imgsz is None else imgsz, error=BenchError)
         if quantize not in PRECISIONS:
             raise BenchError(f"quantize={quantize}: must be 32, 16 (half precision) or 8 (8 bit).")
-        return cls(size, batch, _device(device), threads or cores(), repeats, quantize or 32, data)
+        place = _device(device), threads or cores()
+        return cls(size, batch, *place, repeats, quantize or 32, data, chosen=imgsz is not None)
+
+    def sized(self, models: Sequence[Model]) -> Setting:
+        """This setting; if the user chose no image size, with the size that the first model was trained with."""
+        if self.chosen:
+            return self
+        sizes = [trained.size(model) for model in models]
+        if len(set(sizes)) > 1:
+            LOGGER.warning(
+                f"The models were trained with imgsz {' and '.join(map(str, sizes))}. All are measured with imgsz "
+                f"{sizes[0]}, that of the first. Pass imgsz= for another size."
+            )
+        return replace(self, imgsz=sizes[0], chosen=True)
 
 
 def _device(name: str | int) -> torch.device:

@@ -13,7 +13,7 @@ from ultralytics.utils import LOGGER
 from yolo_prune.cut.record import is_pruned
 from yolo_prune.data import datasets
 from yolo_prune.env.checkpoints import open_model
-from yolo_prune.env.image_size import ImageSize, height_width, image_size
+from yolo_prune.env.image_size import ImageSize, rounded_up
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.measure import subjects
 from yolo_prune.planning import planner
@@ -26,7 +26,7 @@ DENSE, EARLIER = "dense", "before this run"
 
 def export_size(report: Report) -> ImageSize:
     """The image size of a run in pixels, rounded up to multiples of 32, as exports need it."""
-    return image_size([-(-side // 32) * 32 for side in height_width(report.imgsz or 640)])
+    return rounded_up(report.imgsz or 640)
 
 
 def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: ImageSize) -> str | None:
@@ -39,7 +39,7 @@ def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: I
         return None
     try:
         for model in models:
-            datasets.validation_files(model, asked or report.data, imgsz, 1)
+            datasets.validation_set(model, asked or report.data, imgsz)
     except PruneError as e:
         if asked:
             raise

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ultralytics.utils import LOGGER
 
 from yolo_prune.data import datasets
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.checkpoints import open_model
 from yolo_prune.env.files import write_text
 from yolo_prune.env.image_size import ImageSize
@@ -32,14 +32,19 @@ class Compared(NamedTuple):
 
 
 def compare(
-    models: Sequence[str | Path], data: str, imgsz: ImageSize, save: str | Path, formats: Sequence[str] = (), **how: Any
+    models: Sequence[str | Path],
+    data: str,
+    imgsz: ImageSize | None,
+    save: str | Path,
+    formats: Sequence[str] = (),
+    **how: Any,
 ) -> Compared:
     """Validate checkpoints on a dataset, and write a page that compares them.
 
     Args:
         models: two or more checkpoints; the others are compared with the first.
         data: the dataset, as for `model.val`.
-        imgsz: image size in pixels.
+        imgsz: image size in pixels; None: the size that the first model was trained with.
         save: path of the page.
         formats: formats to measure, as `runtimes.parse` returns them; if empty, nothing is measured.
         how: more arguments for `Setting.of`.
@@ -60,17 +65,26 @@ def compare(
             f"Models of different tasks cannot be compared, and these are for {', '.join(sorted(tasks))}. Pass models "
             "of one task."
         )
+    setting = setting.sized(opened)
+    imgsz, different = setting.imgsz, trained.differences(opened)
+    notes = [f"trained and validated with different {', '.join(different)}"] if different else []
     # All datasets are checked first; timing comes before validation, which fuses the models.
-    files = [datasets.validation_files(model, data, imgsz, evaluate.PHOTOS) for model in opened]
+    images = [datasets.validation_set(model, data, imgsz) for model in opened]
+    if not all(datasets.labelled(each, model.task) for each, model in zip(images, opened, strict=True)):
+        raise RunError(
+            f"No validation image of data={data} has a label, so the accuracy of the models cannot be measured. Add "
+            "the labels; or use 'bench', which compares latencies without labels."
+        )
     measurement = evaluate.time_all(opened, formats, setting).renamed(names) if formats else None
     candidates: list[Candidate] = []
     for name, model in zip(names, opened, strict=True):
         LOGGER.info(f"Validating {name} ({len(candidates) + 1} of {len(names)})")
         candidates.append(evaluate.validate_once(model, name, data, imgsz))
-    photos = evaluate.photographs(opened, files[0], imgsz, None)
+    photos = evaluate.photographs(opened, datasets.spread(images[0], evaluate.PHOTOS), imgsz, None)
     asked = [f"format={','.join(formats)}", *(f"{k}={v}" for k, v in how.items())] if formats else []
     words = ["yolo-prune", "compare", *map(str, paths), f"data={data}", f"imgsz={imgsz}", *asked, f"save={save}"]
-    text = render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement)
+    text = render_comparison(candidates, data, imgsz, photos, shlex.join(words), measurement, notes)
     page = outputs.deliver(save, lambda path: write_text(path, text))
-    tables = [comparison_table(candidates), *([str(measurement)] if measurement else [])]
-    return Compared("\n\n".join(tables), measurement, page)
+    told = "\n".join((f"imgsz {imgsz}", *(f"The models were {note}." for note in notes)))
+    parts = [told, comparison_table(candidates), *([str(measurement)] if measurement else [])]
+    return Compared("\n\n".join(parts), measurement, page)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.results import Results
 
 from yolo_prune.cut.copies import size_mb
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, plain
 from yolo_prune.env.metrics import average_precision, class_ap
 from yolo_prune.errors import RunError
@@ -32,7 +32,9 @@ CONFIDENCE = 0.25
 SHOWN = ("detect", "segment", "pose", "obb")  # tasks whose results have outlines
 
 
-def validate_once(model: Model, name: str, data: str | Path, imgsz: ImageSize) -> Candidate:
+def validate_once(
+    model: Model, name: str, data: str | Path, imgsz: ImageSize, settings: Mapping[str, Any] | None = None
+) -> Candidate:
     """Validate a model once, and compute its cost.
 
     Args:
@@ -40,6 +42,7 @@ def validate_once(model: Model, name: str, data: str | Path, imgsz: ImageSize) -
         name: the name of the model on the page.
         data: the dataset, as for `model.val`.
         imgsz: image size in pixels.
+        settings: more arguments for `model.val`; None: those that the model was trained with.
 
     Raises:
         RunError: If the dataset cannot be read.
@@ -48,9 +51,10 @@ def validate_once(model: Model, name: str, data: str | Path, imgsz: ImageSize) -
     flops, params = planner.present_cost(module.float(), imgsz)
     size = size_mb(module)
     with outputs.scratch() as folder:
-        places = {"project": folder, "name": "val", "exist_ok": True, **at_size(model, imgsz)}
+        places = {"project": folder, "name": "val", "exist_ok": True}
+        how = {**(trained.settings(model) if settings is None else settings), **at_size(model, imgsz)}
         try:
-            metrics: Any = model.val(data=str(data), plots=False, verbose=False, workers=0, **places)
+            metrics: Any = model.val(data=str(data), plots=False, verbose=False, workers=0, **places, **how)
         except (OSError, RuntimeError, SyntaxError, KeyError, IndexError, ValueError, TypeError) as e:
             raise RunError(f"{name} cannot be validated on data={data}: {type(e).__name__}: {e}") from e
     part = average_precision(metrics)

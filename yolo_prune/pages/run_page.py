@@ -12,7 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 
 from yolo_prune.data import datasets
-from yolo_prune.env import outputs
+from yolo_prune.env import outputs, trained
 from yolo_prune.env.checkpoints import open_model
 from yolo_prune.env.files import write_text
 from yolo_prune.env.image_size import ImageSize
@@ -52,7 +52,7 @@ def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None
         try:
             models = [open_model(start), open_model(_delivered(folder))]
             files = datasets.spread(dataset, evaluate.PHOTOS)
-            photos = evaluate.photographs(models, files, report.imgsz or 640, device)
+            photos = evaluate.photographs(models, files, report.imgsz or trained.SIZE, device)
         except Exception as e:  # the page is also useful without images
             LOGGER.warning(f"{PAGE} has no images: {type(e).__name__}: {e}")
     return _write(folder, report, start, photos).page
@@ -166,13 +166,14 @@ def _photos_and_classes(report: Report, models: list[Model], data: str, measure:
 
     With `measure`, class accuracies that the report lacks are measured and added to the copy.
     """
-    imgsz = report.imgsz or 640
-    files = datasets.validation_files(models[0], data, imgsz, evaluate.PHOTOS)
+    imgsz, settings = report.imgsz or trained.SIZE, trained.held(report.arguments)
+    images = datasets.validation_set(models[1], data, imgsz)
+    measure = measure and datasets.labelled(images, models[1].task)
     report = report.model_copy(deep=True)
     for figures, model in zip((report.dense, report.pruned), models, strict=True):
         if measure and not figures.classes:
-            figures.classes = evaluate.validate_once(model, "the model", data, imgsz).figures.classes
-    return report, evaluate.photographs(models, files, imgsz, None)
+            figures.classes = evaluate.validate_once(model, "the model", data, imgsz, settings).figures.classes
+    return report, evaluate.photographs(models, datasets.spread(images, evaluate.PHOTOS), imgsz, None)
 
 
 def _start(folder: Path, report: Report) -> Path | None:

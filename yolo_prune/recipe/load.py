@@ -63,7 +63,9 @@ def _read(source: str | Path | Mapping[str, Any] | Recipe | None) -> tuple[dict[
     if isinstance(source, Mapping):
         return _deep(source), "mapping"
     name = DEFAULT if source is None else str(source)
-    path = Path(name)
+    if "://" in name:
+        raise RecipeError(f"The recipe '{name}' is a web address. Download the file, and pass its path.")
+    path = Path(name).expanduser()
     if path.suffix.lower() in (".yaml", ".yml"):
         return _parse(path), name
     if name in bundled_names():

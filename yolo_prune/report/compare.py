@@ -43,6 +43,7 @@ def render_comparison(
     photos: Sequence[Photo] = (),
     command: str = "",
     measurement: Measurement | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """The page that compares models with the first of them.
 
@@ -53,13 +54,14 @@ def render_comparison(
         photos: images with the detections of each model.
         command: the command that made the page.
         measurement: the latencies of the models, under the names of the candidates.
+        notes: what a reader must know to compare the models.
     """
     first = candidates[0]
     classes: list[ClassRow] = class_rows([c.figures.classes for c in candidates])
     return write(
         "compare.html.j2",
         title=f"{len(candidates)} models on {Path(data).stem or data}",
-        facts=[Path(data).name, f"imgsz {imgsz}"],
+        facts=[Path(data).name, f"imgsz {imgsz}", *notes],
         candidates=candidates,
         first=first,
         measure=measure_name(candidates),

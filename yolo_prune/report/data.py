@@ -216,6 +216,9 @@ class Report(_Row):
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
+        elif path.is_file() and path.suffix != ".json":
+            run = next((folder for folder in path.parents if (folder / FILE_NAME).is_file()), None)
+            raise PruneError(f"'{path}' is not a report. Pass the folder of the run" + (f": {run}" if run else "."))
         return cls._from_data(FILE.read(path), path)
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 from yolo_prune.env import ranks
 from yolo_prune.recipe import Recipe
 from yolo_prune.run import journal, live, resume, rounds, verdict
-from yolo_prune.run.finish import finish
+from yolo_prune.run.finish import fail, finish
 from yolo_prune.run.start import start
 from yolo_prune.run.state import PruningTrainer, run_of
 
@@ -98,4 +98,4 @@ class PruneCallback:
 
     def teardown(self, trainer: PruningTrainer) -> None:
         """The run is over, with or without an error."""
-        journal.fail(trainer, sys.exc_info()[1])
+        fail(trainer, sys.exc_info()[1])

@@ -15,7 +15,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.checks import check_imgsz
 
-from yolo_prune.cut.record import is_pruned
+from yolo_prune.cut.record import composed_plan, is_pruned, is_rebuilt
 from yolo_prune.env.releases import load_checkpoint, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.graph.probes import stride
@@ -64,6 +64,17 @@ def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Refuse a limit on the drop in a run that does not validate."""
     if recipe.limit is not None and settings.get("val") is False:
         raise RunError("A limit on the drop (max_drop) needs validation after each epoch. Leave val=False out.")
+
+
+def check_splits(model: Model, settings: Mapping[str, Any]) -> None:
+    """Refuse a classification dataset without validation images. Ultralytics would end with a `TypeError`."""
+    folder = Path(str(settings.get("data")))
+    splits = ("val", "validation", "valid", "test")
+    if model.task == "classify" and (folder / "train").is_dir() and not any((folder / s).exists() for s in splits):
+        raise RunError(
+            f"data={folder} has no folder 'val' or 'test', and Ultralytics needs validation images in every run. Move "
+            "some of the training images into it."
+        )
 
 
 def check_teacher(model: Model, recipe: Recipe, settings: Mapping[str, Any]) -> None:
@@ -117,9 +128,15 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
 
 
 def check_keeps_structure(model: Model, settings: Mapping[str, Any]) -> None:
-    """Refuse weights that would replace a pruned structure by a dense one, or a dense structure by a pruned one."""
+    """Refuse a run that would replace a pruned structure by a dense one, or a dense structure by a pruned one."""
     pretrained = settings.get("pretrained", True)
     if is_pruned(model.model):
+        if pretrained is False:
+            raise RunError(
+                "pretrained=False would rebuild the dense model and lose the pruned structure. Leave pretrained out. "
+                "After reset_weights(), which sets it, pass pretrained=True: this trains the new weights in the pruned "
+                "structure."
+            )
         if pretrained not in (True, None):
             raise RunError(
                 f"pretrained={pretrained!r} would rebuild the dense model and lose the pruned structure. Leave "
@@ -132,6 +149,29 @@ def check_keeps_structure(model: Model, settings: Mapping[str, Any]) -> None:
                 f"pretrained={pretrained} is a pruned model. Copying its weights into the dense model would lose the "
                 f"pruned structure. Pass it as the model instead: model={pretrained}."
             )
+    if not model.ckpt and is_rebuilt(model.model):
+        raise RunError(
+            f"'{model.model_name}' describes a pruned model, but a YAML file always builds the dense model. Pass the "
+            "pruned .pt checkpoint; or, for the dense model, remove the key 'pruning' from the file."
+        )
+
+
+def check_load(module: nn.Module, weights: nn.Module) -> None:
+    """Refuse to load weights between a pruned model and a model with another structure.
+
+    Ultralytics copies the tensors that fit, and leaves the others as they are.
+    """
+    mine, theirs = composed_plan(module), composed_plan(weights)
+    if (mine and mine.keep) == (theirs and theirs.keep):
+        return
+    if mine and theirs:
+        differ = "This model and the weights to load were pruned differently"
+    else:
+        differ = f"This model is {'' if mine else 'not '}pruned, but the weights to load are{' not' if mine else ''}"
+    raise RunError(
+        f"{differ}. Loading would mix two structures and damage the model. Start from the file of the weights instead: "
+        "YOLO('weights.pt')."
+    )
 
 
 def check_gradients() -> None:

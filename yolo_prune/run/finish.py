@@ -10,9 +10,10 @@ from ultralytics.utils import LOGGER, colorstr
 
 from yolo_prune.cut import surgery
 from yolo_prune.cut.record import read_record, student_of
+from yolo_prune.env import ranks
 from yolo_prune.env.log import PREFIX
 from yolo_prune.env.releases import load_checkpoint
-from yolo_prune.errors import RunError
+from yolo_prune.errors import PruneError, RunError
 from yolo_prune.pages import run_page
 from yolo_prune.report import Report, rounds_table, summary_table
 from yolo_prune.report.data import FILE_NAME
@@ -52,6 +53,21 @@ def finish(trainer: PruningTrainer, run: RunState) -> None:
     _warn_on_failure(f"{PAGE} could not be written", lambda: _write_page(trainer, run.report))
     LOGGER.info(f"\n{rounds_table(run.report)}\n\n{summary_table(run.report)}")
     LOGGER.info(f"{PREFIX}pruned model {colorstr('bold', delivered)}, report {colorstr('bold', trainer.save_dir)}")
+
+
+def fail(trainer: PruningTrainer, error: BaseException | None) -> None:
+    """A run has failed or was interrupted: mark its report. If no cut held, show the rounds in a picture and a page."""
+    run = trainer.pruning
+    if not run or run.report.status != "running":
+        return
+    journal.fail(trainer, error)
+    if ranks.first() and isinstance(error, PruneError) and run.report.rounds:
+        _warn_on_failure("prune.png could not be drawn", lambda: draw(run.report, trainer.save_dir / "prune.png"))
+        page = Path(trainer.save_dir) / PAGE
+        _warn_on_failure(f"{PAGE} could not be written", lambda: run_page.at_end(page.parent, run.report))
+        LOGGER.info(
+            f"\n{rounds_table(run.report)}\n\n{PREFIX}the rounds of this run are shown in {colorstr('bold', page)}"
+        )
 
 
 def _write_page(trainer: PruningTrainer, report: Report) -> None:

@@ -113,7 +113,7 @@ def _identity(trainer: PruningTrainer, recipe: Recipe) -> dict[str, Any]:
 def log_epoch(trainer: PruningTrainer, run: RunState, number: int) -> None:
     """Add an epoch that was trained and validated to the report. `number` is counted from 1."""
     flops, params = run.cost
-    row = EpochRow(epoch=number, fitness=trainer.fitness, flops=flops, params=params)
+    row = EpochRow(epoch=number, fitness=live.fitness_of_epoch(trainer), flops=flops, params=params)
     kept = [r for r in run.report.epochs_log if r.epoch < number]  # a repeated epoch replaces its old row
     run.report.epochs_log = [*kept, row]
     save(trainer, run.report)
@@ -217,7 +217,7 @@ def complete(trainer: PruningTrainer, run: RunState, model: nn.Module, plan: Pla
     """Add the measurements of the delivered model to the report, and mark the report as finished."""
     report = run.report
     flops, params = planner.present_cost(model, run.imgsz(trainer))
-    fitness = float(trainer.validator.metrics.fitness)
+    fitness = float(trainer.validator.metrics.fitness) if live.labelled(trainer) else None
     classes = class_ap(trainer.validator.metrics)
     report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
     if report.timed:

@@ -25,8 +25,9 @@ from yolo_prune.env.releases import load_checkpoint, load_yaml
 from yolo_prune.errors import ArgumentError, PruneError, RunError
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.report import Report
-from yolo_prune.run import checks, journal, leftovers, schedule
+from yolo_prune.run import checks, leftovers, schedule
 from yolo_prune.run.callback import PruneCallback
+from yolo_prune.run.finish import fail
 from yolo_prune.run.settings import as_arguments, fine_tuning, not_chosen, recommended
 from yolo_prune.run.trainer import KeepStructure, prune_trainer
 
@@ -147,13 +148,15 @@ def _run(
         model.model, model.ckpt = before
         ran = model.trainer if isinstance(model.trainer, KeepStructure) else None
         if ran:
-            journal.fail(ran, e)
+            fail(ran, e)
         if ran and isinstance(e, subprocess.CalledProcessError) and getattr(ran, "ddp", False):
             raise RunError(_failed_worker(ran)) from e  # this process only started the processes that train
         raise
     finally:
         if launch.callback:
             launch.callback.detach(model.callbacks)
+        if isinstance(model.trainer, KeepStructure) and model.trainer.claim:
+            model.trainer.claim.release()
 
 
 def _failed_worker(trainer: BaseTrainer) -> str:
@@ -177,6 +180,7 @@ def _prune(model: Model, request: Request) -> Launch:
     _warn(model, recipe, settings)
     checks.check_settings(settings)
     checks.check_validates(recipe, settings)
+    checks.check_splits(model, settings)
     checks.check_teacher(model, recipe, settings)
     checks.check_fits(model.model, recipe, settings)
     checks.check_keeps_structure(model, settings)

@@ -224,9 +224,20 @@ def save_last(trainer: PruningTrainer, ended: bool = False) -> None:
         trainer.fitness, trainer.save_period = fitness, period
 
 
+def labelled(trainer: PruningTrainer) -> bool:
+    """Whether the validation images have labels. Only the first rank has these images; the others return True."""
+    return not ranks.first() or datasets.labelled(trainer.test_loader.dataset, trainer.args.task)
+
+
+def fitness_of_epoch(trainer: PruningTrainer) -> float | None:
+    """Fitness of the last epoch; None without labels, with which Ultralytics reports 0."""
+    return trainer.fitness if labelled(trainer) else None
+
+
 def validate(trainer: PruningTrainer) -> float | None:
     """Fitness of the averaged model, measured with the validator of the run. The state of the run does not change.
 
+    None without labels, with which nothing is measured.
     With several ranks, all of them must call this function. Only the first rank gets the fitness; the others get None.
     """
     ranks.share(trainer.ema.ema.buffers())
@@ -241,7 +252,7 @@ def validate(trainer: PruningTrainer) -> float | None:
             measured = trainer.validator(trainer)
     finally:
         trainer.validator.args.plots = plots
-    return float(measured["fitness"]) if measured else None
+    return float(measured["fitness"]) if measured and labelled(trainer) else None
 
 
 def training_images(trainer: PruningTrainer, batches: int, seed: int) -> Iterator[Tensor]:

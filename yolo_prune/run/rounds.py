@@ -280,7 +280,7 @@ def _compare_ranks(trainer: PruningTrainer, plan: Plan) -> None:
 
 def _fitness_before(trainer: PruningTrainer, run: RunState) -> float | None:
     """Fitness of the averaged model before the cut: that of the last epoch if it is known, else measured."""
-    known = trainer.fitness if trainer.epoch > trainer.start_epoch else None
+    known = live.fitness_of_epoch(trainer) if trainer.epoch > trainer.start_epoch else None
     known = ranks.agree(lambda: None if known is None else float(known))  # only the first rank knows it
     wanted = run.recipe.measure or run.recipe.limit is not None
     before = live.validate(trainer) if known is None and wanted else known

@@ -9,6 +9,7 @@ from yolo_prune.cut.record import Record, read_record
 from yolo_prune.env import ranks
 from yolo_prune.env.files import write_text
 from yolo_prune.env.log import PREFIX
+from yolo_prune.errors import RunError
 from yolo_prune.latency import search
 from yolo_prune.latency.target import find, written_out
 from yolo_prune.planning import planner
@@ -27,6 +28,7 @@ def start(trainer: PruningTrainer, recipe: Recipe) -> RunState:
     Raises:
         PruneError: If the recipe does not fit this model or this run.
     """
+    ranks.agree(lambda: _check_labels(trainer, recipe))
     record = read_record(live.model_of(trainer))
     run = _resume(trainer, recipe, record) if trainer.resume and record else _begin(trainer, recipe)
     if not run.over:
@@ -40,6 +42,19 @@ def start(trainer: PruningTrainer, recipe: Recipe) -> RunState:
         + (f"; {run.done} done already" if run.done else "")
     )
     return run
+
+
+def _check_labels(trainer: PruningTrainer, recipe: Recipe) -> None:
+    """Refuse a limit on the drop if the validation images have no labels: no fitness is measured then."""
+    if live.labelled(trainer):
+        return
+    what = f"No validation image of data={trainer.args.data} has a label that this run uses"
+    if recipe.limit is not None:
+        raise RunError(
+            f"{what}, so no fitness can be measured, and a limit on the drop (max_drop) needs one. Add the labels, or "
+            "leave max_drop out."
+        )
+    LOGGER.warning(f"{PREFIX}{what}: the fitness is not measured, and best.pt is the model of the last epoch.")
 
 
 def _count(run: RunState) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +18,14 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune.cut import heads
-from yolo_prune.cut.record import is_pruned
+from yolo_prune.cut.record import delete_record, is_pruned
 from yolo_prune.env import ranks
 from yolo_prune.env.files import WholeFile, move, write_bytes
-from yolo_prune.env.releases import strip_qat
+from yolo_prune.env.releases import strip_qat, unwrap_model
 from yolo_prune.errors import RunError
-from yolo_prune.graph.probes import image_channels
-from yolo_prune.run import inputs, resume, rounds, schedule
+from yolo_prune.run import inputs, keep, resume, rounds, schedule
+from yolo_prune.run.claim import Claim
+from yolo_prune.run.keep import StockLevel
 from yolo_prune.run.sparse import SparseTraining
 from yolo_prune.run.state import PruningTrainer, RunState
 from yolo_prune.run.warmup import RestartWarmUp
@@ -44,6 +45,8 @@ class KeepStructure(_Base):
         warm_up: the warm-up after a reset of the optimizer.
         sparse: sparse training, after each step of the optimizer.
         stopped_early: whether the resumed run had already stopped early when it was killed.
+        keeps: whether the run trains a model that was pruned before.
+        claim: keeps other runs out of the folder of this run; None if this process does not write there.
     """
 
     data: Any
@@ -51,64 +54,78 @@ class KeepStructure(_Base):
     scheduler: Any
     pruning: RunState | None = None
     stopped_early = False
+    keeps = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
+        writes = ranks.first() and not getattr(self, "ddp", False)  # else another process writes
+        self.claim = Claim(self.save_dir) if writes else None
         inputs.keep(self)
         self.accumulation = resume.GradientAccumulation()
         self.warm_up = RestartWarmUp()
         self.sparse = SparseTraining()
         self._stripped: Path | None = None
 
-    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-        """The model to train: a copy of `weights` if it is pruned, else the model that Ultralytics' trainer builds."""
-        if not isinstance(weights, nn.Module) or not is_pruned(weights):
-            return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
+    def get_model(self, cfg: Any = None, weights: Any = None, **options: Any) -> Any:
+        """The model to train, from the user's trainer or Ultralytics' own. If `weights` is pruned, it stays pruned."""
+        trained = isinstance(weights, nn.Module)
+        if trained and self.resume:
+            keep.check_same_data(weights, self.data, self._by_name)
+        if not trained or not is_pruned(weights):
+            return super().get_model(cfg=cfg, weights=weights, **options)  # type: ignore[misc]
         if any("YOLOEPE" in cls.__name__ for cls in type(self).__mro__):
             raise RunError(
                 "Linear probing rebuilds the head of YOLOE, which would lose the pruned structure. Probe first, then "
                 "prune; or fine-tune the pruned model with the default trainer."
             )
-        model: Any = deepcopy(weights).float()
+        pruned = self._fitted(weights)
+        given = self.kept = deepcopy(pruned)
+        delete_record(given)  # else `load` of a dense model would refuse it; `adopt` corrects that model's structure
+        try:
+            built = super().get_model(cfg=deepcopy(given.yaml), weights=given, **options)  # type: ignore[misc]
+        finally:
+            self.kept = None
+        keep.adopt(built, pruned, edited=built is given, builder=_user_class(self).__name__)
+        self.keeps = True
+        return built
+
+    def _fitted(self, weights: Any) -> Any:
+        """A copy of a pruned model, ready to be trained on the dataset of this run."""
+        model = deepcopy(weights).float()
         strip_qat(model)  # a resumed quantize=8 run inserts its quantizers again
         model.criterion = None  # made again, with the arguments of this run
-        self._fit_to_data(model)
+        keep.fit(model, self.data, self._by_name, self._dense)
         model.requires_grad_(True)  # the parameters in a checkpoint do not require gradients
-        _copy_dropout(self._stock_model(model), model)  # building the stock model also sets up the trainer
         return model
 
-    def _fit_to_data(self, model: Any) -> None:
-        """Give a pruned model the input channels, keypoints and classes of this run's dataset."""
-        data = self.data
-        channels, wanted = image_channels(model), data.get("channels", 3)
-        if channels and channels != wanted:
-            follow = heads.followers(lambda n: self._stock_model(model, channels=n)).of(model, channels)
-            heads.resize(model, follow, wanted, self._stock_model(model, channels=wanted))
-            model.yaml["channels"] = wanted
-        keypoints = getattr(model, "kpt_shape", None)
-        if keypoints and "kpt_shape" in data and list(keypoints) != list(data["kpt_shape"]):
-            count, size = data["kpt_shape"]
-            follow = heads.followers(lambda n: self._stock_model(model, kpt_shape=[n, keypoints[1]]))
-            renewed = heads.followers(lambda n: self._stock_model(model, kpt_shape=[n, size]))
-            stock = self._stock_model(model, kpt_shape=[count, size])
-            heads.resize(model, renewed.among(follow.of(model, keypoints[0])), count, stock)
-            model.kpt_shape = model.model[-1].kpt_shape = model.yaml["kpt_shape"] = [count, size]
-        classes, names = len(model.names), data["names"]
-        rows = heads.same_names(model.names, names) if getattr(self.args, "cls_remap", True) else None
-        if classes != data["nc"] or rows:
-            follow = heads.followers(lambda n: self._stock_model(model, nc=n)).of(model, classes)
-            heads.resize(model, follow, data["nc"], self._stock_model(model, nc=data["nc"]), rows)
-            model.yaml["nc"] = data["nc"]
+    @property
+    def _by_name(self) -> bool:
+        """Whether classes keep their weights by name."""
+        return bool(getattr(self.args, "cls_remap", True))
 
-    def _stock_model(self, model: Any, **data: Any) -> nn.Module:
-        """The dense model that Ultralytics' trainer builds for this run, with some values of the dataset replaced."""
+    def _dense(self, model: Any, **data: Any) -> nn.Module:
+        """The dense model that the trainer builds for this run, with some values of the dataset replaced."""
         before = self.data
         self.data = {**before, **data}
+        build = super().get_model  # type: ignore[misc]
+        quiet = {"verbose": False} if "verbose" in inspect.signature(build).parameters else {}
         try:
-            return super().get_model(deepcopy(model.yaml), None, verbose=False)  # type: ignore[misc,no-any-return]
+            return build(cfg=deepcopy(model.yaml), weights=None, **quiet)  # type: ignore[no-any-return]
         finally:
             self.data = before
+
+    def setup_model(self) -> Any:
+        """As in Ultralytics, but a pruned model must not be replaced by a model with another structure."""
+        keeps = self.keeps or (isinstance(self.model, nn.Module) and is_pruned(self.model))
+        checkpoint = super().setup_model()  # type: ignore[misc]
+        if (keeps or self.keeps) and not is_pruned(unwrap_model(self.model)):
+            name = _user_class(self).__name__
+            raise RunError(
+                f"{name}.setup_model replaces the pruned model by a model with another structure. Change the model in "
+                f"{name}.get_model instead, or leave its structure as it is."
+            )
+        return checkpoint
 
     def _setup_scheduler(self, *args: Any) -> None:
         """As in Ultralytics, but the schedule of the learning rate restarts at each cut if the recipe asks for it.
@@ -248,16 +265,25 @@ class _AllTrained(Exception):
 
 @cache
 def prune_trainer(base: type[BaseTrainer]) -> type[BaseTrainer]:
-    """`base` with `KeepStructure`. The name of the class contains "Trainer", because Ultralytics checks this."""
+    """`base` with `KeepStructure`. The name of the class contains "Trainer", because Ultralytics checks this.
+
+    `KeepStructure` comes before the classes of the user, `StockLevel` after them and before Ultralytics' own. So all
+    methods of the user run, and what they call with `super()` knows pruned models.
+    """
     if issubclass(base, KeepStructure):
         return base
     name = f"Prune{base.__name__}"
-    return type(name, (KeepStructure, base), {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__})
+    stock = next(cls for cls in base.__mro__ if _is_stock(cls))
+    users = () if base is stock else (base,)
+    described = {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__}
+    return type(name, (KeepStructure, *users, StockLevel, stock), described)
 
 
-def _copy_dropout(stock: nn.Module, model: nn.Module) -> None:
-    """Copy the dropout of this run (`dropout=`) from the stock model into the pruned model."""
-    wanted = {name: layer.p for name, layer in stock.named_modules() if isinstance(layer, nn.Dropout)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Dropout) and name in wanted:
-            layer.p = wanted[name]
+def _is_stock(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "ultralytics"
+
+
+def _user_class(trainer: Any) -> type:
+    """The class of the trainer that the user passed, or Ultralytics' own."""
+    classes = type(trainer).__mro__
+    return next(cls for cls in classes[classes.index(KeepStructure) + 1 :] if cls is not StockLevel)
