@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
@@ -30,6 +30,13 @@ from yolo_prune.report.photos import Photo
 START = "weights/round0.pt"  # the model that a run started from, if the run kept it
 
 
+class Written(NamedTuple):
+    """The page of a run, and the measurement that it shows; None if there is none."""
+
+    page: Path
+    measurement: Measurement | None
+
+
 def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None) -> Path:
     """At the end of a run, write its page into its folder.
 
@@ -48,12 +55,12 @@ def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None
             photos = evaluate.photographs(models, files, report.imgsz or trained.SIZE, device)
         except Exception as e:  # the page is also useful without images
             LOGGER.warning(f"{PAGE} has no images: {type(e).__name__}: {e}")
-    return _write(folder, report, start, photos)
+    return _write(folder, report, start, photos).page
 
 
 def write_report(
     run: str | Path, *, data: str | None = None, model: str | None = None, save: str | Path | None = None
-) -> Path:
+) -> Written:
     """Write the page of a run.
 
     Args:
@@ -127,10 +134,14 @@ def measure_run(
 
 def _open(run: str | Path, model: str | None) -> tuple[Path, Report, Path | None]:
     """The folder of a run, its report, and the checkpoint that it started from, if the file exists."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    report = Report.load(run)
+    folder, report = folder_of(run), Report.load(run)
     Front.load(folder)  # a damaged file is reported before any work
     return folder, report, Path(model) if model else _start(folder, report)
+
+
+def folder_of(run: str | Path) -> Path:
+    """The folder of a run, from this folder or its prune.json."""
+    return Path(run) if Path(run).is_dir() else Path(run).parent
 
 
 def _no_start_model(report: Report) -> RunError:
@@ -139,7 +150,7 @@ def _no_start_model(report: Report) -> RunError:
 
 def _write(
     folder: Path, report: Report, start: Path | None, photos: Sequence[Photo], save: str | Path | None = None
-) -> Path:
+) -> Written:
     """Write the page of a run, with the measurement in its folder."""
     names = [bench_file.start_name(start), "pruned"]
     measurement = bench_file.load(folder, report, start, _result(folder))
@@ -147,7 +158,7 @@ def _write(
         measurement = measurement.renamed(names)
         report = bench_file.with_latencies(report, measurement)
     page = render(report, Front.load(folder), photos, folder, names, measurement)
-    return outputs.deliver(save or folder / PAGE, lambda path: write_text(path, page))
+    return Written(outputs.deliver(save or folder / PAGE, lambda path: write_text(path, page)), measurement)
 
 
 def _photos_and_classes(report: Report, models: list[Model], data: str, measure: bool) -> tuple[Report, list[Photo]]:

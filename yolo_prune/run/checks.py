@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.nn.modules.head import Detect
@@ -171,6 +172,15 @@ def check_load(module: nn.Module, weights: nn.Module) -> None:
         f"{differ}. Loading would mix two structures and damage the model. Start from the file of the weights instead: "
         "YOLO('weights.pt')."
     )
+
+
+def check_gradients() -> None:
+    """Refuse to train where gradients are off. Ultralytics fails there too, but only at its first batch."""
+    if not torch.is_grad_enabled():
+        raise RunError(
+            "Training needs gradients, and they are off here: this call is inside torch.inference_mode() or "
+            "torch.no_grad(), or after torch.set_grad_enabled(False). Call train outside of it."
+        )
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from yolo_prune.env.releases import load_checkpoint, load_yaml
 from yolo_prune.errors import ArgumentError, PruneError, RunError
 from yolo_prune.recipe import Recipe, load_recipe
 from yolo_prune.report import Report
-from yolo_prune.run import checks, schedule
+from yolo_prune.run import checks, leftovers, schedule
 from yolo_prune.run.callback import PruneCallback
 from yolo_prune.run.finish import fail
 from yolo_prune.run.settings import as_arguments, fine_tuning, not_chosen, recommended
@@ -128,6 +128,7 @@ def train(
         launch = _keep_structure(model, request)
     if launch is None:
         return stock_train(model, trainer=trainer, **request.stock)
+    checks.check_gradients()
     checks.check_devices(request.settings)
     return _run(model, stock_train, prune_trainer(_trainer_class(trainer, model)), request, launch)
 
@@ -233,7 +234,7 @@ def _resume(model: Model, request: Request) -> Launch | None:
         raise RunError(
             f"'{model.ckpt_path}' is not the checkpoint of the interrupted run. Resume that run with YOLO('{last}')."
         )
-    source = _resume_source(model, settings)
+    path, source, checkpoint = _resume_source(model, settings)
     record = read_record(source)
     if record is None or not record.active:
         if request.prunes or request.recipe_keys:
@@ -246,10 +247,11 @@ def _resume(model: Model, request: Request) -> Launch | None:
         raise RunError(
             f"A resumed run keeps the recipe that it began with. Leave out {', '.join(request.recipe_keys)}."
         )
-    if settings["resume"] is True and not (model.ckpt or {}).get("optimizer"):
+    if not checkpoint.get("optimizer"):
+        leftovers.delete(Path(path).parent.parent)
         raise RunError(
-            f"'{model.ckpt_path}' belongs to a run that has ended, so there is nothing to resume. Leave out resume to "
-            "train the pruned model further."
+            f"'{path}' belongs to a run that has ended, so there is nothing to resume. Leave out resume to train the "
+            "pruned model further."
         )
     checks.check_settings(request.stock)
     recipe = Recipe.model_validate(record.recipe)
@@ -257,11 +259,11 @@ def _resume(model: Model, request: Request) -> Launch | None:
     return Launch(PruneCallback(recipe))
 
 
-def _resume_source(model: Model, settings: Mapping[str, Any]) -> nn.Module:
-    """The model in the checkpoint that a run is resumed from."""
+def _resume_source(model: Model, settings: Mapping[str, Any]) -> tuple[str | Path, nn.Module, Mapping[str, Any]]:
+    """The checkpoint that a run is resumed from: its path, its model, and its content."""
     resume = settings["resume"]
-    module: nn.Module = model.model
     if isinstance(resume, str | Path):
         path = resume if Path(resume).exists() else get_latest_run()  # the same file that Ultralytics uses
-        module = load_checkpoint(path)[0] if path else module
-    return module
+        if path:
+            return path, *load_checkpoint(path)
+    return str(model.ckpt_path), model.model, model.ckpt or {}

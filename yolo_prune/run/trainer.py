@@ -161,8 +161,7 @@ class KeepStructure(_Base):
         if run and run.exact:
             resume.save(self, run.structure_changes)
         saved = super().save_model()  # type: ignore[safe-super]
-        if run:
-            resume.delete_old_states(self, run.structure_changes)
+        resume.delete_old_states(self, run.structure_changes if run else None)
         return saved
 
     def resume_training(self, ckpt: Any) -> None:
