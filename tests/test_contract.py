@@ -25,7 +25,12 @@ from ultralytics.data import build
 from ultralytics.data.augment import LetterBox, Mosaic
 from ultralytics.data.base import BaseDataset
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.data.utils import check_cls_dataset
+from ultralytics.data.utils import (
+    check_cls_dataset,
+    check_det_dataset,
+    convert_ndjson_to_yolo_if_needed,
+    get_split_fraction,
+)
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.model import Model
@@ -492,3 +497,30 @@ def test_datasets_finds_labels_and_the_splits_of_classification(tmp_path: Path) 
         (tmp_path / split / name / "0.png").write_bytes(b"")
     assert check_cls_dataset(str(tmp_path))["val"] is None
     assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "test"
+    (tmp_path / "valid").mkdir()
+    assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "valid"
+    (tmp_path / "validation").mkdir()
+    assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "validation"
+
+
+def test_datasets_finds_images_as_ultralytics_does() -> None:
+    """A split is folders and text files; a missing dataset is not downloaded if that is not wanted."""
+    source = inspect.getsource(BaseDataset.get_img_files)
+    assert "recursive=True" in source
+    assert 'encoding="utf-8-sig"' in source
+    assert "autodownload" in inspect.signature(check_det_dataset).parameters
+    assert "self.data[self.args.split]" in inspect.getsource(BaseTrainer)
+    assert all(hasattr(DetectionTrainer, name) for name in ("get_dataset", "get_dataloader", "build_dataset"))
+
+
+def test_releases_converts_datasets_as_trainer_and_validator_do() -> None:
+    assert list(inspect.signature(convert_ndjson_to_yolo_if_needed).parameters) == ["data", "fraction", "split"]
+    for source in (inspect.getsource(BaseTrainer.get_dataset), inspect.getsource(BaseValidator.__call__)):
+        assert "convert_ndjson_to_yolo_if_needed(" in source
+        assert "self.args.fraction, split=self.args.split" in " ".join(source.split())
+
+
+def test_trained_knows_which_settings_a_validation_reads() -> None:
+    """One number in `fraction` is for training images; masks are read in segmentation only."""
+    assert [get_split_fraction(0.5, split) for split in trained.SPLITS] == [0.5, 1.0, 1.0]
+    assert [get_split_fraction([0.5, 0.2], split) for split in trained.SPLITS] == [0.5, 0.2, 1.0]

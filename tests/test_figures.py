@@ -363,9 +363,3 @@ def test_an_earlier_format_that_could_not_be_measured_is_not_hidden(
     assert "format=openvino could not be measured: no luck. Measure again with format=" in capsys.readouterr().err
     edit(run, "bench.json", rows=[])  # of other models: it is not on the page
     assert cli.main(["report", str(run)]) == 0
-
-
-def test_the_size_of_a_run_is_one_that_exports_can_have() -> None:
-    from yolo_prune.pages import bench_file as figures
-
-    assert [figures.export_size(Report(imgsz=size)) for size in (320, 100, [64, 90], None)] == [320, 128, (64, 96), 640]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from ultralytics import utils
+from ultralytics.data import utils as data_utils
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn import tasks
 from ultralytics.utils import dist, torch_utils
@@ -80,6 +81,23 @@ def _mentions(code: CodeType, word: str) -> bool:
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     plain = (repr(constant) for constant in code.co_consts if not isinstance(constant, CodeType))
     return any(word in text for text in plain) or any(_mentions(constant, word) for constant in inner)
+
+
+def converted(data: Any, fraction: Any, split: str) -> Any:
+    """A dataset in the form that Ultralytics reads: an `.ndjson` file is converted, as its trainer and validator do it.
+
+    Releases of Ultralytics that lack this function do not convert such files in every command.
+
+    Args:
+        data: the dataset; all but `.ndjson` files are returned as they are.
+        fraction: `fraction=` of the training, so that the same images are used.
+        split: `split=` of the training.
+    """
+    convert = getattr(data_utils, "convert_ndjson_to_yolo_if_needed", None)
+    if convert is None:
+        return data
+    known = inspect.signature(convert).parameters
+    return convert(data, **{k: v for k, v in {"fraction": fraction, "split": split}.items() if k in known})
 
 
 def strip_qat(model: nn.Module) -> None:

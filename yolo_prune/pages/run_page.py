@@ -52,7 +52,7 @@ def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None
         try:
             models = [open_model(start), open_model(_delivered(folder))]
             files = datasets.spread(dataset, evaluate.PHOTOS)
-            photos = evaluate.photographs(models, files, report.imgsz or trained.SIZE, device)
+            photos = evaluate.photographs(models, files, trained.usable(report.imgsz), device)
         except Exception as e:  # the page is also useful without images
             LOGGER.warning(f"{PAGE} has no images: {type(e).__name__}: {e}")
     return _write(folder, report, start, photos).page
@@ -129,7 +129,7 @@ def measure_run(
         )
     if start is None:
         raise _no_start_model(report)
-    setting = Setting.of(imgsz or bench_file.export_size(report), **how)
+    setting = Setting.of(imgsz or trained.usable(report.imgsz), **how)
     runtimes.check(formats, setting.quantize, setting.device)
     models = [open_model(start), open_model(_delivered(folder))]
     dataset = bench_file.dataset(models, data, report, setting.imgsz)
@@ -177,7 +177,7 @@ def _photos_and_classes(report: Report, models: list[Model], data: str, measure:
 
     With `measure`, class accuracies that the report lacks are measured and added to the copy.
     """
-    imgsz, settings = report.imgsz or trained.SIZE, trained.held(report.arguments)
+    imgsz, settings = trained.usable(report.imgsz), trained.held(report.arguments)
     images = datasets.validation_set(models[1], data, imgsz)
     measure = measure and datasets.labelled(images, models[1].task)
     report = report.model_copy(deep=True)

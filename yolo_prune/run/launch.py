@@ -94,10 +94,12 @@ class Launch:
     Attributes:
         callback: cuts the model while it trains; None if this run only keeps the structure.
         settings: arguments for Ultralytics, in addition to those of the user.
+        resumed: the settings in the checkpoint from which a run is resumed; empty for a new run.
     """
 
     callback: PruneCallback | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    resumed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -130,7 +132,15 @@ def train(
         return stock_train(model, trainer=trainer, **request.stock)
     checks.check_gradients()
     checks.check_devices(request.settings)
-    return _run(model, stock_train, prune_trainer(_trainer_class(trainer, model)), request, launch)
+    stock = _trainer_class(trainer, model)
+    checks.check_validation_images(stock, model.task, _data(request, launch))
+    return _run(model, stock_train, prune_trainer(stock), request, launch)
+
+
+def _data(request: Request, launch: Launch) -> Mapping[str, Any]:
+    """The settings of a run that choose its images. A resumed run has those of its checkpoint."""
+    known = launch.resumed or request.settings
+    return {"data": request.settings["data"] or known.get("data"), "split": known.get("split")}
 
 
 def _run(
@@ -180,7 +190,6 @@ def _prune(model: Model, request: Request) -> Launch:
     _warn(model, recipe, settings)
     checks.check_settings(settings)
     checks.check_validates(recipe, settings)
-    checks.check_splits(model, settings)
     checks.check_teacher(model, recipe, settings)
     checks.check_fits(model.model, recipe, settings)
     checks.check_keeps_structure(model, settings)
@@ -235,14 +244,14 @@ def _resume(model: Model, request: Request) -> Launch | None:
             f"'{model.ckpt_path}' is not the checkpoint of the interrupted run. Resume that run with YOLO('{last}')."
         )
     path, source, checkpoint = _resume_source(model, settings)
-    record = read_record(source)
+    record, resumed = read_record(source), checkpoint.get("train_args") or {}
     if record is None or not record.active:
         if request.prunes or request.recipe_keys:
             raise RunError(
                 "The checkpoint to resume belongs to a run without pruning, and pruning cannot be added to that run. "
                 "Leave out resume: this starts a new run from the checkpoint."
             )
-        return Launch() if is_pruned(source) else None
+        return Launch(resumed=resumed) if is_pruned(source) else None
     if request.recipe_keys:
         raise RunError(
             f"A resumed run keeps the recipe that it began with. Leave out {', '.join(request.recipe_keys)}."
@@ -256,7 +265,7 @@ def _resume(model: Model, request: Request) -> Launch | None:
     checks.check_settings(request.stock)
     recipe = Recipe.model_validate(record.recipe)
     checks.check_validates(recipe, request.stock)
-    return Launch(PruneCallback(recipe))
+    return Launch(PruneCallback(recipe), resumed=resumed)
 
 
 def _resume_source(model: Model, settings: Mapping[str, Any]) -> tuple[str | Path, nn.Module, Mapping[str, Any]]:

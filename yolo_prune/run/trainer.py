@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class KeepStructure(_Base):
     data: Any
     lf: Any
     scheduler: Any
+    stock_model: Any  # a method of `StockLevel`
     pruning: RunState | None = None
     stopped_early = False
     keeps = False
@@ -107,7 +108,8 @@ class KeepStructure(_Base):
             built = super().get_model(cfg=deepcopy(given.yaml), weights=given, **options)  # type: ignore[misc]
         finally:
             self.kept = None
-        keep.adopt(built, pruned, edited=built is given, builder=_user_class(self).__name__)
+        stock = partial(self.stock_model, deepcopy(given.yaml))
+        keep.adopt(built, pruned, edited=built is given, builder=_user_class(self).__name__, stock=stock)
         self.keeps = True
         return built
 
