@@ -203,7 +203,10 @@ def test_an_ndjson_dataset_is_converted_as_in_training(folder: Path, monkeypatch
     assert seen == [("scenes.ndjson", 0.5, "val")] * 2  # one dataset, that of the training
 
 
-def test_an_ndjson_dataset_that_cannot_be_converted_is_one_error(folder: Path, tmp_path: Path) -> None:
+def test_an_ndjson_dataset_that_cannot_be_converted_is_one_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultralytics.data.converter.DATASETS_DIR", tmp_path)
     (tmp_path / "scenes.ndjson").write_text("not json\n")
     with pytest.raises(RunError, match=r"data=.*scenes\.ndjson: the dataset cannot be read: "):
         datasets.validation_set(YOLO(folder / "dense.pt"), tmp_path / "scenes.ndjson", IMGSZ)
