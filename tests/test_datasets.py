@@ -203,13 +203,14 @@ def test_an_ndjson_dataset_is_converted_as_in_training(folder: Path, monkeypatch
     assert seen == [("scenes.ndjson", 0.5, "val")] * 2  # one dataset, that of the training
 
 
-def test_an_ndjson_dataset_that_cannot_be_converted_is_one_error(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ultralytics.data.converter.DATASETS_DIR", tmp_path)
-    (tmp_path / "scenes.ndjson").write_text("not json\n")
-    with pytest.raises(RunError, match=r"data=.*scenes\.ndjson: the dataset cannot be read: "):
-        datasets.validation_set(YOLO(folder / "dense.pt"), tmp_path / "scenes.ndjson", IMGSZ)
+def test_an_ndjson_dataset_that_cannot_be_converted_is_one_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(data: str, fraction: Any = 1.0, *, split: str | None = None) -> str:
+        raise ModuleNotFoundError("No module named 'aiohttp'")
+
+    monkeypatch.setattr("ultralytics.data.utils.convert_ndjson_to_yolo_if_needed", convert)
+    message = r"data=scenes\.ndjson: the dataset cannot be read: No module named 'aiohttp'"
+    with pytest.raises(RunError, match=message):
+        datasets.validation_set(YOLO(folder / "dense.pt"), "scenes.ndjson", IMGSZ)
 
 
 def test_a_split_without_images_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
