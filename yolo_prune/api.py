@@ -239,7 +239,7 @@ def dense_widths(module: nn.Module) -> Mapping[str, int]:
 
 def finish_cut(
     model: Model | nn.Module, plan: Plan, record: Record | None, widths: Mapping[str, int], shown: Plan
-) -> None:
+) -> Record:
     """Write the record of a cut without training, and let a `YOLO` object follow.
 
     Args:
@@ -253,7 +253,8 @@ def finish_cut(
     composed = record.plan.then(plan) if record and record.plan else plan
     flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
     facts = RoundFacts(number=1, plan=shown.hash, flops=flops, params=params)
-    write_record(module, Record(record.recipe if record else {}, composed, widths, (facts,)))
+    new = Record(record.recipe if record else {}, composed, widths, (facts,))
+    write_record(module, new)
     loaded_from = getattr(module, "pt_path", None)
     _export_elsewhere(module)
     if isinstance(model, Model):
@@ -262,6 +263,7 @@ def finish_cut(
         # left out, because they do not fit the pruned model.
         model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
         model.predictor = None
+    return new
 
 
 def _export_elsewhere(module: Any) -> None:

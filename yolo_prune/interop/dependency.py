@@ -132,6 +132,12 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._cuts: Plan | None = None
         self._layers = dict(self.model.named_modules())
         self._module2name = {layer: name for name, layer in self._layers.items()}
+        self._param_to_name: dict[nn.Parameter, str] = {}
+        self.module2node: dict[Any, Node] = {}
+        self._nodes: dict[str, Node] = {}
+        self._places: dict[str, list[tuple[Part, tuple[tuple[int, ...], ...]]]] = {}
+        self._grouped: set[str] = set()  # sets whose indices depend on the number of inputs per group
+        self._record = read_record(self.model)
         self._read(trace(self.model, imgsz=imgsz, heads=heads))
         return self
 
@@ -141,6 +147,10 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             "yolo-prune cuts layers itself, so a pruner for a class of layers has no use here. If a block of yours is "
             "protected, state its rule with yolo_prune.register_block."
         )
+
+    def get_pruner_of_module(self, module: Any) -> Any:
+        """The object of torch-pruning that belongs to the type of a layer."""
+        return self.REGISTERED_PRUNERS.get(kind_of(module))
 
     def get_all_groups(
         self, ignored_layers: Sequence[nn.Module] = (), root_module_types: Sequence[type] = ROOTS
@@ -181,13 +191,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         part = self._part_of(module, pruning_fn)
         if not isinstance(idxs, Iterable):
             idxs = [idxs]
-        named = self._channels({part: {int(i) for i in idxs}})
-        choices = {}
-        for number, sets in named.items():
-            group = self.structure.groups[number]
-            units = {c % group.grain for parts in sets.values() for channels in parts.values() for c in channels}
-            choices[number] = coupled(group, sorted(units))
-        return self._group(part, choices)
+        return self._group(part, self._together({part: {int(i) for i in idxs}}))
 
     def check_pruning_group(self, group: Group) -> bool:
         """Whether something is left of every set of channels."""
@@ -232,9 +236,12 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def cut(self, group: Group, record_history: bool = True) -> None:
         """Make the cut of a group; see `Group.prune`."""
-        plan = self.plan_of(group)
+        gone = self._complete(self._channels(self._indices(group)))
+        plan = self._plan(gone)
+        if not plan:
+            return
         if record_history:
-            self._pruning_history.append(self._history(group, plan))
+            self._pruning_history.append(self._history(group, gone, plan))
         self._apply(plan)
 
     def load_pruning_history(self, pruning_history: list[Any]) -> None:
@@ -251,26 +258,26 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _apply(self, plan: Plan) -> None:
         """Cut the model and write the record; the graph follows."""
-        if not plan:
-            return
-        record = read_record(self.model)
-        surgery.apply(self.model, plan)
+        replaced = surgery.apply(self.model, plan)
+        for old in self._param_to_name.keys() & replaced.keys():
+            name, new = self._param_to_name.pop(old), replaced[old]
+            self._param_to_name[new] = name
+            self.module2node[new] = self.module2node.pop(old)
+            self.module2node[new].module = new
         self._cuts = self._cuts.then(plan) if self._cuts else plan
-        api.finish_cut(self.owner, plan, record, self._widths, self._cuts)
+        self._record = api.finish_cut(self.owner, plan, self._record, self._widths, self._cuts)
         self._read(self.structure.after(plan.keep))
 
     def _read(self, graph: Graph) -> None:
-        """Take in a graph: its parts, and torch-pruning's nodes."""
+        """Take in a graph, and find the parts in which its sets lie."""
+        before = {s.name: s for g in self.structure.groups for s in g.sets} if self._places else {}
         self.structure = graph
         self._members: dict[Part, list[Member]] = {}
         self._owners: dict[Part, dict[int, tuple[Member, int]]] = {}
-        self._param_to_name: dict[nn.Parameter, str] = {}
-        self.module2node: dict[Any, Node] = {}
-        self._nodes: dict[str, Node] = {}
-        self._places: dict[str, list[tuple[Part, tuple[tuple[int, ...], ...]]]] = {}
         for number, group in enumerate(graph.groups):
             for channels in group.sets:
-                self._places[channels.name] = self._find(channels)
+                if before.get(channels.name) is not channels or channels.name in self._grouped:
+                    self._places[channels.name] = self._find(channels)
                 for part, places in self._places[channels.name]:
                     self._members.setdefault(part, []).append(Member(number, channels, places))
 
@@ -279,6 +286,8 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         found: dict[Part, dict[tuple[int, ...], None]] = {}
         for slot in channels.slots:
             part, repeats, size = self._part(slot)
+            if repeats > 1:
+                self._grouped.add(channels.name)
             for k in range(repeats):
                 index = tuple(i + k * size for i in slot.index) if k else slot.index
                 found.setdefault(part, {})[index] = None
@@ -288,7 +297,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         """`(part, groups of the convolution that have the same inputs, inputs per group)` of a place in a tensor."""
         name, _, key = slot.tensor.rpartition(".")
         layer = self._layers[name]
-        kind = ops.module2type(layer)
+        kind = kind_of(layer)
         if kind not in LAYERS:
             parameter = self.model.get_parameter(slot.tensor)
             self._node(slot.tensor, parameter, slot.dim)
@@ -356,7 +365,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
                             pairs = {p[c]: n for p in place for c, n in zip(piece, numbering, strict=True)}
                             is_first = part == root and numbering[0] in pairs
                             (first if is_first else others).append(self._item(root, part, sorted(pairs.items())))
-        for item in (*first, *others):
+        for item in (*first, *others) or [self._item(root, root, [])]:  # a global pruner may take nothing
             group.items.append(item)
         return group
 
@@ -374,6 +383,15 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         item = _helpers.GroupItem(dependency, [index for index, _ in pairs])
         item.root_idxs = [n for _, n in pairs]
         return item
+
+    def _together(self, indices: Mapping[Part, set[int]]) -> dict[int, Choice]:
+        """`{group: channels that go}`, if these indices go and take their partners with them."""
+        choices = {}
+        for number, sets in self._channels(indices).items():
+            group = self.structure.groups[number]
+            units = {c % group.grain for parts in sets.values() for channels in parts.values() for c in channels}
+            choices[number] = coupled(group, sorted(units))
+        return choices
 
     def _indices(self, group: Group) -> dict[Part, set[int]]:
         """`{part: indices that go}` of a group."""
@@ -446,23 +464,22 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         return gone
 
     def _plan(self, gone: Mapping[str, Iterable[int]]) -> Plan:
-        record = read_record(self.model)
         kept = {
             s.name: tuple(sorted(set(range(s.size)) - set(gone[s.name])))
             for group in self.structure.groups
             for s in group.sets
             if gone.get(s.name)
         }
-        dense = record.plan.shapes if record and record.plan else {}
+        dense = self._record.plan.shapes if self._record and self._record.plan else {}
         return planner.build_plan(self.structure, cost_of(self.model, self.structure), kept, dense)
 
-    def _history(self, group: Group, plan: Plan) -> list[Any]:
+    def _history(self, group: Group, gone: Mapping[str, set[int]], plan: Plan) -> list[Any]:
         """A line of torch-pruning's history; with the plan, if partners lose other indices than the root."""
         root = group[0].dep
         part = self._part_of(root.target.module, root.handler)
         idxs = sorted(self._indices(group)[part])
-        again = self.plan_of(self.get_pruning_group(root.target.module, root.handler, idxs))
-        return [part.name, part.out, idxs] + ([] if again.hash == plan.hash else [plan.to_dict()])
+        again = _flat({k: v for choice in self._together({part: set(idxs)}).values() for k, v in choice.items()})
+        return [part.name, part.out, idxs] + ([] if again == gone else [plan.to_dict()])
 
 
 LAYERS = {
@@ -476,6 +493,17 @@ LAYERS = {
     ops.OPTYPE.PRELU,
     ops.OPTYPE.EMBED,
 }
+
+
+def kind_of(layer: Any) -> ops.OPTYPE:
+    """torch-pruning's type of a layer.
+
+    torch-pruning takes every convolution with as many groups as outputs for a depthwise one, also if each group reads
+    several inputs.
+    """
+    kind = ops.module2type(layer)
+    grouped = kind == ops.OPTYPE.DEPTHWISE_CONV and layer.in_channels != layer.out_channels
+    return ops.OPTYPE.CONV if grouped else kind
 
 
 def coupled(group: Coupled, units: Sequence[int]) -> Choice:
