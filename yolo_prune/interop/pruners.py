@@ -65,11 +65,33 @@ class BasePruner(_OnOurGraph, tp.BasePruner):  # type: ignore[misc]  # torch-pru
     """torch-pruning's `BasePruner` on our graph."""
 
 
-class GroupNormPruner(_OnOurGraph, tp.GroupNormPruner):  # type: ignore[misc]
+class _OfWeights(_OnOurGraph):
+    """A regularizer of weights, without those of transposed convolutions.
+
+    torch-pruning 1.6.1 takes the first dimension of every weight for the outputs. For a transposed convolution these
+    are the inputs, so it would regularize other channels than those that it scored, or fail.
+    """
+
+    _groups: list[Any]
+
+    def regularize(self, model: nn.Module, *args: Any, **options: Any) -> None:
+        """Add the regularizer to the gradients of weights."""
+        whole = [(group, group.items) for group in self._groups]
+        for group, items in whole:
+            group._group = [item for item in items if not getattr(item.dep.layer, "transposed", False)]
+        regularize: Any = super().regularize  # type: ignore[misc]  # of torch-pruning's pruner
+        try:
+            regularize(model, *args, **options)
+        finally:
+            for group, items in whole:
+                group._group = items
+
+
+class GroupNormPruner(_OfWeights, tp.GroupNormPruner):  # type: ignore[misc]
     """torch-pruning's `GroupNormPruner` on our graph."""
 
 
-class GrowingRegPruner(_OnOurGraph, tp.GrowingRegPruner):  # type: ignore[misc]
+class GrowingRegPruner(_OfWeights, tp.GrowingRegPruner):  # type: ignore[misc]
     """torch-pruning's `GrowingRegPruner` on our graph."""
 
 
