@@ -19,6 +19,7 @@ import torch_pruning as tp
 from torch import nn
 from torch_pruning import _helpers, ops
 from torch_pruning.dependency import Dependency, Node
+from ultralytics.nn.modules import Detect
 
 from yolo_prune.interop import pruners
 
@@ -99,6 +100,12 @@ def test_types_of_layers_are_these() -> None:
 def test_a_local_pruner_tells_groups_apart_by_the_name_of_the_root() -> None:
     source = inspect.getsource(tp.BasePruner._prune)
     assert "self.DG._module2name[group[0]" in source
+
+
+def test_their_state_dict_fails_on_the_heads_of_ultralytics() -> None:
+    """As docs/how-to/torch-pruning.md says."""
+    with pytest.raises(AttributeError, match="one2one"):
+        tp.state_dict(Detect(1, ch=(16, 16, 16)))
 
 
 def test_torch_pruning_is_imported_only_where_it_is_used() -> None:
