@@ -77,6 +77,25 @@ def test_a_random_third_of_every_group_is_exact_and_the_graph_follows(name: str)
     assert models.same_bits(models.snapshot(model), models.snapshot(again.model))
 
 
+@pytest.mark.parametrize("name", ["yolo11", pytest.param("yolo12", marks=pytest.mark.long)])
+def test_whole_heads_are_groups_too(name: str) -> None:
+    original = zoo.randomise(zoo.build(name, 0.5).double())
+    model, imgsz = deepcopy(original), 2 * zoo.image_size(name)
+    graph = yolo_prune.dependency_graph(model, imgsz, heads="heads")
+    whole = [g for g in graph.structure.groups if any(s.whole for s in g.sets) and g.grain > 1 and not g.protected]
+    widths = [len(g[0].idxs) for g in graph.get_all_groups()]
+    assert whole
+    assert widths == [g.grain for g in graph.structure.groups if not g.protected and g.grain > 1]
+    score = tp.importance.GroupMagnitudeImportance()
+    assert [len(score(g)) for g in graph.get_all_groups()] == widths
+    prune_a_third(graph)
+    assert oracle.judge(original, model, name) < oracle.TOLERANCE
+    assert graph.structure == trace(model, imgsz=imgsz, heads="heads")
+    again = yolo_prune.dependency_graph(deepcopy(original), imgsz, heads="heads")
+    again.load_pruning_history(graph.pruning_history())
+    assert models.same_bits(models.snapshot(model), models.snapshot(again.model))
+
+
 def test_an_index_mapping_leads_from_the_root_to_the_member() -> None:
     graph = yolo_prune.dependency_graph(models.build("yolo11-tiny"), models.IMGSZ)
     for group in graph.get_all_groups():

@@ -55,6 +55,25 @@ class Member:
     places: tuple[tuple[int, ...], ...]
 
 
+class Channels(nn.Module):
+    """The root of a group that no layer numbers as the group does, for example of whole heads."""
+
+    def __init__(self, width: int) -> None:
+        """`width`: number of indices of the group."""
+        super().__init__()
+        self.width = width
+
+
+class ChannelsPruner(ops.DummyPruner):  # type: ignore[misc]
+    """torch-pruning's object for `Channels`, which have nothing to cut."""
+
+    def get_out_channels(self, layer: Channels) -> int:
+        """The width of the group."""
+        return layer.width
+
+    get_in_channels = get_out_channels
+
+
 class IndexMapping:
     """Maps indices of a group's root to the indices of one member, as the index mappings of torch-pruning do."""
 
@@ -93,6 +112,10 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
     """torch-pruning's `DependencyGraph`, made from our trace. `yolo_prune.dependency_graph` makes one."""
 
     structure: Graph
+
+    def __init__(self) -> None:
+        super().__init__()
+        super().register_customized_layer(Channels, ChannelsPruner())
 
     def build_dependency(
         self,
@@ -150,6 +173,8 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def get_pruner_of_module(self, module: Any) -> Any:
         """The object of torch-pruning that belongs to the type of a layer."""
+        if isinstance(module, Channels):
+            return self.CUSTOMIZED_PRUNERS[Channels]
         return self.REGISTERED_PRUNERS.get(kind_of(module))
 
     def get_all_groups(
@@ -223,7 +248,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             raise PlanError("The plan was not made for this graph: it cuts parts of groups. Make a new plan.")
         for number, choice in choices.items():
             group = self.structure.groups[number]
-            root = self._root(group, (nn.Module,), set()) or next(p for p, _ in self._places[group.sets[0].name])
+            root = self._root(group, (nn.Module,), set()) or self._parts(group)[0][0]
             yield self._group(root, {number: choice})
 
     def plan_of(self, group: Group) -> Plan:
@@ -251,7 +276,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
             if free_choice:
                 self._apply(Plan.from_dict(free_choice[0]))
                 continue
-            module: Any = self._layers.get(name) or self.model.get_parameter(name)
+            module = self._nodes[name].module
             pruner = self.get_pruner_of_module(module)
             fn = pruner.prune_out_channels if out else pruner.prune_in_channels
             self.get_pruning_group(module, fn, idxs).prune(record_history=False)
@@ -274,12 +299,25 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.structure = graph
         self._members: dict[Part, list[Member]] = {}
         self._owners: dict[Part, dict[int, tuple[Member, int]]] = {}
+        self._rootless: dict[str, Part] = {}
         for number, group in enumerate(graph.groups):
             for channels in group.sets:
                 if before.get(channels.name) is not channels or channels.name in self._grouped:
                     self._places[channels.name] = self._find(channels)
                 for part, places in self._places[channels.name]:
                     self._members.setdefault(part, []).append(Member(number, channels, places))
+            if not group.protected and not self._natural(group):
+                self._add_root(number, group)
+
+    def _add_root(self, number: int, group: Coupled) -> None:
+        """Give a group a root that no layer is."""
+        part, channels = Part(f"group {group.name}", True), group.sets[0]
+        if part.name not in self._nodes:
+            self._node(part.name, Channels(group.grain))
+        module = self._nodes[part.name].module
+        module.width, self._module2name[module] = group.grain, part.name
+        self._rootless[group.name] = part
+        self._members[part] = [Member(number, channels, (tuple(range(channels.size)),))]
 
     def _find(self, channels: ChannelSet) -> list[tuple[Part, tuple[tuple[int, ...], ...]]]:
         """The parts in which channels lie, and their indices there."""
@@ -338,24 +376,32 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
         Outputs come first. Each layer is the root of one group only, because torch-pruning tells groups apart by it.
         """
-        first = tuple(range(group.grain))
-        parts = [
-            part
-            for s in group.sets
-            for part, places in self._places[s.name]
-            if isinstance(self._nodes[part.name].module, types) and any(p[: group.grain] == first for p in places)
-        ]
-        parts = [p for p in parts if p.name not in used] or parts
+        if group.name in self._rootless:
+            found = any(isinstance(self._nodes[part.name].module, types) for part, _ in self._parts(group))
+            return self._rootless[group.name] if found else None
+        natural = [p for p in self._natural(group) if isinstance(self._nodes[p.name].module, types)]
+        parts = [p for p in natural if p.name not in used] or natural
         return min(parts, key=lambda part: not part.out, default=None)
+
+    def _natural(self, group: Coupled) -> list[Part]:
+        """The parts whose first indices are those of a group."""
+        first = tuple(range(group.grain))
+        return [part for part, places in self._parts(group) if any(p[: group.grain] == first for p in places)]
+
+    def _parts(self, group: Coupled) -> list[tuple[Part, tuple[tuple[int, ...], ...]]]:
+        """All parts in which channels of a group lie, and their indices there."""
+        return [found for s in group.sets for found in self._places[s.name]]
 
     def _group(self, root: Part, choices: Mapping[int, Choice]) -> Group:
         """The group of torch-pruning for the channels that go."""
         group = Group()
         group._DG = self
         first: list[Any] = []
-        others: list[Any] = []
+        others: list[tuple[bool, Any]] = []
         for number, choice in choices.items():
             numbering = self._numbering(root, number, choice)
+            if root in self._rootless.values():
+                first.append(self._item(root, root, [(n, n) for n in sorted(numbering)]))
             for s in self.structure.groups[number].sets:
                 for piece in choice[s.name]:
                     for part, places in self._places[s.name]:
@@ -363,9 +409,13 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
                         # them out several times (queries and keys), each time is an item, as long as the group is wide.
                         for place in [(p,) for p in places] if part.out else [places]:
                             pairs = {p[c]: n for p in place for c, n in zip(piece, numbering, strict=True)}
-                            is_first = part == root and numbering[0] in pairs
-                            (first if is_first else others).append(self._item(root, part, sorted(pairs.items())))
-        for item in (*first, *others) or [self._item(root, root, [])]:  # a global pruner may take nothing
+                            item = self._item(root, part, sorted(pairs.items()))
+                            if part == root and numbering[0] in pairs:
+                                first.append(item)
+                            else:
+                                others.append((part.out, item))
+        others.sort(key=lambda other: not other[0])  # scores are as long as the first item with weights
+        for item in (*first, *(item for _, item in others)) or [self._item(root, root, [])]:  # nothing may go
             group.items.append(item)
         return group
 
