@@ -19,7 +19,7 @@ from small_runs import SMALL
 from torch import nn
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.modules import Detect
+from ultralytics.nn.modules import Conv, Detect
 
 import yolo_prune
 from yolo_prune.errors import ArgumentError
@@ -150,6 +150,26 @@ def test_a_transposed_convolution_is_left_out_of_the_regularizer() -> None:
     assert not up.weight.grad.any()
     assert model.model[0].conv.weight.grad.any()
     assert [len(g) for g in pruner._groups] == length
+
+
+@pytest.mark.parametrize("key", ["group norm", "growing"])
+def test_a_convolution_with_groups_is_regularized_by_its_outputs_alone(key: str) -> None:
+    model = models.build("short").float()
+    model.model[4] = changed(model.model[4], Conv(64, 128, 3, 2, g=8))
+    pruner = pruner_of(key, model)
+    grouped, plain = model.model[4].conv, model.model[3].conv
+    ours = [item for g in pruner._groups for item in g if item.dep.layer is grouped]
+    assert {item.dep.handler for item in ours} == {tp.prune_conv_in_channels, tp.prune_conv_out_channels}
+    learn(model)
+    before = gradients(model)
+    pruner.regularize(model)
+    assert not torch.equal(before["model.3.conv.weight"], plain.weight.grad)
+
+
+def changed(layer: Any, other: Any) -> Any:
+    """A layer in the place of another."""
+    other.i, other.f, other.type, other.np = layer.i, layer.f, type(other).__name__, 0
+    return other
 
 
 def wide(name: str, folder: Path) -> Any:

@@ -66,10 +66,11 @@ class BasePruner(_OnOurGraph, tp.BasePruner):  # type: ignore[misc]  # torch-pru
 
 
 class _OfWeights(_OnOurGraph):
-    """A regularizer of weights, without those of transposed convolutions.
+    """A regularizer of weights, without those that torch-pruning 1.6.1 reads wrongly.
 
-    torch-pruning 1.6.1 takes the first dimension of every weight for the outputs. For a transposed convolution these
-    are the inputs, so it would regularize other channels than those that it scored, or fail.
+    It takes the first dimension of every weight for all outputs and the second for all inputs. For a transposed
+    convolution, and for the inputs of a convolution with groups, it would regularize other channels than those that it
+    scored, or fail.
     """
 
     _groups: list[Any]
@@ -78,7 +79,7 @@ class _OfWeights(_OnOurGraph):
         """Add the regularizer to the gradients of weights."""
         whole = [(group, group.items) for group in self._groups]
         for group, items in whole:
-            group._group = [item for item in items if not getattr(item.dep.layer, "transposed", False)]
+            group._group = [item for item in items if _is_plain(item.dep)]
         regularize: Any = super().regularize  # type: ignore[misc]  # of torch-pruning's pruner
         try:
             regularize(model, *args, **options)
@@ -119,6 +120,14 @@ class BNScalePruner(_OnOurGraph, tp.BNScalePruner):  # type: ignore[misc]
                     continue
                 if layer.weight is not None and layer.weight.grad is not None:
                     layer.weight.grad[item.idxs] += gamma[item.root_idxs] * layer.weight[item.idxs]
+
+
+def _is_plain(dependency: Any) -> bool:
+    """Whether the indices of a dependency are those of a dimension of the weight: first outputs, then inputs."""
+    layer = dependency.layer
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return True
+    return not layer.transposed and (layer.groups == 1 or dependency.handler != tp.prune_conv_in_channels)
 
 
 def _refuse(given: dict[str, Any]) -> None:
