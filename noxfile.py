@@ -54,6 +54,7 @@ LOWEST = (
     "pydantic==2.7.0",
     "pyyaml==6.0",
     "torch==2.4.0",
+    "torch-pruning==1.6.1",
     "torchvision==0.19.0",
     "ultralytics==8.3.0",
 )

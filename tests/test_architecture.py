@@ -34,6 +34,7 @@ ORDER = (  # folders, and the faces at the root: each imports only what stands a
     "demo",
     "doctor",
     "api",
+    "interop",
     "__init__",
     "_grammar",
     "cli",

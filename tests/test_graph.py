@@ -15,6 +15,7 @@ from torch import nn
 from ultralytics.nn.modules.block import Attention, C2f
 from ultralytics.nn.modules.conv import Conv, RepConv
 
+from yolo_prune.cut import surgery
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.proof import prove
 from yolo_prune.errors import RecipeError, UnsupportedModelError
@@ -137,6 +138,14 @@ def test_names_of_sets_survive_a_cut(name: str) -> None:
     after = trace(models.pruned(name, target_flops=0.4))
     assert list(after.widths) == list(models.graph_of(name).widths)
     assert [g.name for g in after.groups] == [g.name for g in models.graph_of(name).groups]
+
+
+@pytest.mark.parametrize("name", models.TINY)
+def test_the_graph_after_a_cut_is_that_of_a_new_trace(name: str) -> None:
+    plan = models.plan_of(name, target_flops=0.5, channels_round_to=1, channels_min=1)
+    model = models.build(name)
+    surgery.apply(model, plan)
+    assert models.graph_of(name).after(plan.keep) == trace(model, imgsz=models.IMGSZ)
 
 
 @pytest.mark.parametrize("name", ["yolo26n"])

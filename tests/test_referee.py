@@ -12,6 +12,7 @@ import torch_pruning as tp
 import zoo
 from torch import nn
 
+import yolo_prune
 from yolo_prune.graph import trace
 
 READABLE = ("yolov3-tiny", "yolov5", "yolov6", "yolov8-ghost", "yolov8-cls-resnet50")
@@ -72,3 +73,30 @@ def test_torch_pruning_finds_the_same_groups(name: str) -> None:
     both = mine.keys() & found.keys()
     assert len(both) > 500
     assert [place for place in sorted(both) if mine[place] != found[place]] == []
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_our_groups_of_torch_pruning_are_its_own(name: str) -> None:
+    """The same layers on the same side, the same indices, and the same indices of the root for each of them."""
+    model = zoo.build(name, width=0.25)
+    graph = tp.DependencyGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph.build_dependency(model.train().requires_grad_(True), zoo.images(model, name, 1), verbose=False)
+    compared = 0
+    for group in yolo_prune.dependency_graph(model, 2 * zoo.image_size(name)).get_all_groups():
+        root = group[0].dep
+        other = graph.get_pruning_group(root.target.module, root.handler, list(group[0].idxs))
+        assert described(group) == described(other)
+        compared += 1
+    assert compared > 10
+
+
+def described(group: Any) -> set[tuple[nn.Module, Any, int, int]]:
+    """`(layer, function, index, index of the root)` for every index of every layer of a group."""
+    return {
+        (item.dep.target.module, item.dep.handler, index, root)
+        for item in group
+        if type(item.dep.target.module).__module__.startswith("torch.nn.")
+        for index, root in zip(item.idxs, item.root_idxs, strict=True)
+    }

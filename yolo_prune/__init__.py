@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from yolo_prune.cut.plan import Plan
     from yolo_prune.errors import PruneError
     from yolo_prune.graph import read_as_is, register_block
+    from yolo_prune.interop.dependency import dependency_graph
     from yolo_prune.measure.alignment import alignment
     from yolo_prune.measure.benchmark import bench
     from yolo_prune.measure.parity_check import parity
@@ -30,6 +31,7 @@ __all__ = [
     "alignment",
     "apply",
     "bench",
+    "dependency_graph",
     "is_pruned",
     "load_recipe",
     "parity",
@@ -48,6 +50,7 @@ _HOMES = {
     "alignment": "yolo_prune.measure.alignment",
     "apply": "yolo_prune.api",
     "bench": "yolo_prune.measure.benchmark",
+    "dependency_graph": "yolo_prune.interop.dependency",
     "is_pruned": "yolo_prune.api",
     "load_recipe": "yolo_prune.recipe",
     "parity": "yolo_prune.measure.parity_check",

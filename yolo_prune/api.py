@@ -76,7 +76,7 @@ def plan(
     count = planner.images_for(asked)
     replaced = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
     asked = asked if data else planner.rehearsal(asked)
-    module, size, target = _module(model), _size(model, imgsz), asked.target
+    module, size, target = module_of(model), _size(model, imgsz), asked.target
     graph, bar = planner.survey(module, asked, size), log.bar("scoring channels")
     trial = search.trial(module, graph, asked, size) if target.latency else None
     for key, name in replaced.items():
@@ -134,7 +134,7 @@ def apply(
         >>> model.save("cut.pt")
     """
     _startup.install(force=True)  # a later `model.train(...)` must keep the pruned structure
-    module, size = _module(model), _size(model, imgsz)
+    module, size = module_of(model), _size(model, imgsz)
     if not plan:
         raise PlanError("The plan removes nothing; there is nothing to apply.")
     surgery.check(module, plan)
@@ -142,23 +142,12 @@ def apply(
     record = read_record(module)
     proven = proof.prove(module, plan) if prove else None
     calibration = _calibration(model, data, size, refit) if data and refit else None
-    widths = record.widths if record and record.plan else planner.widths(module)
+    widths = dense_widths(module)
     whole = bare_copy(module) if calibration else None
     surgery.apply(module, plan)
     if calibration and whole:
         recover.refit(whole, module, plan, calibration.images(refit), progress=log.bar("refitting layers"))
-    composed = record.plan.then(plan) if record and record.plan else plan
-    flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
-    facts = RoundFacts(number=1, plan=plan.hash, flops=flops, params=params)
-    write_record(module, Record(record.recipe if record else {}, composed, widths, (facts,)))
-    loaded_from = getattr(module, "pt_path", None)
-    _export_elsewhere(module)
-    if isinstance(model, Model):
-        model.ckpt_path = loaded_from or model.ckpt_path
-        # train() takes the weights from `ckpt`, not from a YAML file. The optimizer and the epoch of the dense run are
-        # left out, because they do not fit the pruned model.
-        model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
-        model.predictor = None
+    finish_cut(model, plan, record, widths, plan)
     return proven
 
 
@@ -210,12 +199,12 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
         >>> yolo_prune.is_pruned("best.pt"), yolo_prune.is_pruned("pruned.pt")
         (False, True)
     """
-    return records.is_pruned(_module(model))
+    return records.is_pruned(module_of(model))
 
 
 def describe(model: Model | nn.Module | str | Path) -> str:
     """A readable summary of the pruning of a checkpoint: rounds, cost, and layers before and after."""
-    module = _module(model)
+    module = module_of(model)
     record, size = read_record(module), trained.size(module)
     if not record or not record.plan:
         return "This model is not pruned."
@@ -246,6 +235,41 @@ def _calibration(model: Model | nn.Module, data: str | Path, imgsz: ImageSize, c
     return datasets.calibration(model, data, imgsz, count)
 
 
+def dense_widths(module: nn.Module) -> Mapping[str, int]:
+    """`{set name: channels}` of the dense model that a model was, or is."""
+    record = read_record(module)
+    return record.widths if record and record.plan else planner.widths(module)
+
+
+def finish_cut(
+    model: Model | nn.Module, plan: Plan, record: Record | None, widths: Mapping[str, int], shown: Plan
+) -> Record:
+    """Write the record of a cut without training, and let a `YOLO` object follow.
+
+    Args:
+        model: a `YOLO` object or its module, after the cut.
+        plan: the plan that was applied.
+        record: the record before the cut.
+        widths: `{set name: channels}` of the dense model.
+        shown: the plan that is shown as the last round: `plan`, or the plan that several cuts in a row make.
+    """
+    module = module_of(model)
+    composed = record.plan.then(plan) if record and record.plan else plan
+    flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
+    facts = RoundFacts(number=1, plan=shown.hash, flops=flops, params=params)
+    new = Record(record.recipe if record else {}, composed, widths, (facts,))
+    write_record(module, new)
+    loaded_from = getattr(module, "pt_path", None)
+    _export_elsewhere(module)
+    if isinstance(model, Model):
+        model.ckpt_path = loaded_from or model.ckpt_path
+        # train() takes the weights from `ckpt`, not from a YAML file. The optimizer and the epoch of the dense run are
+        # left out, because they do not fit the pruned model.
+        model.ckpt = {k: v for k, v in (model.ckpt or {}).items() if k in DESCRIPTIVE} | {"model": module}
+        model.predictor = None
+    return new
+
+
 def _export_elsewhere(module: Any) -> None:
     """Give a model another name after a cut: an export must not replace that of the file it was loaded from.
 
@@ -268,7 +292,8 @@ INSTEAD = {
 }
 
 
-def _module(model: Model | nn.Module | str | Path) -> nn.Module:
+def module_of(model: Model | nn.Module | str | Path) -> nn.Module:
+    """The module of a model."""
     if isinstance(model, str | Path):
         model = open_model(model)
     kind = type(model).__name__

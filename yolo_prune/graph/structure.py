@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
@@ -147,3 +147,35 @@ class Graph:
     def widths(self) -> dict[str, int]:
         """`{set name: number of channels}` of this model."""
         return {s.name: s.size for g in self.groups for s in g.sets}
+
+    def after(self, keep: Mapping[str, Mapping[int, tuple[int, ...]]]) -> Graph:
+        """The graph of the model after a cut, without a new trace.
+
+        Args:
+            keep: `{tensor: {dimension: kept indices}}`; for every channel, it keeps all places or none.
+        """
+        new = {
+            (t, dim): {old: i for i, old in enumerate(kept)} for t, dims in keep.items() for dim, kept in dims.items()
+        }
+
+        def rows(old: Rows) -> Rows:
+            kept = new.get((old.tensor, old.dim))
+            if kept is None:
+                return old
+            start = sum(i < old.start for i in kept)
+            return replace(old, start=start, stop=start + sum(old.start <= i < old.stop for i in kept))
+
+        def slot(old: Slot) -> Slot:
+            kept = new.get((old.tensor, old.dim))
+            return replace(old, index=tuple(kept[i] for i in old.index if i in kept)) if kept is not None else old
+
+        def channels(old: ChannelSet) -> ChannelSet:
+            slots = tuple(slot(s) for s in old.slots)
+            return old if slots == old.slots else replace(old, slots=slots, size=len(slots[0].index))
+
+        return replace(
+            self,
+            groups=tuple(replace(g, sets=tuple(channels(s) for s in g.sets)) for g in self.groups),
+            attributes=tuple(replace(a, rows=tuple(rows(r) for r in a.rows)) for a in self.attributes),
+            folds=tuple(replace(f, rows=rows(f.rows), counted=rows(f.counted)) for f in self.folds),
+        )
