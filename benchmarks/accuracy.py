@@ -2,6 +2,7 @@
 """The accuracy tables of docs/results.md, on a model and a dataset of yours.
 
     python benchmarks/accuracy.py one-shot   model=best.pt data=data.yaml imgsz=320
+    python benchmarks/accuracy.py one-shot   model=best.pt data=data.yaml imgsz=320 keeps=0.5 only=fpgm,FPGM
     python benchmarks/accuracy.py allocation model=best.pt data=data.yaml imgsz=320 keeps=0.5
     python benchmarks/accuracy.py trained    model=best.pt data=data.yaml imgsz=320 seeds=0,1,2
     python benchmarks/accuracy.py ablation   model=best.pt data=data.yaml imgsz=320 keeps=0.5
@@ -11,12 +12,12 @@
     python benchmarks/accuracy.py control    model=best.pt data=data.yaml imgsz=320 width=0.14 epochs=100
     python benchmarks/accuracy.py control    model=best.pt data=data.yaml family=yolov8n.yaml width=0.16 amp=True
 
-Without training: `one-shot` cuts and refits with every criterion and with parts left out, `allocation` with every
-allocation. With it: `trained` is `yolo train ... callbacks=prune` with the settings that the package chooses,
-`ablation` the same with one part left out or exchanged at a time, `plain` what torch-pruning's example does (uniform,
-L2, nothing recovered) with Ultralytics' own settings, `dense` the model itself trained further with the settings of
-`trained`, and `control` the same architecture at a smaller width from scratch. Every row is printed, and appended to
-`benchmarks/accuracy.md`, as soon as it is measured: mAP50-95 on the splits val and test.
+Without training: `one-shot` cuts and refits with every criterion, those of torch-pruning included, and with parts left
+out, `allocation` with every allocation. With it: `trained` is `yolo train ... callbacks=prune` with the settings that
+the package chooses, `ablation` the same with one part left out or exchanged at a time, `plain` what torch-pruning's
+example does (uniform, L2, nothing recovered) with Ultralytics' own settings, `dense` the model itself trained further
+with the settings of `trained`, and `control` the same architecture at a smaller width from scratch. Every row is
+printed, and appended to `benchmarks/accuracy.md`, as soon as it is measured: mAP50-95 on the splits val and test.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ from yolo_prune.run import settings as run_settings
 
 KEEPS = (0.75, 0.5, 0.25)
 EPOCHS = {0.75: 30, 0.5: 30, 0.25: 45}
-CRITERIA = ("obs", "taylor", "fisher", "magnitude", "lamp", "bn_scale", "fpgm", "random")
+OWN = ("obs", "taylor", "fisher", "magnitude", "lamp", "bn_scale", "fpgm", "random")
+THEIRS = ("GroupMagnitude", "LAMP", "BNScale", "FPGM", "GroupTaylor", "GroupHessian", "OBDC", "Activation")
+CRITERIA: dict[str, Any] = {name: name for name in OWN} | {
+    name: {"name": "torch_pruning", "importance": f"{name}Importance"} for name in THEIRS
+}
 TABLE = Path(__file__).with_suffix(".md")
 DEFAULTS = {
     "model": "",
@@ -73,7 +78,7 @@ PLAIN = {
 }
 ABLATION: dict[str, dict[str, Any]] = {
     "all parts": {},
-    **{f"criterion {name}": {"recipe.criterion": name} for name in CRITERIA[1:]},
+    **{f"criterion {name}": {"recipe.criterion": value} for name, value in CRITERIA.items() if name != "obs"},
     "allocation uniform": {"recipe.allocation": "uniform"},
     "allocation isomorphic": {"recipe.allocation": "isomorphic"},
     "batch norm instead of refit": {"recipe.recover.refit": 0},
@@ -109,8 +114,9 @@ def one_shot(ask: dict[str, str]) -> Iterator[list[Any]]:
     yield ["dense", 1.0, *measure(YOLO(ask["model"]), data, imgsz), 0.0]
     for keep in keeps(ask):
         for criterion, refit in [(c, 64) for c in CRITERIA] + [("obs", 0), ("magnitude", 0)]:
-            name = f"{criterion}, {'refitted' if refit else 'not refitted'}"
-            yield cut(ask, name, keep, refit, {"criterion": criterion})
+            if not ask["only"] or criterion in ask["only"].split(","):
+                name = f"{criterion}, {'refitted' if refit else 'not refitted'}"
+                yield cut(ask, name, keep, refit, {"criterion": CRITERIA[criterion]})
 
 
 def cut(ask: dict[str, str], name: str, keep: float, refit: int, fields: Mapping[str, Any]) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch_pruning as tp
 from torch import nn
 from ultralytics.engine import validator
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -44,3 +45,13 @@ class CpuRanks(DetectionTrainer):
         dist.init_process_group(
             "gloo", timeout=timedelta(seconds=120), rank=int(os.environ["RANK"]), world_size=self.world_size
         )
+
+
+class Largest(tp.importance.Importance):  # type: ignore[misc]
+    """An importance as users write it: the largest weight of each filter, times the largest gradient in it."""
+
+    def __call__(self, group: Any) -> torch.Tensor:
+        dep, idxs = group[0]
+        weight = dep.target.module.weight
+        largest: torch.Tensor = (weight * weight.grad)[idxs].abs().flatten(1).amax(1)
+        return largest

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch_pruning import importance
+from torch_pruning.dependency import Dependency, Node
 from ultralytics import YOLO
 from ultralytics.cfg import check_dict_alignment
 from ultralytics.data import build
@@ -524,3 +526,25 @@ def test_trained_knows_which_settings_a_validation_reads() -> None:
     """One number in `fraction` is for training images; masks are read in segmentation only."""
     assert [get_split_fraction(0.5, split) for split in trained.SPLITS] == [0.5, 1.0, 1.0]
     assert [get_split_fraction([0.5, 0.2], split) for split in trained.SPLITS] == [0.5, 0.2, 1.0]
+
+
+# What criteria/importances.py provides to the classes of torch-pruning, and docs/reference/criteria.md says of them.
+IMPORTANCES = {
+    "GroupMagnitudeImportance._reduce": "6e278a6c33da",
+    "GroupMagnitudeImportance._normalize": "403b9161db5b",
+    "GroupTaylorImportance.__call__": "c59b28646f72",
+    "GroupHessianImportance.__call__": "f5c4e89791f0",  # with an empty `_accu_grad`, it reads `weight.grad`
+    "OBDCImportance.__call__": "124643fb153f",  # it looks into `Fisher` once per item
+    "ActivationImportance.__call__": "39088a770d5e",  # it reads `layer._importance`
+}
+
+
+@pytest.mark.parametrize("name", IMPORTANCES)
+def test_criteria_importances_was_written_for_this_torch_pruning(name: str) -> None:
+    function = functools.reduce(getattr, name.split("."), importance)
+    assert fingerprint(function) == IMPORTANCES[name], f"{name} changed: check criteria/importances.py and its docs"
+
+
+def test_graph_pruning_group_makes_items_of_torch_pruning() -> None:
+    assert list(inspect.signature(Dependency).parameters) == ["trigger", "handler", "source", "target"]
+    assert list(inspect.signature(Node).parameters) == ["module", "grad_fn", "name"]

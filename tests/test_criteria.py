@@ -92,7 +92,7 @@ def test_scores_of_a_model_are_finite_one_per_channel_and_not_negative(name: str
         (
             "magnitud",
             {},
-            r"criterion\.name: there is no criterion 'magnitud'; choose one of taylor, fisher, obs, magnitude",
+            r"criterion\.name: there is no criterion 'magnitud'; choose one of taylor, fisher, obs, torch_pruning",
         ),
         ("magnitude", {"nrom": 1}, r"criterion\.nrom: 'magnitude' has no such option. The options are: norm\."),
         ("random", {"norm": 1}, r"criterion\.norm: 'random' has no such option. The options are: seed\."),

@@ -63,7 +63,8 @@ model.train(""",
 
 
 def launch(model: Path, arguments: dict[str, Any], script: str = PARENT) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, str(model), json.dumps(arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -102,6 +103,21 @@ def test_two_ranks_prune_alike_and_the_parent_gets_the_result(pruned: tuple[Path
     assert is_pruned(load_checkpoint(best)[0])
     assert f"parent has {parameters(best)}" in log
     assert report.pruned.params == parameters(best) < parameters(run.parent / "dense.pt")
+
+
+@pytest.mark.long
+def test_two_ranks_score_with_a_class_of_the_user(folder: Path) -> None:
+    """Each of them checks the class before the run, and may import it because the parent may."""
+    criterion = {"name": "torch_pruning", "importance": "cpu_ranks:Largest", "images": 2}
+    arguments = {**RUN, "callbacks": "prune", "recipe": {**RECIPES["ranks"], "criterion": criterion}, **places(folder)}
+    done = launch(folder / "dense.pt", {**arguments, "name": "own"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    held = re.findall(
+        r"rank 0 holds plan (\w+), model (\w+); rank 1 holds plan (\w+), model (\w+)", done.stdout + done.stderr
+    )
+    assert len(held) == 2
+    assert all((a, b) == (c, d) for a, b, c, d in held)
+    assert is_pruned(load_checkpoint(folder / "own/weights/best.pt")[0])
 
 
 @pytest.mark.long

@@ -97,7 +97,7 @@ def _check_command(custom: Mapping[str, Any], unreadable: bool) -> None:
         raise ArgumentError(f"'{ours[0].rstrip('=')}' needs a value, for example callbacks=prune recipe=half-flops.")
     if mode != "train":
         _refuse_elsewhere(custom)
-    if ours and "callbacks" not in custom and mode == "train":
+    if ours and "callbacks" not in custom and mode == "train" and not custom.get("resume"):
         raise ArgumentError(f"'{ours[0]}' has no effect by itself. Add callbacks=prune to prune while training.")
 
 

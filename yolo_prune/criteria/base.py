@@ -43,7 +43,7 @@ class Criterion(Protocol):
 
 @runtime_checkable
 class Observer(Protocol):
-    """A criterion that needs training images before it can score channels."""
+    """A criterion that needs training images before it can score channels; with `images` 0, it needs none."""
 
     images: int
 
@@ -55,6 +55,14 @@ class Observer(Protocol):
             calibration: at most `images` training images, and the loss.
             progress: wraps an iterable of images to show a progress bar.
         """
+
+
+@runtime_checkable
+class ModelReader(Protocol):
+    """A criterion that reads the layers of the model, not only its tensors."""
+
+    def read(self, model: nn.Module) -> None:
+        """Read the model before channels are scored; it is not changed."""
 
 
 CRITERIA: Registry[str, Callable[..., Criterion]] = Registry("A criterion named '{}' is already registered.")

@@ -78,7 +78,7 @@ class Gates:
         if not products:  # the loss does not depend on these channels
             return torch.zeros(channels.size, dtype=torch.float64)
         slopes = torch.stack(products).sum(0)
-        _check_finite(slopes, channels.name)
+        check_finite(slopes, channels.name)
         return self._reduce(slopes)
 
 
@@ -157,7 +157,12 @@ class Surgeon:
         return Reader(inverse, _root(curvature, layer) @ weight.detach().double().flatten(1), columns)
 
 
-def _check_finite(gradients: Tensor, layer: str) -> None:
+def check_finite(gradients: Tensor, layer: str) -> None:
+    """Refuse gradients that say nothing.
+
+    Raises:
+        GradientError: If a gradient is NaN or infinite.
+    """
     if not gradients.isfinite().all():
         raise GradientError(
             f"The gradients of the loss at '{layer}' are not finite, so no channel can be scored by them. Take a "
@@ -167,7 +172,7 @@ def _check_finite(gradients: Tensor, layer: str) -> None:
 
 def _root(curvature: Tensor, layer: str) -> Tensor:
     """The matrix `root` for which `root^T root` is the curvature of a layer's outputs."""
-    _check_finite(curvature, layer)
+    check_finite(curvature, layer)
     largest = curvature.diagonal().max().clamp(min=1e-30)
     identity = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
     for exponent in range(-9, 1):  # rounding errors in single precision can make the matrix indefinite

@@ -90,6 +90,11 @@ class Calibration:
             torch.manual_seed(0)
             return math.fsum(float(loss_of(twin, batch)) for batch in self.batches()) / len(self)
 
+    def forward(self, twin: Any, progress: Progress) -> None:
+        """Compute the loss of a `twin` for one image after the other."""
+        for item in progress(self.items):
+            loss_of(twin, self.prepare(dict(item)))
+
     def backward(self, twin: Any, progress: Progress) -> Iterator[None]:
         """Compute the gradients of a `differentiable` copy for one image after the other.
 

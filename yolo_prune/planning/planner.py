@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from yolo_prune import criteria
-from yolo_prune.criteria.base import Observer
+from yolo_prune.criteria.base import ModelReader, Observer
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.cut.plan import Attributes, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.cut.record import read_record
@@ -221,7 +221,9 @@ def weigh(
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
     tensors, free = model.state_dict(), [g for g in graph.groups if not g.protected]
     sets: Iterable[ChannelSet] = [s for g in free for s in g.sets]
-    if isinstance(criterion, Observer) and calibration is not None:
+    if isinstance(criterion, ModelReader):
+        criterion.read(model)
+    if isinstance(criterion, Observer) and criterion.images and calibration is not None:
         criterion.observe(model, calibration.first(criterion.images), progress)
         sets = progress(sets)  # scoring inverts large matrices, which takes minutes on large models
     scores = {s.name: criteria.score(criterion, tensors, s) for s in sets}

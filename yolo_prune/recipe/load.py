@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from yolo_prune.errors import RecipeError
+from yolo_prune.recipe import code
 from yolo_prune.recipe.messages import explain, short
 from yolo_prune.recipe.schema import METRICS, NAMED, WHERE, Recipe
 from yolo_prune.recipe.strict_yaml import read_yaml
@@ -22,7 +23,9 @@ MAX_BYTES = 64 * 1024
 def load_recipe(
     source: str | Path | Mapping[str, Any] | Recipe | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """Read a recipe.
+    """Read a recipe that the user names or gives.
+
+    Code that the recipe names may be imported afterwards. So a recipe inside a checkpoint must not be read here.
 
     Args:
         source: a bundled name, a path to a YAML file, a mapping or a `Recipe`; None is the default recipe.
@@ -47,9 +50,11 @@ def load_recipe(
     if overrides:
         origin += ", with overrides"
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as e:
         raise RecipeError(f"The recipe ({origin}) is not valid:\n" + "\n".join(explain(e))) from None
+    code.allow(recipe)
+    return recipe
 
 
 def bundled_names() -> list[str]:

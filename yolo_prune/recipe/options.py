@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 from yolo_prune.errors import RecipeError
@@ -19,7 +19,8 @@ def make(kind: str, name: str, factories: Mapping[str, Callable[..., T]], option
     Args:
         kind: the field of the recipe, for messages.
         name: name of the object.
-        factories: `{name: factory}`; the parameters of a factory are the possible options.
+        factories: `{name: factory}`; the parameters of a factory are the possible options. A factory with `**` checks
+            its options itself.
         options: `{option: value}`.
 
     Raises:
@@ -30,9 +31,10 @@ def make(kind: str, name: str, factories: Mapping[str, Callable[..., T]], option
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise RecipeError(f"{kind}.name: there is no {kind} '{name}'; choose one of {', '.join(factories)}.{hint}")
     factory = factories[name]
-    known = list(signature(factory).parameters)
+    known = signature(factory).parameters
+    takes_all = any(p.kind is Parameter.VAR_KEYWORD for p in known.values())
     for option in options:
-        if option not in known:
+        if option not in known and not takes_all:
             remedy = f"The options are: {', '.join(known)}" if known else "Leave it out"
             raise RecipeError(f"{kind}.{option}: '{name}' has no such option. {remedy}.")
     return factory(**options)

@@ -127,7 +127,8 @@ class CriterionSpec(_Named):
 
     name: str = Field(
         "obs",
-        description="obs, taylor, fisher, magnitude, lamp, bn_scale, fpgm, random, or a registered one",
+        description="obs, taylor, fisher, magnitude, lamp, bn_scale, fpgm, random, torch_pruning (with importance), or "
+        "a registered one",
     )
 
 
@@ -311,7 +312,10 @@ class Recipe(_Part):
             >>> yolo_prune.load_recipe("half-flops").to_dict()["target"]
             {'flops': 0.5}
         """
-        return self.model_dump(mode="json", exclude_none=True)
+        data = self.model_dump(mode="json", exclude_none=True)
+        for field in NAMED:  # to an option, None is a value: a criterion can have `normalizer: null`
+            data[field] |= {key: None for key, value in getattr(self, field).options.items() if value is None}
+        return data
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML, in the order of the fields.

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from yolo_prune.env import ranks
-from yolo_prune.recipe import Recipe
+from yolo_prune.recipe import Recipe, code
 from yolo_prune.run import journal, live, resume, rounds, verdict
 from yolo_prune.run.finish import fail, finish
 from yolo_prune.run.start import start
@@ -37,6 +37,11 @@ class PruneCallback:
             recipe: the resolved recipe.
         """
         self.recipe = recipe
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that trains on one of several devices: the process that started it has allowed the code."""
+        self.__dict__.update(state)
+        code.allow(self.recipe)
 
     def attach(self, callbacks: dict[str, list[Any]]) -> None:
         """Add this callback to Ultralytics' `{event: [functions]}`."""

@@ -17,13 +17,13 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils import checks as ultralytics_checks
 from ultralytics.utils.files import get_latest_run
 
-from yolo_prune import _keys
-from yolo_prune.cut.record import close_record, is_pruned, read_record
+from yolo_prune import _keys, criteria
+from yolo_prune.cut.record import Record, close_record, is_pruned, read_record
 from yolo_prune.env import versions
 from yolo_prune.env.log import PREFIX
 from yolo_prune.env.releases import load_checkpoint, load_yaml
 from yolo_prune.errors import ArgumentError, PruneError, RunError
-from yolo_prune.recipe import Recipe, load_recipe
+from yolo_prune.recipe import Recipe, code, load_recipe
 from yolo_prune.report import Report
 from yolo_prune.run import checks, leftovers, schedule
 from yolo_prune.run.callback import PruneCallback
@@ -252,10 +252,7 @@ def _resume(model: Model, request: Request) -> Launch | None:
                 "Leave out resume: this starts a new run from the checkpoint."
             )
         return Launch(resumed=resumed) if is_pruned(source) else None
-    if request.recipe_keys:
-        raise RunError(
-            f"A resumed run keeps the recipe that it began with. Leave out {', '.join(request.recipe_keys)}."
-        )
+    recipe = _recorded(record, request)
     if not checkpoint.get("optimizer"):
         leftovers.delete(Path(path).parent.parent)
         raise RunError(
@@ -263,9 +260,26 @@ def _resume(model: Model, request: Request) -> Launch | None:
             "pruned model further."
         )
     checks.check_settings(request.stock)
-    recipe = Recipe.model_validate(record.recipe)
     checks.check_validates(recipe, request.stock)
     return Launch(PruneCallback(recipe), resumed=resumed)
+
+
+def _recorded(record: Record, request: Request) -> Recipe:
+    """The recipe in a checkpoint. Code that it names is allowed only if the user names the same code again."""
+    recipe, key = Recipe.model_validate(record.recipe), f"recipe.{code.FIELD}"
+    named, given = code.named_in(recipe), request.ours.get(key)
+    if others := [k for k in request.recipe_keys if not (named and k == key)]:
+        raise RunError(f"A resumed run keeps the recipe that it began with. Leave out {', '.join(others)}.")
+    if named and given is None:
+        raise RunError(
+            f"This run scores channels with '{named}', which is code, and a checkpoint must not import code by itself. "
+            f"If you trust the code, pass {key}={named} beside resume."
+        )
+    if named and given != named:
+        raise RunError(f"This run began with {key}={named}, not with {given}. Pass {key}={named}.")
+    code.allow(recipe)
+    criteria.create(recipe.criterion.name, recipe.criterion.options)  # code that is missing now is an error now
+    return recipe
 
 
 def _resume_source(model: Model, settings: Mapping[str, Any]) -> tuple[str | Path, nn.Module, Mapping[str, Any]]:
