@@ -161,6 +161,7 @@ def test_paths_of_hyperparameter_searches(
         place.write_bytes(checkpoint.read_bytes())
     settings = ["format=torch", "repeats=1", "imgsz=32"]
     assert cli.main(["bench", f"model={places[0]},{places[1]}", *settings, "save=b.json"]) == 0
+    capsys.readouterr()
     assert len(json.loads(Path("b.json").read_text())["rows"]) == 2
     capsys.readouterr()
     message = "The model 'runs/train_a1_lr0=0.2,batch=8/weights/best.pt' does not exist"

@@ -11,6 +11,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import io
 import logging
 import textwrap
 from pathlib import Path
@@ -26,7 +27,12 @@ from ultralytics.data import build
 from ultralytics.data.augment import LetterBox, Mosaic
 from ultralytics.data.base import BaseDataset
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.data.utils import check_cls_dataset
+from ultralytics.data.utils import (
+    check_cls_dataset,
+    check_det_dataset,
+    convert_ndjson_to_yolo_if_needed,
+    get_split_fraction,
+)
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
 from ultralytics.engine.model import Model
@@ -47,6 +53,7 @@ from yolo_prune.data import datasets
 from yolo_prune.env import terminal, trained
 from yolo_prune.graph import blocks, rules
 from yolo_prune.measure import runtimes
+from yolo_prune.run import inputs
 from yolo_prune.run.callback import PruneCallback
 
 # What the rules in graph/blocks.py say is true of exactly this code: `{class or function: hash of its forward}`.
@@ -450,6 +457,26 @@ def test_timing_builds_engines_of_single_layers_with_this() -> None:
     assert {"onnx_file", "output_file", "quantize", "shape"} <= set(inspect.signature(engine.onnx2engine).parameters)
 
 
+def test_a_model_is_saved_into_memory() -> None:
+    buffer = io.BytesIO()
+    YOLO("yolo11n.yaml").save(buffer)  # type: ignore[arg-type]
+    assert isinstance(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)["model"], tasks.DetectionModel)
+
+
+def test_an_export_is_named_after_the_path_of_the_model() -> None:
+    source = inspect.getsource(Exporter.__call__)
+    assert 'getattr(model, "pt_path", None) or getattr(model, "yaml_file", None)' in source
+    assert "self.file = file" in source
+
+
+def test_inputs_knows_what_a_run_writes_and_reads() -> None:
+    assert 'self.wdir / f"epoch{self.epoch}.pt"' in inspect.getsource(BaseTrainer.save_model)
+    assert set(inputs.READ) <= set(DEFAULT_CFG_DICT)
+    source = inspect.getsource(BaseTrainer.__init__)
+    assert 'YAML.save(self.save_dir / "args.yaml", vars(self.args))' in source
+    assert source.index("self.wdir.mkdir") < source.index("self.ddp =")
+
+
 def test_terminal_finds_the_logger_without_an_import_of_ultralytics() -> None:
     assert logging.getLogger(terminal.LOGGING_NAME) is LOGGER
     assert any(type(handler) is logging.StreamHandler for handler in LOGGER.handlers)
@@ -472,6 +499,33 @@ def test_datasets_finds_labels_and_the_splits_of_classification(tmp_path: Path) 
         (tmp_path / split / name / "0.png").write_bytes(b"")
     assert check_cls_dataset(str(tmp_path))["val"] is None
     assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "test"
+    (tmp_path / "valid").mkdir()
+    assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "valid"
+    (tmp_path / "validation").mkdir()
+    assert check_cls_dataset(str(tmp_path), "val")["val"] == tmp_path / "validation"
+
+
+def test_datasets_finds_images_as_ultralytics_does() -> None:
+    """A split is folders and text files; a missing dataset is not downloaded if that is not wanted."""
+    source = inspect.getsource(BaseDataset.get_img_files)
+    assert "recursive=True" in source
+    assert 'encoding="utf-8-sig"' in source
+    assert "autodownload" in inspect.signature(check_det_dataset).parameters
+    assert "self.data[self.args.split]" in inspect.getsource(BaseTrainer)
+    assert all(hasattr(DetectionTrainer, name) for name in ("get_dataset", "get_dataloader", "build_dataset"))
+
+
+def test_releases_converts_datasets_as_trainer_and_validator_do() -> None:
+    assert list(inspect.signature(convert_ndjson_to_yolo_if_needed).parameters) == ["data", "fraction", "split"]
+    for source in (inspect.getsource(BaseTrainer.get_dataset), inspect.getsource(BaseValidator.__call__)):
+        assert "convert_ndjson_to_yolo_if_needed(" in source
+        assert "self.args.fraction, split=self.args.split" in " ".join(source.split())
+
+
+def test_trained_knows_which_settings_a_validation_reads() -> None:
+    """One number in `fraction` is for training images; masks are read in segmentation only."""
+    assert [get_split_fraction(0.5, split) for split in trained.SPLITS] == [0.5, 1.0, 1.0]
+    assert [get_split_fraction([0.5, 0.2], split) for split in trained.SPLITS] == [0.5, 0.2, 1.0]
 
 
 # What criteria/importances.py provides to the classes of torch-pruning, and docs/reference/criteria.md says of them.

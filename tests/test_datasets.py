@@ -15,6 +15,7 @@ import yaml
 from small_data import IMGSZ, SHORT
 from small_runs import FINE, PLAIN, QUICK
 from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import ROOT
 
@@ -25,6 +26,7 @@ from yolo_prune.data.datasets import pixels
 from yolo_prune.demo.scenes import NAMES
 from yolo_prune.errors import RunError
 from yolo_prune.report import Report
+from yolo_prune.run.checks import check_validation_images
 
 RECIPE: dict[str, Any] = {**PLAIN, **FINE, "target": {"flops": 0.8}, "schedule": {"rounds": 1}}
 
@@ -64,7 +66,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def classifier(path: Path) -> Path:
     described = yaml.safe_load((ROOT / "cfg/models/11/yolo11-cls.yaml").read_text(encoding="utf-8"))
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({**described, "nc": 2}))
+    path.with_suffix(".yaml").write_text(yaml.safe_dump({**described, "nc": 2, "scale": "n"}))
     model = YOLO(path.with_suffix(".yaml"))
     module: Any = model.model
     module.names = {0: "a", 1: "b"}
@@ -85,14 +87,129 @@ def test_a_classification_dataset_without_val_is_validated_on_test(
     assert len(datasets.validation_set(YOLO(model), data, IMGSZ)) == 4
     assert cli.main(words) == 0
     capsys.readouterr()
+    emptied(data, "classify")  # the folders of the classes remain
     shutil.rmtree(data / "test")
+    (data / "val/a").mkdir(parents=True)
     message = f"data={data} has no images in its split 'val'"
     assert message in said(capsys, *words)
     assert message in said(capsys, "bench", f"model={model}", f"data={data}", "imgsz=64", "format=torch")
     assert cli.main(["plan", f"model={model}", f"data={data}", "imgsz=64", "recipe.target.flops=0.9"]) == 0
-    with pytest.raises(RunError, match="has no folder 'val' or 'test'"):
-        YOLO(model).train(data=str(data), project=str(tmp_path), recipe="gentle", **SETTINGS)
+
+
+def cut(model: Path, path: Path) -> Path:
+    """A pruned copy of a model."""
+    loaded = YOLO(model)
+    yolo_prune.apply(loaded, yolo_prune.plan(loaded, RECIPE, imgsz=IMGSZ))
+    loaded.save(path)
+    return path
+
+
+class Stop(Exception):
+    """Ends a run that is resumed."""
+
+
+def interrupted(model: Path, data: str, project: Path, **settings: Any) -> Path:
+    """`last.pt` of a run that was interrupted after its first epoch."""
+
+    def stop(trainer: Any) -> None:
+        raise Stop
+
+    loaded = YOLO(model)
+    loaded.add_callback("on_model_save", stop)
+    with pytest.raises(Stop):
+        loaded.train(data=data, project=str(project), **{**SETTINGS, "name": "first", **settings})
+    return project / "first/weights/last.pt"
+
+
+def emptied(data: Path, task: str) -> None:
+    """Delete the validation images of a dataset."""
+    for image in (data / "val" if task == "classify" else data.parent / "images/val").rglob("*.png"):
+        image.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classify", "detect"])
+def test_no_run_of_this_package_begins_without_validation_images(task: str, tmp_path: Path) -> None:
+    data = small_data.make(task, tmp_path)
+    dense = classifier(tmp_path / "dense.pt") if task == "classify" else small_data.short_checkpoint(tmp_path)
+    pruned, places = cut(dense, tmp_path / "cut.pt"), {"data": str(data), "project": str(tmp_path)}
+    further = {**SETTINGS, "callbacks": None}
+    last = interrupted(pruned, str(data), tmp_path, callbacks=None)
+    pruning = interrupted(dense, str(data), tmp_path / "pruning", recipe=RECIPE)
+    emptied(data, task)
+    message = r"has no images in its split 'val', and Ultralytics needs validation images in every run\."
+    for again in range(2 if task == "classify" else 1):
+        if again:
+            shutil.rmtree(data / "val")
+        with pytest.raises(RunError, match=message):
+            YOLO(dense).train(recipe=RECIPE, **places, **SETTINGS)
+        with pytest.raises(RunError, match=message):
+            YOLO(pruned).train(**places, **further)
+        for path in (last, pruning):
+            with pytest.raises(RunError, match=message):
+                YOLO(path).train(resume=True)
+            with pytest.raises(RunError, match=message):
+                YOLO(dense).train(resume=str(path))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_that_finds_its_own_images_is_not_asked(folder: Path) -> None:
+    class Own(DetectionTrainer):
+        def get_dataset(self) -> Any:
+            return super().get_dataset()
+
+    data = described(folder)
+    emptied(Path(data), "detect")
+    check_validation_images(Own, "detect", {"data": data})
+    with pytest.raises(RunError, match="has no images in its split 'val'"):
+        check_validation_images(DetectionTrainer, "detect", {"data": data})
+
+
+def test_what_counts_as_a_split_with_images(folder: Path) -> None:
+    images = folder / "scenes/images"
+    data = described(folder, test="images/train")
+    assert not datasets.lacks_images(data, "detect", "val")
+    assert not datasets.lacks_images(folder / "scenes", "detect", "val")  # the folder with the file
+    listed = folder / "scenes/list.txt"
+    for text, lacks in (("./images/val/00000.png\r\n", False), ("\n", True)):
+        listed.write_text(text)
+        assert datasets.lacks_images(described(folder, val="list.txt"), "detect", "val") is lacks
+        assert not datasets.lacks_images(described(folder, val=["list.txt", "images/train"]), "detect", "val")
+    described(folder, val="images/val")
+    emptied(Path(data), "detect")
+    assert datasets.lacks_images(data, "detect", "val")
+    assert not datasets.lacks_images(data, "detect", "test")
+    (images / "val").rmdir()
+    (images / "val").symlink_to(images / "train")
+    assert not datasets.lacks_images(data, "detect", "val")
+    # All that is not on this machine, or that Ultralytics will refuse by itself.
+    for other in ("no.yaml", "coco.ndjson", "https://example.com/data.yaml", "ul://someone/datasets/one", "no"):
+        assert not datasets.lacks_images(other, "detect", "val")
+        assert not datasets.lacks_images(other, "classify", "val")
+
+
+def test_an_ndjson_dataset_is_converted_as_in_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def convert(data: str, fraction: Any = 1.0, *, split: str | None = None) -> str:
+        seen.append((data, fraction, split))
+        return described(folder)
+
+    monkeypatch.setattr("ultralytics.data.utils.convert_ndjson_to_yolo_if_needed", convert)
+    model = YOLO(folder / "dense.pt")
+    model.ckpt = {"train_args": {"fraction": 0.5}}
+    assert len(datasets.validation_set(model, "scenes.ndjson", IMGSZ)) == 4
+    assert len(datasets.calibration(model, "scenes.ndjson", IMGSZ, 9)) == 3
+    assert seen == [("scenes.ndjson", 0.5, "val")] * 2  # one dataset, that of the training
+
+
+def test_an_ndjson_dataset_that_cannot_be_converted_is_one_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultralytics.data.converter.DATASETS_DIR", tmp_path)
+    (tmp_path / "scenes.ndjson").write_text("not json\n")
+    with pytest.raises(RunError, match=r"data=.*scenes\.ndjson: the dataset cannot be read: "):
+        datasets.validation_set(YOLO(folder / "dense.pt"), tmp_path / "scenes.ndjson", IMGSZ)
 
 
 def test_a_split_without_images_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +223,11 @@ def test_a_split_without_images_is_said(folder: Path, capsys: pytest.CaptureFixt
     data = described(folder, val="images/val")
     for image in (folder / "scenes/images/val").iterdir():
         image.unlink()
-    assert "the split 'val' cannot be read: " in said(capsys, "bench", model, f"data={data}", "format=torch")
+    message = "has no images in its split 'val', and this command needs them"
+    assert message in said(capsys, "bench", model, f"data={data}", "format=torchscript")
+    shutil.copy(folder / "dense.pt", folder / "other.pt")
+    words = ["compare", str(folder / "dense.pt"), str(folder / "other.pt"), f"data={data}", f"imgsz={IMGSZ}"]
+    assert message in said(capsys, *words)
 
 
 @pytest.mark.parametrize("val", ["images/val", ["images/val", "images/train"]])
@@ -193,8 +314,10 @@ def test_a_limit_on_the_drop_needs_labels(limit: dict[str, Any], folder: Path) -
 
 @pytest.mark.slow
 def test_a_run_without_labels_reports_no_fitness(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = without_labels(folder)
-    YOLO(folder / "dense.pt").train(recipe=RECIPE, data=data, project=str(folder), **SETTINGS)
+    data, model, validations = without_labels(folder), YOLO(folder / "dense.pt"), list[int]()
+    model.add_callback("on_val_start", lambda validator: validations.append(1))
+    model.train(recipe={**RECIPE, "measure": True}, data=data, project=str(folder), **SETTINGS)
+    assert len(validations) == 3  # two epochs and the end: Ultralytics' own
     report = Report.load(folder / "run")
     assert report.status == "finished"
     assert [row.fitness for row in report.epochs_log] == [None, None]

@@ -167,7 +167,7 @@ def test_a_run_that_ends_shows_what_was_measured(run: Path, bench: Measurement, 
 def test_a_measurement_of_other_models_is_not_shown(run: Path, bench: Measurement, warnings: list[str]) -> None:
     def told(found: Measurement, what: str) -> None:
         found.save(run / "bench.json")
-        assert "latency" not in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
+        assert "latency" not in Page(run_page.write_report(run).page.read_text(encoding="utf-8")).sections
         assert [w for w in warnings if "has no latency" in w] == warnings
         assert len(warnings) == 1
         assert what in warnings.pop()
@@ -191,9 +191,9 @@ def test_without_its_weights_a_run_goes_by_the_size_of_its_models(
     bench.save(run / "bench.json")
     shutil.rmtree(run / "weights")
     edit(run, "prune.json", model="gone.pt", data="gone.yaml")
-    assert "latency" in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
+    assert "latency" in Page(run_page.write_report(run).page.read_text(encoding="utf-8")).sections
     edit(run, "prune.json", pruned={"params": bench.rows[1].params + 1})
-    assert "latency" not in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
+    assert "latency" not in Page(run_page.write_report(run).page.read_text(encoding="utf-8")).sections
     assert "does not measure the model that this run started from" in warnings[0]
 
 
@@ -213,7 +213,7 @@ def test_a_damaged_measurement_is_one_warning(
     said = json.dumps(json.loads(path.read_text())["rows"][0]["median_ms"])
     whole = path.read_text().replace(f'"median_ms": {said}', text)
     path.write_text(whole if "NaN" in text else text)
-    assert "latency" not in Page(run_page.write_report(run).read_text(encoding="utf-8")).sections
+    assert "latency" not in Page(run_page.write_report(run).page.read_text(encoding="utf-8")).sections
     assert len(warnings) == 1
     assert why in warnings[0]
 
@@ -227,7 +227,7 @@ def test_what_a_run_started_from_may_have_been_pruned_before(
     yolo_prune.apply(model, yolo_prune.plan(model, imgsz=IMGSZ, **CUT, **{"target.flops": 0.4}))
     model.save(run / "weights/best.pt")
     yolo_prune.bench([start, run / "weights/best.pt"], "torch", imgsz=IMGSZ, repeats=2, save=run / "bench.json")
-    page = Page(run_page.write_report(run).read_text(encoding="utf-8"))
+    page = Page(run_page.write_report(run).page.read_text(encoding="utf-8"))
     assert "before this run" in page.text
     assert " ms dense - " in page.text  # the dense model was not measured
     assert [w for w in warnings if "latency" in w] == []
@@ -246,6 +246,11 @@ def test_an_export_that_computes_something_else_is_shown_and_fails(
     page = page_of(run)
     assert page.text.count(" fails ") == 2
     assert "pruned as torchscript (fp32): raw outputs differ by" in page.text
+    assert cli.main(["report", str(run)]) == 1  # the page shows the same measurement
+    out, err = capsys.readouterr()
+    assert f"saved {run / 'report.html'}" in out
+    assert "bench.json, measured before, is on the page and has failures: Exports do not agree" in err
+    assert len(err.strip().splitlines()) == 1
     target = tmp_path / "compare.html"
     models = [str(folder / "dense.pt"), str(run / "weights/best.pt")]
     where = [f"data={folder / 'scenes/scenes.yaml'}", f"imgsz={IMGSZ}", f"save={target}"]
@@ -347,7 +352,14 @@ def test_what_cannot_be_measured_at_all_leaves_an_earlier_measurement_alone(
     assert (run / "bench.json").read_bytes() == before
 
 
-def test_the_size_of_a_run_is_one_that_exports_can_have() -> None:
-    from yolo_prune.pages import bench_file as figures
-
-    assert [figures.export_size(Report(imgsz=size)) for size in (320, 100, [64, 90], None)] == [320, 128, (64, 96), 640]
+def test_an_earlier_format_that_could_not_be_measured_is_not_hidden(
+    run: Path, bench: Measurement, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.save(run / "bench.json")
+    assert cli.main(["report", str(run)]) == 0
+    edit(run, "bench.json", failed={"openvino": "no luck"})
+    capsys.readouterr()
+    assert cli.main(["report", str(run)]) == 1
+    assert "format=openvino could not be measured: no luck. Measure again with format=" in capsys.readouterr().err
+    edit(run, "bench.json", rows=[])  # of other models: it is not on the page
+    assert cli.main(["report", str(run)]) == 0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from yolo_prune.env.image_size import Rectangle, height_width, image_size, plain
+from yolo_prune.env.image_size import Rectangle, height_width, image_size, plain, rounded_up, stored_size
 from yolo_prune.errors import BenchError, PruneError
 
 NUMPY = [np.int64(64), np.int64(96)]
@@ -55,7 +55,17 @@ def test_what_no_model_takes_is_refused_in_one_way(value: Any) -> None:
 def test_the_stride_of_the_model_and_the_class_of_the_error_are_the_callers() -> None:
     with pytest.raises(BenchError, match="must be a multiple of 64 between 64 and 8192"):
         image_size((64, 96), multiple=64, error=BenchError)
-    assert image_size(100, multiple=1) == 100
+
+
+def test_a_stored_size_has_no_limit() -> None:
+    assert stored_size(9001) == 9001
+    assert stored_size([9024, 64], multiple=32) == Rectangle(9024, 64)
+    assert rounded_up(9001) == 9024
+    for value in (0, -1, None, "large", [1, 2, 3]):
+        with pytest.raises(BenchError, match=r"imgsz=.*: must be a whole number of at least 1, or two of them"):
+            stored_size(value, error=BenchError)
+    with pytest.raises(PruneError, match="must be a multiple of 32 of at least 32"):
+        stored_size(9001, multiple=32)
 
 
 def test_a_rectangle_is_read_again_from_what_is_written() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,10 +293,34 @@ class ReplacesModel(DetectionTrainer):
         return checkpoint
 
 
+class MoreOutputs(DetectionTrainer):
+    """The pruned model gets other convolutions at the end of its head."""
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        model = super().get_model(cfg, weights, verbose)
+        for branch in model.model[-1].cv3:
+            branch[-1] = nn.Conv2d(branch[-1].in_channels, 7, 1)
+        return model
+
+
+class MoreOutputsAnew(DetectionTrainer):
+    """The same, in a model that is built from `cfg`."""
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        model = DetectionModel(cfg, nc=7, verbose=False)
+        model.nc, model.model[-1].nc = self.data["nc"], self.data["nc"]
+        return model
+
+
 @slow
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
+        (
+            MoreOutputs,
+            r"MoreOutputs\.get_model .* 'model\.10\.cv3\.0\.2\.weight' has the shape \(7, .* instead of \(5, ",
+        ),
+        (MoreOutputsAnew, r"'model\.10\.cv3\.0\.2\.weight' has the shape \(7, 64, 1, 1\) instead of \(5, 64, 1, 1\)"),
         (OtherModel, r"OtherModel\.get_model builds another model than the one .* 'model\.4\.conv\.weight' is missing"),
         (WiderModel, r"'model\.0\.conv\.weight' has the shape \(32, 3, 3, 3\) instead of \(16, 3, 3, 3\)"),
         (NoModel, r"NoModel\.get_model returned None instead of a model"),
@@ -313,14 +338,18 @@ def test_a_model_that_cannot_have_the_pruned_structure_is_refused(
     assert widths(model.model) == before
 
 
+def never() -> nn.Module:
+    raise AssertionError("the stock model is built only if shapes differ")
+
+
 def test_layers_that_the_user_puts_into_the_pruned_model_may_have_other_names() -> None:
     model = DetectionModel({**small_data.SHORT, "nc": 5}, verbose=False)
     pruned = DetectionModel({**small_data.SHORT, "nc": 5}, verbose=False)
     del model.model[0].bn
     model.model[0].norm = nn.BatchNorm2d(16)
-    keep.adopt(model, pruned, edited=True, builder="Mine")
+    keep.adopt(model, pruned, edited=True, builder="Mine", stock=never)
     with pytest.raises(RunError, match=r"'model\.0\.bn\.weight' is missing"):
-        keep.adopt(model, pruned, edited=False, builder="Mine")
+        keep.adopt(model, pruned, edited=False, builder="Mine", stock=lambda: pruned)
 
 
 def test_a_head_with_the_hidden_widths_of_other_classes_takes_those_of_the_pruned_model() -> None:
@@ -333,7 +362,7 @@ def test_a_head_with_the_hidden_widths_of_other_classes_takes_those_of_the_prune
     plan = yolo_prune.plan(few, {"target": {"flops": 0.5}}, imgsz=64)
     surgery.apply(few, plan)
     write_record(few, Record({}, plan))
-    keep.adopt(fresh, few, edited=False, builder="Mine")
+    keep.adopt(fresh, few, edited=False, builder="Mine", stock=partial(DetectionModel, "yolo11n.yaml", nc=3))
     assert yolo_prune.is_pruned(fresh)
     image = torch.rand(1, 3, 64, 64)
     assert torch.equal(fresh.eval()(image)[0], few.eval()(image)[0])
@@ -417,8 +446,14 @@ def test_load_does_not_mix_two_structures(route: str, inner: bool, folder: Path)
         source = load_checkpoint(source)[0]
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     checkpoint = model.ckpt
-    with pytest.raises(RunError, match=rf"{message}.* Start from the file of the weights instead: YOLO\("):
+    with pytest.raises(RunError, match=rf"{message}.* start from the file of the weights: YOLO\('") as e:
         (model.model if inner else model).load(source)
+    if isinstance(weights(folder), Path):
+        assert str(e.value).endswith(
+            f"Instead, start from the file of the weights: YOLO('{weights(folder)}').train(...)."
+        )
+    if route == "memory":
+        assert "Instead, save the model of the weights with its save(), and start" in str(e.value)
     assert model.ckpt is checkpoint
     for name, tensor in model.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -453,7 +488,7 @@ def test_load_between_a_pruned_model_and_the_same_one_for_other_classes_is_allow
 @slow
 def test_a_trainer_without_yolo_does_not_train_the_dense_model_instead(folder: Path, tmp_path: Path) -> None:
     settings = {"model": str(folder / "cut.pt"), "data": str(folder / "scenes/scenes.yaml"), "project": str(tmp_path)}
-    with pytest.raises(RunError, match="is not pruned, but the weights to load are"):
+    with pytest.raises(RunError, match=r"is not pruned, but the weights to load are.*YOLO\('.*cut\.pt'\)\.train\("):
         DetectionTrainer(overrides={**settings, **RUN}).train()
     assert list(tmp_path.rglob("*.pt")) == []
 

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from small_data import SHORT, short_checkpoint
+from test_select import chain
 from ultralytics import YOLO
 
 import yolo_prune
 from yolo_prune.errors import TargetError
+from yolo_prune.planning.cost import Term, Timing
+from yolo_prune.planning.limits import Limits
+from yolo_prune.planning.select import Constraints
 
 IMGSZ = 64
 RECIPE: dict[str, Any] = {"target": {"flops": 0.5}, "criterion": "magnitude"}
@@ -82,3 +88,23 @@ def test_a_search_for_the_size_gets_the_same_advice(dense: YOLO) -> None:
 def test_frozen_layers_are_named_with_the_argument_that_freezes_them(dense: YOLO) -> None:
     with pytest.raises(TargetError, match=r"\(frozen in this run\).* Freeze fewer layers \(freeze=\)\.$"):
         dense.train(data="x.yaml", epochs=9, freeze=12, imgsz=IMGSZ, callbacks="prune")
+
+
+@pytest.mark.parametrize(("round_to", "named"), [(16, False), (32, True)])
+def test_the_step_of_a_runtime_is_no_limit_that_a_user_can_change(round_to: int, named: bool) -> None:
+    groups, cost = chain(64, 64, 4)
+    timing = Timing({f"{i}.weight": Term(0.0, 1.0, steps=(16, 1)) for i in range(3)}, 1.0, multiple=16)
+    widths = {s.name: s.size for g in groups for s in g.sets}
+    limits = Limits(groups, replace(cost, timing=timing), Constraints(round_to, 1, 0.99), {}, widths)
+    deepest = limits.least("latency", ["max_removed", "min", "round_to"])
+    assert ("channels.round_to" in limits.advice("latency", deepest)) is named
+
+
+def test_limits_that_do_not_suffice_are_told_with_what_they_allow() -> None:
+    groups, cost = chain(64, 64, 4)
+    protected = [replace(groups[0], protected="softmax over channels in Mine"), *groups[1:]]
+    widths = {s.name: s.size for g in groups for s in g.sets}
+    said = Limits(protected, cost, Constraints(8, 8, 0.5), {}, widths).advice("flops", 0.01)
+    assert re.match(
+        r"Without the limits in channels \(max_removed, min, round_to\), 0\.\d+ is left\. 68 of 132 channels", said
+    )

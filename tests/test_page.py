@@ -517,9 +517,9 @@ def test_a_model_that_the_run_has_written_over_is_not_shown_as_the_dense_one(fol
     report = Report.load(own)
     report.model = str(own / "weights/best.pt")
     report.save(own / "prune.json")
-    assert "images" not in Page(run_page.write_report(own).read_text(encoding="utf-8")).sections
+    assert "images" not in Page(run_page.write_report(own).page.read_text(encoding="utf-8")).sections
     shutil.copy(folder / "dense.pt", own / "weights/round0.pt")
-    page = Page(run_page.write_report(own).read_text(encoding="utf-8"))
+    page = Page(run_page.write_report(own).page.read_text(encoding="utf-8"))
     assert "images" in page.sections
     assert "dense" in page.text
 
@@ -531,7 +531,7 @@ def test_what_an_older_run_did_not_measure_is_measured_where_data_is_given(folde
     for figures in ("dense", "pruned"):
         data[figures].pop("classes")
     (old / "prune.json").write_text(json.dumps(data))
-    path = run_page.write_report(old, data=str(folder / "scenes/scenes.yaml"), model=str(folder / "dense.pt"))
+    path, _ = run_page.write_report(old, data=str(folder / "scenes/scenes.yaml"), model=str(folder / "dense.pt"))
     assert {"classes", "images"} <= set(Page(path.read_text(encoding="utf-8")).sections)
 
 

@@ -149,6 +149,10 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
             "target: {latency: 0.5, imgsz: 100}",
             "target.imgsz: must be a whole number at least 32 and a multiple of 32, got 100",
         ),
+        (
+            "target: {latency: 0.5, imgsz: [480, 640]}",
+            "target.imgsz: latency targets need a square size here, so give one number; for rectangles, measure",
+        ),
         ("target: {latency: 0.5, format: tflite}", "target.format: must be one of torch, torchscript, onnx, openvino"),
         ("target: {latency: 0.5, quantize: 8}", "target.quantize: must be one of 16, 32, got 8"),
         (

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import pickletools
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,11 +24,13 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import ROOT, YAML
 
 import yolo_prune
+from yolo_prune import cli
 from yolo_prune.cut import surgery
 from yolo_prune.cut.record import read_record
 from yolo_prune.demo.scenes import make_dataset
 from yolo_prune.errors import PruneError, RecipeError, RunError, TargetError
 from yolo_prune.report import Report
+from yolo_prune.run import leftovers
 
 TINY = RUNS["run"]
 
@@ -498,3 +501,49 @@ def test_a_resumed_run_keeps_its_recipe_and_survives_a_lost_report_and_state(
     report = Report.load(tmp_path / "train")
     assert [r.number for r in report.rounds] == [1, 2, 3]
     assert report.pruned.flops <= 0.5 * report.dense.flops
+
+
+@pytest.fixture
+def killed(pruned: Path, tmp_path: Path) -> Path:
+    """A finished run that was killed before it deleted the files that only a resumed run needs."""
+    shutil.copytree(pruned, tmp_path / "a")
+    (tmp_path / "a/weights/state-3-2.pt").write_bytes(b"values of the last epoch")
+    (tmp_path / "a/weights/.last.pt.1f2e.tmp").write_bytes(b"half of it")
+    (tmp_path / "a/.prune.json.1f2e.tmp").write_bytes(b"{")
+    return tmp_path / "a"
+
+
+def left(run: Path) -> list[str]:
+    return sorted(p.name for p in run.rglob("*") if p.name.startswith("state-") or p.suffix == ".tmp")
+
+
+@pytest.mark.parametrize("how", ["report", "resume", "resume by path", "train further"])
+def test_what_a_kill_in_the_last_moment_leaves_is_deleted_later(how: str, killed: Path, data: str) -> None:
+    last = killed / "weights/last.pt"
+    before = last.read_bytes()
+    assert len(left(killed)) == 3
+    if how == "report":
+        assert cli.main(["report", str(killed)]) == 0
+    elif how == "train further":
+        places = {"data": data, "project": str(killed.parent), "name": "a", "exist_ok": True}
+        YOLO(last).train(epochs=1, **places, **TINY)
+    else:
+        model, resume = (YOLO(last), True) if how == "resume" else (YOLO("yolo11n.yaml"), str(last))
+        with pytest.raises(RunError, match=r"'.*last\.pt' belongs to a run that has ended"):
+            model.train(resume=resume)
+    assert left(killed) == []
+    assert (last.read_bytes() == before) is (how != "train further")
+
+
+def test_files_of_a_run_that_has_not_ended_stay(killed: Path) -> None:
+    report = Report.load(killed)
+    report.status = "running"
+    report.save(killed / "prune.json")
+    assert cli.main(["report", str(killed)]) == 0
+    assert len(left(killed)) == 3
+    report.status = "finished"  # but last.pt can still be resumed
+    report.save(killed / "prune.json")
+    checkpoint = torch.load(killed / "weights/last.pt", weights_only=False)
+    torch.save({**checkpoint, "optimizer": {"state": {}}}, killed / "weights/last.pt")
+    leftovers.delete(killed)
+    assert len(left(killed)) == 3

@@ -367,6 +367,9 @@ def test_a_run(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert row.latency.ratio == pytest.approx(0.3 + 0.7 * row.flops / report.dense.flops)  # of this very cut
     assert "torch" in row.latency.place
     assert (report.dense.latency_ms, report.pruned.latency_ms) == (row.latency.dense_ms, row.latency.ms)
+    there = yolo_prune.load_recipe(tmp_path / "run/prune.yaml").target
+    assert (there.format, there.device, there.threads, there.batch, there.quantize) == ("torch", "cpu", 1, 1, 32)
+    assert report.recipe["target"] == there.model_dump(exclude_none=True)
     record = read_record(YOLO(tmp_path / "run/weights/best.pt").model)  # type: ignore[arg-type]
     assert isinstance(record, Record)
     assert record.rounds[0].keep == pytest.approx(row.latency.ratio)

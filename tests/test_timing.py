@@ -147,6 +147,19 @@ def two_layers(timing: Timing) -> tuple[list[Group], Cost]:
     return groups, Cost(dict.fromkeys(shapes_, 1.0), frozenset(shapes_), shapes_, 64, timing=timing)
 
 
+def test_a_target_is_written_with_all_that_its_measurement_depends_on() -> None:
+    asked = Target(latency=0.5)
+    found = target.written_out(asked, 64)
+    assert (found.latency, found.imgsz) == (0.5, None)  # the image size is an argument of the run
+    place = (found.format, found.device, found.batch, found.threads, found.quantize)
+    assert place == ("onnx", "cpu", 1, subjects.cores(), 32)
+    assert target.setting_of(found, 64) == target.setting_of(asked, 64)
+    given = Target(latency=0.5, format="torch", threads=1, batch=2)
+    assert target.written_out(given, 64) == given.model_copy(update={"device": "cpu", "quantize": 32})
+    for other in (Target(flops=0.5), Target(latency=0.5, profile="pi.json")):
+        assert target.written_out(other, 64) is other
+
+
 def test_what_saves_no_time_stays() -> None:
     timing = Timing({"a.weight": Term(0.0), "b.weight": Term(0.0, 1.0)}, 10.0, 1)
     groups, cost = two_layers(timing)
@@ -385,9 +398,9 @@ def test_a_stopwatch_times_models_in_turn_and_leaves_nothing_behind(
     yolo_prune.apply(thin, yolo_prune.plan(thin, imgsz=IMGSZ, **SMALL))
     with stopwatch.Stopwatch(dense.model, "torch", SETTING) as timed:
         first, second = timed.measure([thin.model, dense.model])
-        assert list(tmp_path.glob("yolo-prune-latency-*"))
+        assert list(tmp_path.glob("yolo-prune-*"))
     assert first.dense_ms == second.dense_ms > 0
     assert first.ms / first.dense_ms == pytest.approx(first.ratio.median, rel=0.9)
     assert second.ratio.low <= second.ratio.median <= second.ratio.high
-    assert not list(tmp_path.glob("yolo-prune-latency-*"))
+    assert not list(tmp_path.glob("yolo-prune-*"))
     assert torch.get_num_threads() == threads

@@ -53,11 +53,66 @@ def single(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("stored", "size"),
-    [(96, 96), ("96", 96), (70, 96), ([64, 96], Rectangle(64, 96)), ([40, 40], 64), (None, 640), (0, 640)],
+    [
+        (96, 96),
+        ("96", 96),
+        (70, 96),
+        ([64, 96], Rectangle(64, 96)),
+        ([40, 40], 64),
+        (None, 640),
+        (0, 640),
+        (9000, 9024),  # Ultralytics has no limit
+    ],
 )
 def test_the_stored_image_size_is_taken_as_a_model_needs_it(stored: Any, size: Any, tmp_path: Path) -> None:
     model = YOLO(checkpoint(tmp_path / "model.pt", imgsz=stored))
     assert trained.size(model) == size
+
+
+def test_the_size_of_a_run_is_one_that_exports_can_have() -> None:
+    sizes = (320, 100, [64, 90], 9000, None)
+    assert [trained.usable(Report(imgsz=size).imgsz) for size in sizes] == [320, 128, (64, 96), 9024, 640]
+
+
+def test_a_stored_image_size_has_no_limit_in_any_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = YOLO(checkpoint(tmp_path / "large.pt", imgsz=9000))
+    assert (
+        cli.main(["plan", f"model={tmp_path / 'large.pt'}", "recipe.target.flops=0.8", "recipe.criterion=magnitude"])
+        == 0
+    )
+    assert "at imgsz 9024" in capsys.readouterr().out
+    yolo_prune.apply(model, yolo_prune.plan(model, {**RECIPE, "criterion": "magnitude"}))
+    model.save(tmp_path / "cut.pt")
+    assert cli.main(["show", f"model={tmp_path / 'cut.pt'}"]) == 0
+    assert "at imgsz 9024" in capsys.readouterr().out
+    assert cli.main(["plan", f"model={tmp_path / 'large.pt'}", "imgsz=9024"]) == 1  # mistyped, perhaps
+    assert "must be a multiple of 32 between 32 and 8192" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ({"fraction": 0.05}, {"fraction": 1.0}, []),
+        ({"fraction": [0.05, 1.0]}, {"fraction": 0.5}, []),
+        ({"fraction": [1.0, 0.5]}, {"fraction": 1.0}, ["fraction (0.5, 1.0)"]),
+        ({"fraction": [1.0]}, {}, []),
+        ({"fraction": 0.05, "split": "train"}, {"fraction": 1, "split": "train"}, ["fraction (0.05, 1.0)"]),
+        ({"overlap_mask": False, "mask_ratio": 2}, {}, []),
+    ],
+)
+def test_only_settings_with_an_effect_on_the_validation_differ(
+    first: dict[str, Any], second: dict[str, Any], told: list[str]
+) -> None:
+    models = [YOLO("yolo11n.yaml") for _ in range(2)]
+    for model, stored in zip(models, (first, second), strict=True):
+        model.ckpt = {"train_args": {**DEFAULT_CFG_DICT, **stored}}
+    assert trained.differences(models) == told
+
+
+def test_settings_of_masks_have_an_effect_in_segmentation() -> None:
+    models = [YOLO("yolo11n-seg.yaml") for _ in range(2)]
+    models[0].ckpt = {"train_args": {"overlap_mask": False}}
+    assert trained.differences(models) == ["overlap_mask (False, True)"]
 
 
 def test_a_module_stores_its_arguments_itself() -> None:

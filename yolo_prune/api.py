@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
@@ -14,7 +15,7 @@ from ultralytics.utils import LOGGER
 from yolo_prune import _startup, recipe, recover
 from yolo_prune.cut import proof, surgery
 from yolo_prune.cut import record as records
-from yolo_prune.cut.copies import bare_copy
+from yolo_prune.cut.copies import bare_copy, make_ordinary
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
 from yolo_prune.data import datasets
@@ -35,6 +36,7 @@ __all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "sav
 DESCRIPTIVE = ("train_args", "date", "version", "license", "docs", "git")
 
 
+@torch.inference_mode(False)
 def plan(
     model: Model | nn.Module | str | Path,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
@@ -89,6 +91,7 @@ def plan(
     return search.settle(module, weighed, target, size, present=trial.present).plan
 
 
+@torch.inference_mode(False)
 def apply(
     model: Model | nn.Module,
     plan: Plan,
@@ -135,6 +138,7 @@ def apply(
     if not plan:
         raise PlanError("The plan removes nothing; there is nothing to apply.")
     surgery.check(module, plan)
+    make_ordinary(module)
     record = read_record(module)
     proven = proof.prove(module, plan) if prove else None
     calibration = _calibration(model, data, size, refit) if data and refit else None

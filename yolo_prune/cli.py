@@ -9,14 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yolo_prune import _grammar as grammar
 from yolo_prune._grammar import Argument, Command, Request
 from yolo_prune._version import __version__
 from yolo_prune.env import outputs, terminal
 from yolo_prune.env.image_size import image_size
-from yolo_prune.errors import PruneError
+from yolo_prune.errors import BenchError, ParityError, PruneError
+
+if TYPE_CHECKING:
+    from yolo_prune.report.measurement import Measurement
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,15 +185,33 @@ def _report(request: Request) -> int:
         raise PruneError(f"{given}; pass the folder of one run, as in 'yolo-prune report runs/detect/train'.")
     formats, how = _measuring(values, "imgsz")
     from yolo_prune.pages import run_page
+    from yolo_prune.report.page import PAGE
+    from yolo_prune.run import leftovers
 
     known = {key: values.get(key) for key in ("data", "model")}
     imgsz = values.get("imgsz")
     measurement = run_page.measure_run(runs[0], formats, imgsz=imgsz, **known, **how) if formats else None
-    path = run_page.write_report(runs[0], save=values.get("save"), **known)
+    folder = run_page.folder_of(runs[0])
+    place = values.get("save") or folder / PAGE
+    path, shown = run_page.write_report(runs[0], save=place, measurement=measurement, **known)
+    leftovers.delete(folder)
     print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
     if measurement:
         measurement.check()
-    return int(path != values.get("save", path))
+    elif shown:
+        _check_earlier(shown)
+    return int(path != place)
+
+
+def _check_earlier(measurement: Measurement) -> None:
+    """Fail for a measurement of an earlier command as that command did: a page must not hide a failure."""
+    try:
+        measurement.check()
+    except (BenchError, ParityError) as e:
+        raise PruneError(
+            f"bench.json, measured before, is on the page and has failures: {str(e).rstrip('.')}. Measure again with "
+            "format=..., or delete the file."
+        ) from e
 
 
 def _compare(request: Request) -> int:

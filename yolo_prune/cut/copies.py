@@ -10,7 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from yolo_prune.cut.plan import Plan
 from yolo_prune.graph.structure import output_dimension
@@ -29,6 +29,17 @@ def bare_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     return deepcopy(model, memo)
+
+
+def make_ordinary(model: nn.Module) -> None:
+    """Replace the tensors of a model that was made in `torch.inference_mode`: they cannot be trained or changed."""
+    copies: dict[int, Tensor] = {}  # a tensor that two layers share stays shared
+    for module in model.modules():
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in places:
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    tensors[name] = copies.setdefault(id(tensor), deepcopy(tensor))
 
 
 def silence(model: nn.Module, removed: Mapping[str, Mapping[int, Collection[int]]]) -> None:

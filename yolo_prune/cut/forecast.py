@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from yolo_prune.env.image_size import ImageSize, image_size, plain
+from yolo_prune.env.image_size import ImageSize, plain, stored_size
 from yolo_prune.errors import PlanError
 
 
@@ -93,6 +93,4 @@ class Forecast:
         numbers: dict[str, Any] = {k: (int if k in whole else float)(v) for k, v in data.items() if k not in others}
         if not all(0 < value < math.inf for value in numbers.values()):
             raise ValueError("a forecast holds positive numbers only")
-        return cls(
-            image_size(data["imgsz"], multiple=1, error=ValueError), **numbers, measured=bool(data.get("measured"))
-        )
+        return cls(stored_size(data["imgsz"], error=ValueError), **numbers, measured=bool(data.get("measured")))

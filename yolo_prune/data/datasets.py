@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.utils import IMG_FORMATS, check_cls_dataset, check_det_dataset
 from ultralytics.engine.model import Model
-from ultralytics.utils import LOGGER, USER_CONFIG_DIR
+from ultralytics.utils import DATASETS_DIR, LOGGER, USER_CONFIG_DIR
 from ultralytics.utils.patches import imread
 
 from yolo_prune.data.calibration import Calibration, draw
 from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width, plain
+from yolo_prune.env.releases import converted
 from yolo_prune.errors import RunError
 from yolo_prune.graph.probes import image_channels, stride
 
 WITH_BOXES = ("detect", "segment", "pose", "obb")
-"""The tasks whose images may lack labels. In other datasets, an image without a label is not read at all."""
+"""The tasks with outlines of objects, so that images may lack labels. Other datasets have no image without a label."""
 MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # stores results on images of a dataset
 
 
@@ -69,10 +71,54 @@ def validation_set(model: Model, data: str | Path, imgsz: ImageSize) -> Any:
     return _dataset(model, data, imgsz, str(settings.get("split", "val")), settings)[0]
 
 
+def lacks_images(data: str | Path, task: str | None, split: str) -> bool:
+    """Whether a split of a dataset on this machine is empty. False for other datasets, which may be downloaded."""
+    path = Path(data)
+    if task == "classify":
+        root = next((folder for folder in (path, DATASETS_DIR / path) if (folder / "train").is_dir()), None)
+        names = (split, "val", "validation", "valid", "test")  # Ultralytics uses the first that exists
+        return root is not None and not has_images([root / name for name in names if (root / name).exists()][:1])
+    if "://" in str(data) or not (path.is_dir() or path.suffix in (".yaml", ".yml")):
+        return False
+    try:
+        info = check_det_dataset(str(data), autodownload=False)
+    except Exception:  # images that are not here, or a file that Ultralytics will refuse when the run starts
+        return False
+    return not has_images(info.get(split) or info.get("test") or [])
+
+
+def has_images(source: str | Path | Sequence[str | Path]) -> bool:
+    """Whether a split of a dataset has an image. It is a folder, a text file that lists images, or several of them."""
+    sources = [source] if isinstance(source, str | Path) else source
+    return any(name.rpartition(".")[2].lower() in IMG_FORMATS for each in sources for name in _names(Path(each)))
+
+
+def _names(path: Path) -> Iterator[str]:
+    if path.is_file():
+        yield from path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for _, _, files in os.walk(path, followlinks=True):
+        yield from files
+
+
 def labelled(dataset: Any, task: str | None) -> bool:
     """Whether an image of an Ultralytics dataset has a label. If none has one, Ultralytics reports an accuracy of 0."""
     labels = getattr(dataset, "labels", None)  # a user's own dataset may have none
     return task not in WITH_BOXES or labels is None or any(len(label.get("cls", "?")) for label in labels)
+
+
+def validator_at(model: Model, imgsz: ImageSize) -> Any:
+    """The class of the validator of a model, for images of exactly this size.
+
+    Ultralytics' own class takes rectangles of exports only, so the size is set after it has read its arguments.
+    """
+    stock: Any = model._smart_load("validator")
+
+    class AtSize(stock):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.args.imgsz = plain(imgsz)
+
+    return AtSize
 
 
 def _dataset(
@@ -85,7 +131,8 @@ def _dataset(
     fixed = {"device": device.type, "rect": False, "split": split}
     args = get_cfg(overrides={**settings, **overrides, **fixed})
     try:
-        info = check_cls_dataset(str(data), split) if model.task == "classify" else check_det_dataset(str(data))
+        local = str(converted(data, args.fraction, str(settings.get("split", "val"))))
+        info = check_cls_dataset(local, split) if model.task == "classify" else check_det_dataset(local)
     except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
         raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
     if args.single_cls:  # as the trainer does
@@ -102,10 +149,9 @@ def _dataset(
             "trained."
         )
     with outputs.scratch() as folder:
-        validator: Any = model._smart_load("validator")(save_dir=Path(folder), args=args)
-    validator.args.imgsz = plain(imgsz)  # Ultralytics' own validation takes rectangles of exports only
+        validator: Any = validator_at(model, imgsz)(save_dir=Path(folder), args=args)
     validator.data, validator.stride, validator.device = info, stride(module), device
-    if not (path := info.get(split)):
+    if not (path := info.get(split)) or not has_images(path):
         raise RunError(f"data={data} has no images in its split '{split}', and this command needs them. Add them.")
     try:
         dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -28,7 +29,7 @@ ImageSize: TypeAlias = int | Rectangle
 
 
 def image_size(value: Any, multiple: int = 32, error: type[Exception] = PruneError) -> ImageSize:
-    """Read an image size that a user passed, or that a file holds.
+    """Read an image size that a user passed.
 
     Args:
         value: a number, or height and width: `640`, `(480, 640)`, `[480, 640]`, `"640"`, `"480,640"`, `"[480, 640]"`.
@@ -38,17 +39,21 @@ def image_size(value: Any, multiple: int = 32, error: type[Exception] = PruneErr
     Raises:
         PruneError: If this is no size, or not one that a model can take. With `error`, its class is `error`.
     """
-    try:
-        sides = _sides(value)
-    except (TypeError, ValueError):
-        sides = []
-    if len(sides) not in (1, 2) or not all(0 < side <= LARGEST and side % multiple == 0 for side in sides):
-        raise error(
-            f"imgsz={value}: must be a multiple of {multiple} between {multiple} and {LARGEST}, or two of them for "
-            "rectangles (height,width)."
-        )
-    height, width = sides[0], sides[-1]
-    return height if height == width else Rectangle(height, width)
+    return _read(value, multiple, LARGEST, f"between {multiple} and {LARGEST}", error)
+
+
+def stored_size(value: Any, multiple: int = 1, error: type[Exception] = PruneError) -> ImageSize:
+    """Read an image size that a checkpoint or a report holds. It was used already, so there is no largest size.
+
+    Args:
+        value: as for `image_size`.
+        multiple: both sides must be multiples of this.
+        error: the class of the error.
+
+    Raises:
+        PruneError: If this is no size. With `error`, its class is `error`.
+    """
+    return _read(value, multiple, math.inf, f"of at least {multiple}", error)
 
 
 def plain(size: ImageSize) -> int | list[int]:
@@ -63,7 +68,19 @@ def height_width(size: ImageSize) -> tuple[int, int]:
 
 def rounded_up(size: ImageSize, multiple: int = 32) -> ImageSize:
     """The size with both sides rounded up to a multiple, as a model takes it."""
-    return image_size([-(-side // multiple) * multiple for side in height_width(size)], multiple)
+    return stored_size([-(-side // multiple) * multiple for side in height_width(size)])
+
+
+def _read(value: Any, multiple: int, largest: float, limits: str, error: type[Exception]) -> ImageSize:
+    try:
+        sides = _sides(value)
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 2) or not all(0 < side <= largest and side % multiple == 0 for side in sides):
+        number = "whole number" if multiple == 1 else f"multiple of {multiple}"
+        raise error(f"imgsz={value}: must be a {number} {limits}, or two of them for rectangles (height,width).")
+    height, width = sides[0], sides[-1]
+    return height if height == width else Rectangle(height, width)
 
 
 def _sides(value: Any) -> list[int]:

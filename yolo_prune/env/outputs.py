@@ -12,10 +12,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from yolo_prune.env.files import unused
+from yolo_prune.env.files import remove, unused
+from yolo_prune.env.terminal import LOGGING_NAME
 from yolo_prune.errors import OutputError
 
-LOGGER = logging.getLogger("ultralytics")  # the logger of Ultralytics, which may not be imported yet
+LOGGER = logging.getLogger(LOGGING_NAME)
 MB = 10**6
 LITTLE = 4 * MB  # enough for texts and small files
 
@@ -47,7 +48,9 @@ def check_folder(folder: str | Path, size: int = 0) -> None:
 
 def _check(problem: str, path: Path, size: int) -> None:
     try:
-        folder = next(place for place in path.parents if os.path.lexists(place))
+        folder = next((place for place in path.parents if os.path.lexists(place)), None)
+        if folder is None:
+            raise OutputError(f"{problem}: there is no '{path.anchor}'. Choose another folder.")
         if not folder.is_dir():
             raise OutputError(f"{problem}: '{folder}' is not a folder. Choose another folder.")
         _try(folder)
@@ -131,7 +134,7 @@ def _try(folder: Path) -> None:
         with trial.open("xb") as file:
             file.write(b"yolo-prune")
     finally:
-        trial.unlink(missing_ok=True)
+        remove(trial)
 
 
 def _usable(*places: Callable[[], Path]) -> Iterator[Path]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import pickle
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from ultralytics import utils
+from ultralytics.data import utils as data_utils
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn import tasks
 from ultralytics.utils import dist, torch_utils
@@ -57,12 +59,12 @@ def unwrap_model(model: nn.Module) -> Any:
 
 def closes_mosaic_late() -> bool:
     """True if a run with fewer epochs than `close_mosaic` uses no mosaic. Earlier releases use mosaic in it."""
-    return _mentions(BaseTrainer._do_train.__code__, "mosaic_closed")
+    return _mentions(inspect.unwrap(BaseTrainer._do_train).__code__, "mosaic_closed")
 
 
 def shares_callbacks() -> bool:
     """True if the processes of a run on several devices get the callbacks of the process that started them."""
-    return _mentions(dist.generate_ddp_file.__code__, "callbacks")
+    return _mentions(inspect.unwrap(dist.generate_ddp_file).__code__, "callbacks")
 
 
 def halves_onnx() -> bool:
@@ -81,6 +83,23 @@ def _mentions(code: CodeType, word: str) -> bool:
     return any(word in text for text in plain) or any(_mentions(constant, word) for constant in inner)
 
 
+def converted(data: Any, fraction: Any, split: str) -> Any:
+    """A dataset in the form that Ultralytics reads: an `.ndjson` file is converted, as its trainer and validator do it.
+
+    Releases of Ultralytics that lack this function do not convert such files in every command.
+
+    Args:
+        data: the dataset; all but `.ndjson` files are returned as they are.
+        fraction: `fraction=` of the training, so that the same images are used.
+        split: `split=` of the training.
+    """
+    convert = getattr(data_utils, "convert_ndjson_to_yolo_if_needed", None)
+    if convert is None:
+        return data
+    known = inspect.signature(convert).parameters
+    return convert(data, **{k: v for k, v in {"fraction": fraction, "split": split}.items() if k in known})
+
+
 def strip_qat(model: nn.Module) -> None:
     """Remove the quantizers from a model, in place. Releases before 8.4.120 have no `quantize=8` in training."""
     if strip := getattr(torch_utils, "strip_qat", None):
@@ -91,3 +110,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """The content of a YAML file. Releases of Ultralytics before 8.3.200 call this function `yaml_load`."""
     data: dict[str, Any] = utils.YAML.load(path) if hasattr(utils, "YAML") else utils.yaml_load(path)
     return data
+
+
+def save_yaml(path: str | Path, data: dict[str, Any]) -> None:
+    """Write a YAML file. Releases of Ultralytics before 8.3.200 call this function `yaml_save`."""
+    (utils.YAML.save if hasattr(utils, "YAML") else utils.yaml_save)(path, data)

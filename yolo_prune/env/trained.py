@@ -10,13 +10,16 @@ from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from yolo_prune.env.image_size import ImageSize, image_size, rounded_up
+from yolo_prune.env.image_size import ImageSize, rounded_up, stored_size
 
 SIZE = 640
 """The image size of a model that does not store one, in pixels: the default of Ultralytics."""
+SPLITS = ("train", "val", "test")
+MASKS = ("overlap_mask", "mask_ratio")
+"""How labels become masks, in segmentation."""
 JUDGING = (
     *("single_cls", "classes", "split", "fraction"),  # which images, and which of their labels
-    *("overlap_mask", "mask_ratio"),  # how labels become masks
+    *MASKS,
     *("conf", "iou", "max_det", "agnostic_nms"),  # which detections count
 )
 """The arguments of training that the accuracy in its validation depends on, beside `task`, `data` and `imgsz`."""
@@ -36,8 +39,17 @@ def held(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def size(model: Model | nn.Module) -> ImageSize:
-    """The image size that a model was trained with, rounded up to multiples of 32."""
-    return rounded_up(image_size(_stored(model).get("imgsz") or SIZE, multiple=1))
+    """The image size that a model was trained with, as models and exports take it."""
+    return usable(_stored(model).get("imgsz"))
+
+
+def usable(imgsz: Any) -> ImageSize:
+    """The image size of a training, rounded up to multiples of 32, as models and exports take it.
+
+    Args:
+        imgsz: what the checkpoint or the report holds; None is the default of Ultralytics.
+    """
+    return rounded_up(stored_size(imgsz or SIZE))
 
 
 def differences(models: Sequence[Model]) -> list[str]:
@@ -45,9 +57,23 @@ def differences(models: Sequence[Model]) -> list[str]:
 
     A setting that a model does not store has the default of Ultralytics.
     """
-    known = [DEFAULT_CFG_DICT | settings(model) for model in models]
-    values = {key: [str(each[key]) for each in known] for key in JUDGING if key in HELD}
+    known = [_judging(model) for model in models]
+    values = {key: [str(each.get(key)) for each in known] for key in JUDGING}
     return [f"{key} ({', '.join(each)})" for key, each in values.items() if len(set(each)) > 1]
+
+
+def _judging(model: Model) -> dict[str, Any]:
+    """The settings that have an effect on the validation of a model."""
+    known = DEFAULT_CFG_DICT | settings(model)
+    known["fraction"] = _fraction(known["fraction"], str(known["split"]))
+    masks = () if model.task == "segment" else MASKS
+    return {key: value for key, value in known.items() if key in JUDGING and key not in masks}
+
+
+def _fraction(value: Any, split: str) -> float:
+    """The part of a split that is used. One number is for training images only; a list has a number for each split."""
+    shares = dict(zip(SPLITS, value if isinstance(value, list | tuple) else [value], strict=False))
+    return float(shares.get(split, 1.0))
 
 
 def _stored(model: Model | nn.Module) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from yolo_prune.env.image_size import ImageSize, height_width, image_size
+from yolo_prune.env.image_size import ImageSize, height_width, stored_size
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import probes, rules
 from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Labels
@@ -54,7 +54,7 @@ def trace(
     from yolo_prune.graph import blocks  # noqa: F401  registers the rules; imported late because it imports ultralytics
 
     _refuse_deployed(model)
-    imgsz = image_size(imgsz, multiple=probes.stride(model))
+    imgsz = stored_size(imgsz, multiple=probes.stride(model))
     channels = probes.image_channels(model)
     if channels is None:
         raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")

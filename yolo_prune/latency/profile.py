@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
-from yolo_prune.env.image_size import ImageSize, height_width, image_size
+from yolo_prune.env.image_size import ImageSize, height_width, stored_size
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import BenchError
 from yolo_prune.latency.fit import Formula, LayerTime, formula, steps
@@ -93,7 +93,7 @@ class Table(BaseModel):
 
     def sizes(self) -> list[ImageSize]:
         """Image sizes, in pixels, at which whole models were timed."""
-        sizes = {image_size(key.rpartition(" ")[2], multiple=1, error=BenchError) for key in self.wholes}
+        sizes = {stored_size(key.rpartition(" ")[2], error=BenchError) for key in self.wholes}
         return sorted(sizes, key=height_width)
 
     def find(self, layers: Mapping[str, list[Layer]], imgsz: ImageSize) -> str | None:

@@ -57,6 +57,24 @@ def setting_of(target: Target, imgsz: ImageSize) -> tuple[str, Setting]:
     return format, asked
 
 
+def written_out(target: Target, imgsz: ImageSize) -> Target:
+    """A target with all settings of its measurement, so that another machine measures in the same way.
+
+    Their defaults depend on the machine: without `threads`, a runtime gets one thread for each core.
+    """
+    if target.latency is None or target.profile is not None:
+        return target
+    format, setting = setting_of(target, imgsz)
+    settings = {
+        "format": format,
+        "device": target.device or "cpu",
+        "batch": setting.batch,
+        "threads": setting.threads if setting.device.type == "cpu" else target.threads,
+        "quantize": setting.quantize,
+    }
+    return target.model_copy(update=settings)
+
+
 def _check(format: str, setting: Setting) -> None:
     """Check that layers can be timed here with this format and setting.
 

@@ -12,8 +12,9 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import is_pruned
 from yolo_prune.data import datasets
+from yolo_prune.env import trained
 from yolo_prune.env.checkpoints import open_model
-from yolo_prune.env.image_size import ImageSize, rounded_up
+from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import BenchError, PruneError
 from yolo_prune.measure import subjects
 from yolo_prune.planning import planner
@@ -22,11 +23,6 @@ from yolo_prune.report.measurement import BENCH, Measurement, TimingRow
 from yolo_prune.report.page import PAGE
 
 DENSE, EARLIER = "dense", "before this run"
-
-
-def export_size(report: Report) -> ImageSize:
-    """The image size of a run in pixels, rounded up to multiples of 32, as exports need it."""
-    return rounded_up(report.imgsz or 640)
 
 
 def dataset(models: Sequence[Model], asked: str | None, report: Report, imgsz: ImageSize) -> str | None:
@@ -82,7 +78,7 @@ def _is_start(row: TimingRow, report: Report, start: Path | None) -> bool:
     if row.params == report.dense.params:
         return True
     module: Any = open_model(start).model if start else None  # a pruned model, or other classes
-    return module is not None and row.params == planner.present_cost(module, export_size(report))[1]
+    return module is not None and row.params == planner.present_cost(module, trained.usable(report.imgsz))[1]
 
 
 def _is_result(row: TimingRow, report: Report, result: Path | None) -> bool:

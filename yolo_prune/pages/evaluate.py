@@ -12,6 +12,7 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.results import Results
 
 from yolo_prune.cut.copies import size_mb
+from yolo_prune.data.datasets import WITH_BOXES
 from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, plain
 from yolo_prune.env.metrics import average_precision, class_ap
@@ -29,7 +30,6 @@ PHOTOS = 8
 SIDE = 480  # longest side of an image in a page, in pixels
 CORNERS = 80  # largest number of corners in the outline of a mask
 CONFIDENCE = 0.25
-SHOWN = ("detect", "segment", "pose", "obb")  # tasks whose results have outlines
 
 
 def validate_once(
@@ -85,7 +85,7 @@ def photographs(models: Sequence[Model], files: Sequence[Path], imgsz: ImageSize
         imgsz: image size in pixels.
         device: device for the models.
     """
-    if any(model.task not in SHOWN for model in models):
+    if any(model.task not in WITH_BOXES for model in models):
         return []
     size, quiet = plain(imgsz), {"verbose": False, "save": False}
     settings: dict[str, Any] = {"imgsz": size, "conf": CONFIDENCE, "device": device, **quiet}

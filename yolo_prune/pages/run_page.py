@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
@@ -30,6 +30,13 @@ from yolo_prune.report.photos import Photo
 START = "weights/round0.pt"  # the model that a run started from, if the run kept it
 
 
+class Written(NamedTuple):
+    """The page of a run, and the measurement that it shows; None if there is none."""
+
+    page: Path
+    measurement: Measurement | None
+
+
 def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None) -> Path:
     """At the end of a run, write its page into its folder.
 
@@ -45,15 +52,20 @@ def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None
         try:
             models = [open_model(start), open_model(_delivered(folder))]
             files = datasets.spread(dataset, evaluate.PHOTOS)
-            photos = evaluate.photographs(models, files, report.imgsz or trained.SIZE, device)
+            photos = evaluate.photographs(models, files, trained.usable(report.imgsz), device)
         except Exception as e:  # the page is also useful without images
             LOGGER.warning(f"{PAGE} has no images: {type(e).__name__}: {e}")
-    return _write(folder, report, start, photos)
+    return _write(folder, report, start, photos).page
 
 
 def write_report(
-    run: str | Path, *, data: str | None = None, model: str | None = None, save: str | Path | None = None
-) -> Path:
+    run: str | Path,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    save: str | Path | None = None,
+    measurement: Measurement | None = None,
+) -> Written:
     """Write the page of a run.
 
     Args:
@@ -62,6 +74,7 @@ def write_report(
             run, if it exists.
         model: the dense checkpoint, if it was moved since the run.
         save: path of the page; None: in the folder of the run.
+        measurement: the measurement to show; None: that in the folder of the run, if there is one.
 
     Raises:
         PruneError: If the run, the dataset or a checkpoint cannot be read.
@@ -80,7 +93,7 @@ def write_report(
             if asked:
                 raise
             LOGGER.warning(f"The page has no images: {e}")
-    return _write(folder, report, start, photos, save)
+    return _write(folder, report, start, photos, save, measurement)
 
 
 def measure_run(
@@ -116,7 +129,7 @@ def measure_run(
         )
     if start is None:
         raise _no_start_model(report)
-    setting = Setting.of(imgsz or bench_file.export_size(report), **how)
+    setting = Setting.of(imgsz or trained.usable(report.imgsz), **how)
     runtimes.check(formats, setting.quantize, setting.device)
     models = [open_model(start), open_model(_delivered(folder))]
     dataset = bench_file.dataset(models, data, report, setting.imgsz)
@@ -127,10 +140,14 @@ def measure_run(
 
 def _open(run: str | Path, model: str | None) -> tuple[Path, Report, Path | None]:
     """The folder of a run, its report, and the checkpoint that it started from, if the file exists."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    report = Report.load(run)
+    folder, report = folder_of(run), Report.load(run)
     Front.load(folder)  # a damaged file is reported before any work
     return folder, report, Path(model) if model else _start(folder, report)
+
+
+def folder_of(run: str | Path) -> Path:
+    """The folder of a run, from this folder or its prune.json."""
+    return Path(run) if Path(run).is_dir() else Path(run).parent
 
 
 def _no_start_model(report: Report) -> RunError:
@@ -138,16 +155,21 @@ def _no_start_model(report: Report) -> RunError:
 
 
 def _write(
-    folder: Path, report: Report, start: Path | None, photos: Sequence[Photo], save: str | Path | None = None
-) -> Path:
-    """Write the page of a run, with the measurement in its folder."""
+    folder: Path,
+    report: Report,
+    start: Path | None,
+    photos: Sequence[Photo],
+    save: str | Path | None = None,
+    measurement: Measurement | None = None,
+) -> Written:
+    """Write the page of a run, with a measurement: the given one, or that in the folder of the run."""
     names = [bench_file.start_name(start), "pruned"]
-    measurement = bench_file.load(folder, report, start, _result(folder))
+    measurement = measurement or bench_file.load(folder, report, start, _result(folder))
     if measurement:
         measurement = measurement.renamed(names)
         report = bench_file.with_latencies(report, measurement)
     page = render(report, Front.load(folder), photos, folder, names, measurement)
-    return outputs.deliver(save or folder / PAGE, lambda path: write_text(path, page))
+    return Written(outputs.deliver(save or folder / PAGE, lambda path: write_text(path, page)), measurement)
 
 
 def _photos_and_classes(report: Report, models: list[Model], data: str, measure: bool) -> tuple[Report, list[Photo]]:
@@ -155,7 +177,7 @@ def _photos_and_classes(report: Report, models: list[Model], data: str, measure:
 
     With `measure`, class accuracies that the report lacks are measured and added to the copy.
     """
-    imgsz, settings = report.imgsz or trained.SIZE, trained.held(report.arguments)
+    imgsz, settings = trained.usable(report.imgsz), trained.held(report.arguments)
     images = datasets.validation_set(models[1], data, imgsz)
     measure = measure and datasets.labelled(images, models[1].task)
     report = report.model_copy(deep=True)

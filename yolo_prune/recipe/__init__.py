@@ -2,7 +2,16 @@
 """Recipes: the user's settings for pruning as validated data, and the functions that read them."""
 
 from yolo_prune.recipe.load import bundled_names, load_recipe
-from yolo_prune.recipe.schema import AllocationSpec, CriterionSpec, LayerLimits, Recipe, Schedule, Target, json_schema
+from yolo_prune.recipe.schema import (
+    AllocationSpec,
+    CriterionSpec,
+    LayerLimits,
+    Recipe,
+    Schedule,
+    Target,
+    as_yaml,
+    json_schema,
+)
 
 __all__ = [
     "AllocationSpec",
@@ -11,6 +20,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Target",
+    "as_yaml",
     "bundled_names",
     "json_schema",
     "load_recipe",

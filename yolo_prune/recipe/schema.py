@@ -54,6 +54,16 @@ class Target(_Part):
     def _number(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    @field_validator("imgsz", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) or (isinstance(value, str) and "," in value):
+            raise ValueError(
+                "latency targets need a square size here, so give one number; for rectangles, measure a profile with "
+                "'yolo-prune profile imgsz=height,width', and give it as target.profile"
+            )
+        return value
+
     @model_validator(mode="after")
     def _one(self) -> Target:
         if sum(getattr(self, metric) is not None for metric in METRICS) != 1:
@@ -317,7 +327,12 @@ class Recipe(_Part):
             target: {flops: 0.5}
             ...
         """
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+        return as_yaml(self.to_dict())
+
+
+def as_yaml(data: Mapping[str, Any]) -> str:
+    """A recipe that is given as plain data, as YAML."""
+    return yaml.safe_dump(dict(data), sort_keys=False, default_flow_style=None)
 
 
 def json_schema() -> dict[str, Any]:

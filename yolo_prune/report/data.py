@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from yolo_prune._version import __version__
 from yolo_prune.env.files import write_text
-from yolo_prune.env.image_size import ImageSize, image_size, plain
+from yolo_prune.env.image_size import ImageSize, plain, stored_size
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PruneError
 
@@ -52,9 +52,7 @@ _Float = Annotated[float | None, BeforeValidator(_plain)]
 _Int = Annotated[int | None, BeforeValidator(_plain)]
 _Count = Annotated[int, BeforeValidator(_plain)]
 _Text = Annotated[str, BeforeValidator(_plain)]
-Size = Annotated[
-    ImageSize, BeforeValidator(lambda value: image_size(value, multiple=1, error=ValueError)), PlainSerializer(plain)
-]
+Size = Annotated[ImageSize, BeforeValidator(lambda value: stored_size(value, error=ValueError)), PlainSerializer(plain)]
 _Mapping = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 

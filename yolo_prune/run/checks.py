@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from ultralytics.engine.model import Model
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.checks import check_imgsz
 
 from yolo_prune.cut.record import composed_plan, is_pruned, is_rebuilt
+from yolo_prune.data import datasets
 from yolo_prune.env.releases import load_checkpoint, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.graph.probes import stride
@@ -65,15 +68,24 @@ def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
         raise RunError("A limit on the drop (max_drop) needs validation after each epoch. Leave val=False out.")
 
 
-def check_splits(model: Model, settings: Mapping[str, Any]) -> None:
-    """Refuse a classification dataset without validation images. Ultralytics would end with a `TypeError`."""
-    folder = Path(str(settings.get("data")))
-    splits = ("val", "validation", "valid", "test")
-    if model.task == "classify" and (folder / "train").is_dir() and not any((folder / s).exists() for s in splits):
-        raise RunError(
-            f"data={folder} has no folder 'val' or 'test', and Ultralytics needs validation images in every run. Move "
-            "some of the training images into it."
-        )
+def check_validation_images(trainer: type[BaseTrainer], task: str | None, settings: Mapping[str, Any]) -> None:
+    """Refuse a dataset without validation images. Ultralytics ends only after it has made the folder of the run.
+
+    Args:
+        trainer: the class of the trainer. If it has methods of the user's own that find images, nothing is checked.
+        task: the task of the model.
+        settings: the settings of the run.
+    """
+    finders = [getattr(trainer, name, None) for name in ("get_dataset", "get_dataloader", "build_dataset")]
+    if any(finder and not finder.__module__.startswith("ultralytics.") for finder in finders):
+        return
+    data, split = settings.get("data"), str(settings.get("split") or "val")
+    for each in data if isinstance(data, list | tuple) else [data]:
+        if isinstance(each, str | Path) and datasets.lacks_images(each, task, split):
+            raise RunError(
+                f"data={each} has no images in its split '{split}', and Ultralytics needs validation images in every "
+                "run. Move some of the training images there."
+            )
 
 
 def check_teacher(model: Model, recipe: Recipe, settings: Mapping[str, Any]) -> None:
@@ -167,10 +179,22 @@ def check_load(module: nn.Module, weights: nn.Module) -> None:
         differ = "This model and the weights to load were pruned differently"
     else:
         differ = f"This model is {'' if mine else 'not '}pruned, but the weights to load are{' not' if mine else ''}"
+    file = getattr(weights, "pt_path", None)
+    known = file and Path(str(file)).is_file()
     raise RunError(
-        f"{differ}. Loading would mix two structures and damage the model. Start from the file of the weights instead: "
-        "YOLO('weights.pt')."
+        f"{differ}. Loading would mix two structures and damage the model. Instead, "
+        + ("" if known else "save the model of the weights with its save(), and ")
+        + f"start from the file of the weights: YOLO('{file if known else 'weights.pt'}').train(...)."
     )
+
+
+def check_gradients() -> None:
+    """Refuse to train where gradients are off. Ultralytics fails there too, but only at its first batch."""
+    if not torch.is_grad_enabled():
+        raise RunError(
+            "Training needs gradients, and they are off here: this call is inside torch.inference_mode() or "
+            "torch.no_grad(), or after torch.set_grad_enabled(False). Call train outside of it."
+        )
 
 
 def check_devices(settings: Mapping[str, Any]) -> None:

@@ -28,9 +28,12 @@ class StockLevel:
         """As in Ultralytics. But if `weights` is the pruned model, it is returned as it is."""
         if weights is None or weights is not self.kept:
             return super().get_model(cfg, weights, verbose)  # type: ignore[misc]
-        stock = super().get_model(cfg, None, verbose=False)  # type: ignore[misc]  # this also sets up the trainer
-        _copy_dropout(stock, weights)
+        _copy_dropout(self.stock_model(cfg), weights)  # the stock `get_model` also sets up the trainer
         return weights
+
+    def stock_model(self, cfg: Any) -> Any:
+        """The dense model that Ultralytics' own trainer builds for this run."""
+        return super().get_model(cfg, None, verbose=False)  # type: ignore[misc]
 
 
 def _copy_dropout(stock: nn.Module, model: nn.Module) -> None:
@@ -114,7 +117,7 @@ def fit(model: Any, data: Mapping[str, Any], by_name: bool, build: Callable[...,
         model.yaml["nc"] = data["nc"]
 
 
-def adopt(built: Any, pruned: Any, edited: bool, builder: str) -> None:
+def adopt(built: Any, pruned: Any, edited: bool, builder: str, stock: Callable[[], nn.Module]) -> None:
     """Give the model that `get_model` returned the structure and the weights of the pruned model, in place.
 
     Its class, its attributes and its hooks stay. A model that has the structure already keeps its weights, too.
@@ -122,8 +125,11 @@ def adopt(built: Any, pruned: Any, edited: bool, builder: str) -> None:
     Args:
         built: the model that `get_model` returned.
         pruned: the pruned model.
-        edited: whether `built` is the copy of the pruned model that `get_model` got. Its layers may be replaced.
+        edited: whether `built` is the copy of the pruned model that `get_model` got. Its layers may be replaced by
+            layers with other names, or with the widths of the dense or of the pruned model.
         builder: name of the class with this `get_model`, for the message.
+        stock: builds the dense model of Ultralytics for this run. The hidden widths of its head may differ from those
+            before pruning, because they come from the number of classes.
 
     Raises:
         RunError: If the pruned structure does not fit the model that was built.
@@ -132,11 +138,11 @@ def adopt(built: Any, pruned: Any, edited: bool, builder: str) -> None:
         raise RunError(f"{builder}.get_model returned {built!r} instead of a model. Return the model to train.")
     plan = composed_plan(pruned) or Plan({}, {}, {})
     mine, theirs = _shapes(built), _shapes(pruned)
-    head = f"model.{len(pruned.model) - 1}."  # its hidden widths may come from another number of classes
     wrong = {n: shape for n, shape in theirs.items() if mine.get(n, shape if edited else None) != shape}
+    usual = _shapes(stock()) if wrong else {}
     for name, shape in wrong.items():
         dense = plan.shapes.get(name, shape)
-        if name not in mine or (mine[name] != dense and not name.startswith(head)):
+        if mine.get(name) not in (dense, usual.get(name, dense)):
             found = f"has the shape {mine[name]} instead of {dense}" if name in mine else "is missing"
             raise RunError(
                 f"{builder}.get_model builds another model than the one that was pruned: '{name}' {found}. Return "

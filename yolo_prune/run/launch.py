@@ -25,7 +25,7 @@ from yolo_prune.env.releases import load_checkpoint, load_yaml
 from yolo_prune.errors import ArgumentError, PruneError, RunError
 from yolo_prune.recipe import Recipe, code, load_recipe
 from yolo_prune.report import Report
-from yolo_prune.run import checks, schedule
+from yolo_prune.run import checks, leftovers, schedule
 from yolo_prune.run.callback import PruneCallback
 from yolo_prune.run.finish import fail
 from yolo_prune.run.settings import as_arguments, fine_tuning, not_chosen, recommended
@@ -94,10 +94,12 @@ class Launch:
     Attributes:
         callback: cuts the model while it trains; None if this run only keeps the structure.
         settings: arguments for Ultralytics, in addition to those of the user.
+        resumed: the settings in the checkpoint from which a run is resumed; empty for a new run.
     """
 
     callback: PruneCallback | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    resumed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -128,8 +130,17 @@ def train(
         launch = _keep_structure(model, request)
     if launch is None:
         return stock_train(model, trainer=trainer, **request.stock)
+    checks.check_gradients()
     checks.check_devices(request.settings)
-    return _run(model, stock_train, prune_trainer(_trainer_class(trainer, model)), request, launch)
+    stock = _trainer_class(trainer, model)
+    checks.check_validation_images(stock, model.task, _data(request, launch))
+    return _run(model, stock_train, prune_trainer(stock), request, launch)
+
+
+def _data(request: Request, launch: Launch) -> Mapping[str, Any]:
+    """The settings of a run that choose its images. A resumed run has those of its checkpoint."""
+    known = launch.resumed or request.settings
+    return {"data": request.settings["data"] or known.get("data"), "split": known.get("split")}
 
 
 def _run(
@@ -154,8 +165,8 @@ def _run(
     finally:
         if launch.callback:
             launch.callback.detach(model.callbacks)
-        if isinstance(model.trainer, KeepStructure) and model.trainer.claim:
-            model.trainer.claim.release()
+        if isinstance(model.trainer, KeepStructure):
+            model.trainer.release_folder()
 
 
 def _failed_worker(trainer: BaseTrainer) -> str:
@@ -179,7 +190,6 @@ def _prune(model: Model, request: Request) -> Launch:
     _warn(model, recipe, settings)
     checks.check_settings(settings)
     checks.check_validates(recipe, settings)
-    checks.check_splits(model, settings)
     checks.check_teacher(model, recipe, settings)
     checks.check_fits(model.model, recipe, settings)
     checks.check_keeps_structure(model, settings)
@@ -233,24 +243,25 @@ def _resume(model: Model, request: Request) -> Launch | None:
         raise RunError(
             f"'{model.ckpt_path}' is not the checkpoint of the interrupted run. Resume that run with YOLO('{last}')."
         )
-    source = _resume_source(model, settings)
-    record = read_record(source)
+    path, source, checkpoint = _resume_source(model, settings)
+    record, resumed = read_record(source), checkpoint.get("train_args") or {}
     if record is None or not record.active:
         if request.prunes or request.recipe_keys:
             raise RunError(
                 "The checkpoint to resume belongs to a run without pruning, and pruning cannot be added to that run. "
                 "Leave out resume: this starts a new run from the checkpoint."
             )
-        return Launch() if is_pruned(source) else None
-    if settings["resume"] is True and not (model.ckpt or {}).get("optimizer"):
+        return Launch(resumed=resumed) if is_pruned(source) else None
+    if not checkpoint.get("optimizer"):
+        leftovers.delete(Path(path).parent.parent)
         raise RunError(
-            f"'{model.ckpt_path}' belongs to a run that has ended, so there is nothing to resume. Leave out resume to "
-            "train the pruned model further."
+            f"'{path}' belongs to a run that has ended, so there is nothing to resume. Leave out resume to train the "
+            "pruned model further."
         )
     recipe = _recorded(record, request)
     checks.check_settings(request.stock)
     checks.check_validates(recipe, request.stock)
-    return Launch(PruneCallback(recipe))
+    return Launch(PruneCallback(recipe), resumed=resumed)
 
 
 def _recorded(record: Record, request: Request) -> Recipe:
@@ -271,11 +282,11 @@ def _recorded(record: Record, request: Request) -> Recipe:
     return recipe
 
 
-def _resume_source(model: Model, settings: Mapping[str, Any]) -> nn.Module:
-    """The model in the checkpoint that a run is resumed from."""
+def _resume_source(model: Model, settings: Mapping[str, Any]) -> tuple[str | Path, nn.Module, Mapping[str, Any]]:
+    """The checkpoint that a run is resumed from: its path, its model, and its content."""
     resume = settings["resume"]
-    module: nn.Module = model.model
     if isinstance(resume, str | Path):
         path = resume if Path(resume).exists() else get_latest_run()  # the same file that Ultralytics uses
-        module = load_checkpoint(path)[0] if path else module
-    return module
+        if path:
+            return path, *load_checkpoint(path)
+    return str(model.ckpt_path), model.model, model.ckpt or {}

@@ -240,6 +240,8 @@ def validate(trainer: PruningTrainer) -> float | None:
     None without labels, with which nothing is measured.
     With several ranks, all of them must call this function. Only the first rank gets the fitness; the others get None.
     """
+    if not ranks.agree(lambda: labelled(trainer)):
+        return None
     ranks.share(trainer.ema.ema.buffers())
     if not hasattr(trainer, "loss_items"):  # before the first batch the validator has no names for the losses
         loader = trainer.train_loader
@@ -252,7 +254,7 @@ def validate(trainer: PruningTrainer) -> float | None:
             measured = trainer.validator(trainer)
     finally:
         trainer.validator.args.plots = plots
-    return float(measured["fitness"]) if measured and labelled(trainer) else None
+    return float(measured["fitness"]) if measured else None
 
 
 def training_images(trainer: PruningTrainer, batches: int, seed: int) -> Iterator[Tensor]:

@@ -7,13 +7,13 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import Record, read_record
 from yolo_prune.env import ranks
-from yolo_prune.env.files import write_text
+from yolo_prune.env.files import remove, write_text
 from yolo_prune.env.log import PREFIX
 from yolo_prune.errors import RunError
 from yolo_prune.latency import search
-from yolo_prune.latency.target import find
+from yolo_prune.latency.target import find, written_out
 from yolo_prune.planning import planner
-from yolo_prune.recipe import Recipe
+from yolo_prune.recipe import Recipe, as_yaml
 from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.report.front import FRONT
 from yolo_prune.run import guard, journal, live, resume, schedule
@@ -34,7 +34,7 @@ def start(trainer: PruningTrainer, recipe: Recipe) -> RunState:
     if not run.over:
         live.hold_early_stopping(trainer)
     if ranks.first():
-        write_text(trainer.save_dir / "prune.yaml", recipe.to_yaml())
+        write_text(trainer.save_dir / "prune.yaml", as_yaml(run.report.recipe))
     journal.save(trainer, run.report)
     epochs = ", ".join(str(r.epoch + 1) for r in run.rounds)
     LOGGER.info(
@@ -79,9 +79,10 @@ def _begin(trainer: PruningTrainer, recipe: Recipe) -> RunState:
     if ranks.first():
         weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
         for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
-            old.unlink(missing_ok=True)  # these files belong to an earlier run in the same folder
+            remove(old)  # these files belong to an earlier run in the same folder
     due = schedule.rounds(recipe, trainer.epochs, present)
-    report = journal.new_report(trainer, recipe, plan)
+    there = written_out(recipe.target, trainer.args.imgsz)
+    report = journal.new_report(trainer, recipe.model_copy(update={"target": there}), plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     exact = bool(trainer.args.deterministic)
     return RunState(recipe, due, report, trainer.stopper.patience, cost, frozen, timing=timing, exact=exact)
