@@ -224,6 +224,17 @@ def test_without_a_score_it_is_0() -> None:
     assert score(ours, {}, everywhere).tolist() == [0, 0, 0]  # stock torch-pruning divides 0 by 0
 
 
+@pytest.mark.parametrize("normalizer", ["mean", "sum", "max", "lamp", "standarization", "gaussian", "sentinel_0.5"])
+def test_the_smallest_scores_are_normalized_like_others(normalizer: str) -> None:
+    """As of squared gradients where hardly any gradient comes: single precision rounds their mean to 0."""
+    ours, size = criterion("GroupMagnitudeImportance", normalizer=normalizer), 64
+    ours._size = size
+    raw = torch.cat([torch.zeros(size - 8), torch.full((7,), 1e-44), torch.full((1,), 1.5e-44)])
+    found = ours._importance.normalizer(raw)
+    assert found.isfinite().all()
+    assert int(found.argmax()) == size - 1
+
+
 def test_negative_scores_are_moved_up() -> None:
     ours = criterion("GroupMagnitudeImportance", normalizer="gaussian")
     ours.read(Net())

@@ -73,7 +73,7 @@ class TorchPruning:
         self._importance = _make(kind, own, str(importance), options)
         normalizer = getattr(self._importance, "normalizer", "of its own")
         self.comparable = bool(getattr(self._importance, "comparable", normalizer in (None, "lamp")))
-        if not own and normalizer is not None:
+        if isinstance(self._importance, stock.GroupMagnitudeImportance) and isinstance(normalizer, str):
             self._importance.normalizer = partial(self._normalized, normalizer)
         self._reads_fisher = issubclass(kind, stock.OBDCImportance)
         self._name = importance
@@ -112,9 +112,17 @@ class TorchPruning:
         return scores - scores.min().clamp(max=0)  # a score may be negative in torch-pruning; only differences count
 
     def _normalized(self, normalizer: str, scores: Tensor) -> Tensor:
-        """Scores after torch-pruning's own normalization. If all are 0, they stay 0; it would divide 0 by 0."""
+        """Scores after torch-pruning's own normalization.
+
+        It would divide 0 by 0 if all scores are 0, or so small that single precision rounds their mean to 0. So zeros
+        stay zeros, and other scores are first divided by the highest one, which changes no result.
+        """
         scores = scores[: self._size]
-        return self._importance._normalize(scores, normalizer) if scores.any() else scores
+        if not scores.any():
+            return scores
+        scaled = (scores.double() / scores.abs().max().double()).to(scores.dtype)
+        normalized: Tensor = self._importance._normalize(scaled, normalizer)
+        return normalized
 
     def _each(self) -> Callable[[nn.Module], None] | None:
         """The method of a user's class that is called after the gradients of each image."""

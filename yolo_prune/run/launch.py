@@ -252,13 +252,13 @@ def _resume(model: Model, request: Request) -> Launch | None:
                 "Leave out resume: this starts a new run from the checkpoint."
             )
         return Launch(resumed=resumed) if is_pruned(source) else None
-    recipe = _recorded(record, request)
     if not checkpoint.get("optimizer"):
         leftovers.delete(Path(path).parent.parent)
         raise RunError(
             f"'{path}' belongs to a run that has ended, so there is nothing to resume. Leave out resume to train the "
             "pruned model further."
         )
+    recipe = _recorded(record, request)
     checks.check_settings(request.stock)
     checks.check_validates(recipe, request.stock)
     return Launch(PruneCallback(recipe), resumed=resumed)
