@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +74,44 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path: Path, mo
 def test_names_that_python_cannot_decode_are_written(tmp_path: Path) -> None:
     names = [name.decode("ascii", "surrogateescape") for name in ("細胞.pt".encode(), b"\xff.pt")]
     assert files.write_text(tmp_path / "page.html", " ".join(names)).read_text(encoding="utf-8") == "細胞.pt \ufffd.pt"
+
+
+def refusing(code: int) -> Any:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def test_a_folder_that_cannot_rename_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.write_text(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "replace", refusing(errno.EPERM))
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_in_the_way_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError, match="file"):
+        files.write_text(tmp_path / "file", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_rename_on_a_full_disk_is_not_tried_as_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.write_text(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "replace", refusing(errno.ENOSPC))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_only_complete_file_is_kept_if_a_copy_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.write_text(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "replace", refusing(errno.EPERM))
+    monkeypatch.setattr(files.shutil, "copyfileobj", refusing(errno.EIO))
+    with pytest.raises(files.TornError, match=r"the complete content is in '.*\.file\..*\.tmp'"):
+        files.write_text(path, "new")
+    (kept,) = tmp_path.glob(".file.*.tmp")
+    assert kept.read_text() == "new"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from ultralytics import YOLO
 
 import yolo_prune
 from yolo_prune import cli
+from yolo_prune.errors import RunError
 from yolo_prune.report import Report
+from yolo_prune.run import inputs
 
 RUN: dict[str, Any] = {**RUNS["resume"], "recipe": RECIPES["resume"]}
 
@@ -152,3 +155,13 @@ def test_a_result_is_written_through_a_link(folder: Path, clean_cwd: Path) -> No
     assert cli.main(["plan", f"model={folder / 'dense.pt'}", "imgsz=64", "save=plan.json"]) == 0
     assert Path("plan.json").is_symlink()
     assert yolo_prune.Plan.load("real.json")
+
+
+def test_a_run_on_several_devices_refuses_to_delete_what_it_reads(folder: Path, weights: Path, tmp_path: Path) -> None:
+    """Ultralytics deletes the folder of such a run before the processes begin."""
+    args = SimpleNamespace(resume=None, model=str(weights / "best.pt"), pretrained=True)
+    trainer = SimpleNamespace(args=args, wdir=weights, save_dir=weights.parent, ddp=True)
+    with pytest.raises(RunError, match=r"model=.*best\.pt is in the folder of this run.*would be deleted"):
+        inputs.protect(trainer)
+    inputs.protect(SimpleNamespace(**{**vars(trainer), "wdir": tmp_path / "other/weights"}))
+    assert [path.name for path in weights.iterdir()] == ["best.pt"]

@@ -26,6 +26,7 @@ from yolo_prune.errors import OutputError
 from yolo_prune.measure.subjects import Setting
 from yolo_prune.report import Report
 from yolo_prune.report.measurement import Measurement
+from yolo_prune.run.claim import Claim
 
 RUN: dict[str, Any] = {**RUNS["resume"], "recipe": RECIPES["resume"]}
 OPTIONAL = ("chmod", "fchmod", "fsync", "link", "replace")
@@ -115,6 +116,16 @@ def test_a_dataset_is_drawn_into_a_folder_that_refuses_all_that_is_optional(tmp_
         assert scenes.make_dataset(tmp_path / "scenes", train=images, val=1, imgsz=64).is_file()
     assert len(list((tmp_path / "scenes/images/train").iterdir())) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
+
+
+@pytest.mark.usefixtures("refusing")
+def test_a_folder_that_cannot_delete_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "unlink", os.replace)  # which is refused
+    outputs.check(tmp_path / "plan.json")
+    for text in ("old", "new"):
+        assert outputs.deliver(tmp_path / "plan.json", lambda path, text=text: write_text(path, text)).is_file()
+    assert (tmp_path / "plan.json").read_text() == "new"
+    Claim(tmp_path).release()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])

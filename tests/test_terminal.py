@@ -118,7 +118,8 @@ def test_a_run_of_yolo_goes_on_when_its_reader_has_ended(
     handler = LOGGER.handlers[0]
     monkeypatch.setattr(handler, "stream", sys.stdout)
     before = sys.stdout
-    with _patch._as_a_command():
+    print("printed before, and still in the buffer of the stream")
+    with _patch._as_a_run():
         assert list(TQDM(range(3))) == [0, 1, 2]
         LOGGER.info("細胞")
         print("細胞", flush=True)
@@ -131,7 +132,7 @@ def test_a_python_script_keeps_its_streams(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", ["train.py"])
     strict = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", strict)
-    with pytest.raises(UnicodeEncodeError), _patch._as_a_command():
+    with pytest.raises(UnicodeEncodeError), _patch._as_a_run():
         print("細胞")
 
 

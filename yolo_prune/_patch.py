@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -131,7 +131,7 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, trainer=trainer, **kwargs)
         from yolo_prune.run import launch  # imported late, so that runs without pruning do not depend on its imports
 
-        with _as_a_command():
+        with _as_a_run():
             return launch.train(self, original, trainer, kwargs)
 
     return train
@@ -139,16 +139,25 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _as_a_command() -> Iterator[None]:
-    """In a `yolo` command, show only the message of an error of this package; output that fails does not end a run."""
-    command = Path(sys.argv[0])
-    if command.stem not in ("yolo", "ultralytics") or command.suffix.lower() not in ("", ".exe"):
-        yield
-        return
+    """In a `yolo` command, show only the message of an error of this package, without a traceback."""
     try:
-        with forgiving():
-            yield
+        yield
     except PruneError as e:
-        sys.exit(f"yolo-prune: {e}")
+        if _is_command():
+            sys.exit(f"yolo-prune: {e}")
+        raise
+
+
+@contextmanager
+def _as_a_run() -> Iterator[None]:
+    """In a `yolo` command, output that fails does not end a run of this package, either."""
+    with _as_a_command(), forgiving() if _is_command() else nullcontext():
+        yield
+
+
+def _is_command() -> bool:
+    command = Path(sys.argv[0])
+    return command.stem in ("yolo", "ultralytics") and command.suffix.lower() in ("", ".exe")
 
 
 def _may_involve_pruning(model: Any, arguments: Mapping[str, Any]) -> bool:

@@ -185,19 +185,22 @@ def _report(request: Request) -> int:
         raise PruneError(f"{given}; pass the folder of one run, as in 'yolo-prune report runs/detect/train'.")
     formats, how = _measuring(values, "imgsz")
     from yolo_prune.pages import run_page
+    from yolo_prune.report.page import PAGE
     from yolo_prune.run import leftovers
 
     known = {key: values.get(key) for key in ("data", "model")}
     imgsz = values.get("imgsz")
     measurement = run_page.measure_run(runs[0], formats, imgsz=imgsz, **known, **how) if formats else None
-    path, shown = run_page.write_report(runs[0], save=values.get("save"), **known)
-    leftovers.delete(run_page.folder_of(runs[0]))
+    folder = run_page.folder_of(runs[0])
+    place = values.get("save") or folder / PAGE
+    path, shown = run_page.write_report(runs[0], save=place, measurement=measurement, **known)
+    leftovers.delete(folder)
     print(f"{measurement}\n\nsaved {path}" if measurement else f"saved {path}")
     if measurement:
         measurement.check()
     elif shown:
         _check_earlier(shown)
-    return int(path != values.get("save", path))
+    return int(path != place)
 
 
 def _check_earlier(measurement: Measurement) -> None:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Write files so that they are never incomplete.
+"""Write files so that they are never incomplete, in every folder that can rename a file.
 
-Some folders refuse a part of this: mounted buckets, exFAT or network shares may not flush a file or rename it. What is
-optional is done where it can be done, and is never the reason to stop.
+Some folders refuse a part of this: mounted buckets, exFAT or network shares may not flush, rename or delete a file.
+What is optional is done where it can be done, and is never the reason to stop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,8 +34,10 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
             file.write(data)
             _flush(file)
         move(temporary, target)  # after the file is closed: Windows cannot rename an open file
+    except TornError:
+        raise  # the temporary file is now the only complete one
     except BaseException as e:  # closing fails, too, if the disk is full
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         if isinstance(e, OSError):
             e.filename = str(path)
         raise
@@ -50,26 +54,53 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_bytes(path, data)
 
 
+class TornError(OSError):
+    """A file that was being replaced by a copy, because it could not be renamed, and the copy failed half-way."""
+
+
+def remove(path: Path) -> None:
+    """Delete a file that is not needed any more. In a folder that refuses this, it stays."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def move(source: str | Path, target: str | Path) -> None:
-    """Rename a file or a folder; an existing file is replaced. If this is refused, the content is copied instead."""
+    """Rename a file or a folder; an existing file is replaced. If this is refused, the content is copied instead.
+
+    Raises:
+        TornError: If copying failed after it had begun: only `source` is complete.
+        OSError: If `target` cannot be written; it is as before.
+    """
     source, target = Path(source), Path(target)
     try:
         os.replace(source, target)
-    except OSError:
+    except OSError as e:
+        if e.errno in LOST:
+            raise
         if source.is_dir():
             target.mkdir()  # fails if there is such a folder, as renaming does
             for inside in source.iterdir():
                 move(inside, target / inside.name)
             source.rmdir()
-        else:  # without its permissions, which cannot be set everywhere
-            shutil.copyfile(source, target)
-            source.unlink()
+        else:
+            _copy(source, target)
+            remove(source)
 
 
-def unused(path: Path) -> Path:
-    """`path`, or a path like it with a number, at which there is no file."""
+def _copy(source: Path, target: Path) -> None:
+    """Copy the content, without the permissions, which cannot be set everywhere."""
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            shutil.copyfileobj(old, new)
+            new.flush()
+        except OSError as e:
+            raise TornError(e.errno, f"{e.strerror}; the complete content is in '{source}'", str(target)) from e
+
+
+def unused(path: Path, taken: Callable[[Path], bool] = os.path.lexists) -> Path:
+    """`path`, or a path like it with a number, that is not taken: there is no file."""
     number, free = 1, path
-    while os.path.lexists(free):
+    while taken(free):
         number += 1
         free = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return free

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from yolo_prune.env.files import unused
+from yolo_prune.env.files import remove, unused
 from yolo_prune.env.terminal import LOGGING_NAME
 from yolo_prune.errors import OutputError
 
@@ -48,7 +48,9 @@ def check_folder(folder: str | Path, size: int = 0) -> None:
 
 def _check(problem: str, path: Path, size: int) -> None:
     try:
-        folder = next(place for place in path.parents if os.path.lexists(place))
+        folder = next((place for place in path.parents if os.path.lexists(place)), None)
+        if folder is None:
+            raise OutputError(f"{problem}: there is no '{path.anchor}'. Choose another folder.")
         if not folder.is_dir():
             raise OutputError(f"{problem}: '{folder}' is not a folder. Choose another folder.")
         _try(folder)
@@ -132,7 +134,7 @@ def _try(folder: Path) -> None:
         with trial.open("xb") as file:
             file.write(b"yolo-prune")
     finally:
-        trial.unlink(missing_ok=True)
+        remove(trial)
 
 
 def _usable(*places: Callable[[], Path]) -> Iterator[Path]:

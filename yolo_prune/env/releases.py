@@ -59,12 +59,12 @@ def unwrap_model(model: nn.Module) -> Any:
 
 def closes_mosaic_late() -> bool:
     """True if a run with fewer epochs than `close_mosaic` uses no mosaic. Earlier releases use mosaic in it."""
-    return _mentions(BaseTrainer._do_train.__code__, "mosaic_closed")
+    return _mentions(inspect.unwrap(BaseTrainer._do_train).__code__, "mosaic_closed")
 
 
 def shares_callbacks() -> bool:
     """True if the processes of a run on several devices get the callbacks of the process that started them."""
-    return _mentions(dist.generate_ddp_file.__code__, "callbacks")
+    return _mentions(inspect.unwrap(dist.generate_ddp_file).__code__, "callbacks")
 
 
 def halves_onnx() -> bool:
@@ -110,3 +110,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """The content of a YAML file. Releases of Ultralytics before 8.3.200 call this function `yaml_load`."""
     data: dict[str, Any] = utils.YAML.load(path) if hasattr(utils, "YAML") else utils.yaml_load(path)
     return data
+
+
+def save_yaml(path: str | Path, data: dict[str, Any]) -> None:
+    """Write a YAML file. Releases of Ultralytics before 8.3.200 call this function `yaml_save`."""
+    (utils.YAML.save if hasattr(utils, "YAML") else utils.yaml_save)(path, data)

@@ -45,6 +45,8 @@ def forgiving() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for number, name in STREAMS.items():
             before = getattr(sys, name)
+            if hasattr(before, "errors") and hasattr(before, "reconfigure"):
+                stack.callback(before.reconfigure, errors=before.errors)
             stream = _forgiving(before, descriptors[number])
             stack.callback(setattr, sys, name, before)
             setattr(sys, name, stream)
@@ -76,7 +78,8 @@ def _forgiving(stream: Any, descriptor: _Descriptor) -> Any:
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # with `python -u` there is no buffer between
     if type(raw) is io.FileIO and raw.fileno() == descriptor.fileno():
-        stream.flush()
+        with contextlib.suppress(OSError):  # what was printed before is lost, and Python says so at the end
+            stream.flush()
         how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         return io.TextIOWrapper(io.BufferedWriter(descriptor), stream.encoding, "backslashreplace", **how)
     if hasattr(stream, "reconfigure"):

@@ -59,7 +59,12 @@ def at_end(folder: Path, report: Report, dataset: Any = None, device: Any = None
 
 
 def write_report(
-    run: str | Path, *, data: str | None = None, model: str | None = None, save: str | Path | None = None
+    run: str | Path,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    save: str | Path | None = None,
+    measurement: Measurement | None = None,
 ) -> Written:
     """Write the page of a run.
 
@@ -69,6 +74,7 @@ def write_report(
             run, if it exists.
         model: the dense checkpoint, if it was moved since the run.
         save: path of the page; None: in the folder of the run.
+        measurement: the measurement to show; None: that in the folder of the run, if there is one.
 
     Raises:
         PruneError: If the run, the dataset or a checkpoint cannot be read.
@@ -87,7 +93,7 @@ def write_report(
             if asked:
                 raise
             LOGGER.warning(f"The page has no images: {e}")
-    return _write(folder, report, start, photos, save)
+    return _write(folder, report, start, photos, save, measurement)
 
 
 def measure_run(
@@ -149,11 +155,16 @@ def _no_start_model(report: Report) -> RunError:
 
 
 def _write(
-    folder: Path, report: Report, start: Path | None, photos: Sequence[Photo], save: str | Path | None = None
+    folder: Path,
+    report: Report,
+    start: Path | None,
+    photos: Sequence[Photo],
+    save: str | Path | None = None,
+    measurement: Measurement | None = None,
 ) -> Written:
-    """Write the page of a run, with the measurement in its folder."""
+    """Write the page of a run, with a measurement: the given one, or that in the folder of the run."""
     names = [bench_file.start_name(start), "pruned"]
-    measurement = bench_file.load(folder, report, start, _result(folder))
+    measurement = measurement or bench_file.load(folder, report, start, _result(folder))
     if measurement:
         measurement = measurement.renamed(names)
         report = bench_file.with_latencies(report, measurement)

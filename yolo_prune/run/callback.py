@@ -17,8 +17,7 @@ from yolo_prune.run.state import PruningTrainer, run_of
 class PruneCallback:
     """`callbacks=prune`: cuts the model in rounds while it trains.
 
-    It holds only the recipe, so that it can be pickled and shared. The state of a run is on
-    its trainer.
+    It holds only the recipe, so that it can be pickled and shared. The state of a run is on its trainer.
     """
 
     EVENTS = (

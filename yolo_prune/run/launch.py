@@ -165,8 +165,8 @@ def _run(
     finally:
         if launch.callback:
             launch.callback.detach(model.callbacks)
-        if isinstance(model.trainer, KeepStructure) and model.trainer.claim:
-            model.trainer.claim.release()
+        if isinstance(model.trainer, KeepStructure):
+            model.trainer.release_folder()
 
 
 def _failed_worker(trainer: BaseTrainer) -> str:

@@ -23,7 +23,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import student_of
 from yolo_prune.env import ranks
-from yolo_prune.env.files import write_bytes, write_text
+from yolo_prune.env.files import remove, write_bytes, write_text
 from yolo_prune.env.releases import DAMAGED, closes_mosaic_late, unwrap_model
 from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.run.state import PruningTrainer
@@ -229,11 +229,11 @@ def delete_old_states(trainer: PruningTrainer, keep: int | None = None) -> None:
             because the run is over.
     """
     if keep is None:
-        (trainer.wdir / EARLY).unlink(missing_ok=True)
+        remove(trainer.wdir / EARLY)
     kept = None if keep is None else _path(trainer, trainer.epoch, keep)
     for path in (*trainer.wdir.glob("state-*.pt"), *trainer.wdir.glob(".*.tmp"), *trainer.save_dir.glob(".*.tmp")):
         if path != kept:
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 def trim_results(path: Path, epochs: int) -> None:

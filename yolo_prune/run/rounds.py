@@ -17,6 +17,7 @@ from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log, ranks
+from yolo_prune.env.files import remove
 from yolo_prune.env.log import PREFIX
 from yolo_prune.errors import GradientError, NothingToRemoveError, RunError
 from yolo_prune.graph import Graph
@@ -181,7 +182,7 @@ def _forget_best(trainer: PruningTrainer, record: Record) -> None:
     if last is None or last.held is not False:
         live.put_aside(trainer, trainer.wdir / round_file(last.number if last else 0))
     elif ranks.first():
-        trainer.best.unlink(missing_ok=True)
+        remove(trainer.best)
     live.forget_best(trainer)
 
 

@@ -7,7 +7,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.record import Record, read_record
 from yolo_prune.env import ranks
-from yolo_prune.env.files import write_text
+from yolo_prune.env.files import remove, write_text
 from yolo_prune.env.log import PREFIX
 from yolo_prune.errors import RunError
 from yolo_prune.latency import search
@@ -79,7 +79,7 @@ def _begin(trainer: PruningTrainer, recipe: Recipe) -> RunState:
     if ranks.first():
         weights = (p for pattern in ("round*.pt", "state-*.pt", EARLY) for p in trainer.wdir.glob(pattern))
         for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
-            old.unlink(missing_ok=True)  # these files belong to an earlier run in the same folder
+            remove(old)  # these files belong to an earlier run in the same folder
     due = schedule.rounds(recipe, trainer.epochs, present)
     there = written_out(recipe.target, trainer.args.imgsz)
     report = journal.new_report(trainer, recipe.model_copy(update={"target": there}), plan)

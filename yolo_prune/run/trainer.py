@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from ultralytics.cfg import get_save_dir
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
@@ -56,17 +57,37 @@ class KeepStructure(_Base):
     pruning: RunState | None = None
     stopped_early = False
     keeps = False
+    claim: Claim | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
-        writes = ranks.first() and not getattr(self, "ddp", False)  # else another process writes
-        self.claim = Claim(self.save_dir) if writes else None
-        inputs.keep(self)
+        try:
+            super().__init__(*args, **kwargs)
+            self._claim_folder(self.save_dir)
+            self.wdir, self.last, self.best = map(WholeFile, (self.wdir, self.last, self.best))  # type: ignore[has-type]
+            inputs.protect(self)
+        except BaseException:
+            self.release_folder()
+            raise
+        if getattr(self, "ddp", False):  # the processes that this one starts claim the folder
+            self.release_folder()
         self.accumulation = resume.GradientAccumulation()
         self.warm_up = RestartWarmUp()
         self.sparse = SparseTraining()
         self._stripped: Path | None = None
+
+    def check_resume(self, overrides: Any) -> None:
+        """As in Ultralytics. Its `__init__` calls this before it writes anything, so the folder is claimed here."""
+        super().check_resume(overrides)  # type: ignore[misc]
+        self._claim_folder(Path(get_save_dir(self.args)))
+
+    def _claim_folder(self, folder: Path) -> None:
+        if ranks.first() and not self.claim:
+            self.claim = Claim(folder)
+
+    def release_folder(self) -> None:
+        """The run has ended: another one may write into its folder."""
+        if self.claim:
+            self.claim.release()
 
     def get_model(self, cfg: Any = None, weights: Any = None, **options: Any) -> Any:
         """The model to train, from the user's trainer or Ultralytics' own. If `weights` is pruned, it stays pruned."""
@@ -196,6 +217,13 @@ class KeepStructure(_Base):
     def _do_train(self, *args: Any) -> None:
         """As in Ultralytics. If all epochs are trained already, only the steps after the last epoch follow."""
         try:
+            self._train_all(*args)
+            self.tidy()
+        finally:
+            self.release_folder()
+
+    def _train_all(self, *args: Any) -> None:
+        try:
             super()._do_train(*args)  # type: ignore[misc]
         except _AllTrained:
             self.epoch, self.epoch_time = self.start_epoch - 1, None
@@ -204,7 +232,6 @@ class KeepStructure(_Base):
                 if self.args.plots:
                     self.plot_metrics()  # type: ignore[attr-defined]
                 self.run_callbacks("on_train_end")  # type: ignore[attr-defined]
-        self.tidy()
 
     def tidy(self) -> None:
         """The run is complete: delete the files that only a resumed run needs."""
