@@ -66,7 +66,9 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def classifier(path: Path) -> Path:
     described = yaml.safe_load((ROOT / "cfg/models/11/yolo11-cls.yaml").read_text(encoding="utf-8"))
-    path.with_suffix(".yaml").write_text(yaml.safe_dump({**described, "nc": 2, "scale": "n"}))
+    path.with_suffix(".yaml").write_text(
+        yaml.safe_dump({**described, "nc": 2, "scales": {"n": described["scales"]["n"]}})
+    )
     model = YOLO(path.with_suffix(".yaml"))
     module: Any = model.model
     module.names = {0: "a", 1: "b"}
