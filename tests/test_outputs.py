@@ -289,12 +289,18 @@ def test_a_disk_that_gets_full_during_the_work_does_not_lose_the_result(
     assert list(full.iterdir()) == []
 
 
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's folder for temporary files."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
 def test_temporary_files_go_where_there_is_space(
-    clean_cwd: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clean_cwd: Path, home: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(small))
     with outputs.scratch() as made:
         assert Path(made).parent == small
     usage = shutil.disk_usage
@@ -311,11 +317,8 @@ def test_temporary_files_go_where_there_is_space(
 
 @pytest.mark.slow
 def test_a_measurement_needs_no_space_in_the_usual_temporary_folder(
-    folder: Path, clean_cwd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, clean_cwd: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(small))
     refuse_in(monkeypatch, small)
     measurement = yolo_prune.bench(
         [folder / "dense.pt", folder / "run/weights/best.pt"],

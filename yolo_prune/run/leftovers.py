@@ -12,8 +12,9 @@ from yolo_prune.env.releases import load_checkpoint
 from yolo_prune.errors import PruneError
 from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.report import Report
+from yolo_prune.run.resume import STATES
 
-PATTERNS = ("weights/state-*.pt", f"weights/{EARLY}", "weights/.*.tmp", ".*.tmp")
+PATTERNS = (*STATES, f"weights/{EARLY}")
 """Files that only a resumed run needs, and incomplete files."""
 
 

@@ -31,6 +31,8 @@ from yolo_prune.run.state import PruningTrainer
 NEVER = 10**9
 PATIENCE = ("best_fitness", "best_epoch", "possible_stop")
 WEIGHTS = ("best.pt", "round*.pt", "state-*.pt", EARLY)
+STATES = ("weights/state-*.pt", "weights/.*.tmp", ".*.tmp")
+"""Patterns of the state files in the folder of a run, and of the incomplete files of a killed run."""
 COPIED = ("prune.json", "results.csv", *(f"weights/{name}" for name in WEIGHTS))
 
 
@@ -231,7 +233,7 @@ def delete_old_states(trainer: PruningTrainer, keep: int | None = None) -> None:
     if keep is None:
         remove(trainer.wdir / EARLY)
     kept = None if keep is None else _path(trainer, trainer.epoch, keep)
-    for path in (*trainer.wdir.glob("state-*.pt"), *trainer.wdir.glob(".*.tmp"), *trainer.save_dir.glob(".*.tmp")):
+    for path in (path for pattern in STATES for path in trainer.save_dir.glob(pattern)):
         if path != kept:
             remove(path)
 
