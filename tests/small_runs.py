@@ -72,15 +72,26 @@ RUNS: dict[str, dict[str, Any]] = {
         "warmup_epochs": 1.0,
     },
     "tasks": {**SMALL, "verbose": False, "lr0": 0.001},
+    "zeros": {**SMALL, "verbose": False, "lr0": 0.001, "imgsz": 32},
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
     "cuda": {**TWICE, "target": {"flops": 0.5}, "criterion": "magnitude", "recover": {"refit": 0, "batchnorm": 2}},
     "distill": {**PLAIN, **TWICE, "target": {"flops": 0.5}, "channels": {"round_to": 1, "min": 1}},
     "guard": {**PLAIN, "channels": {"round_to": 1, "min": 2}, "measure": False},
-    "kill": {**PLAIN, "target": {"flops": 0.6}, "schedule": {"rounds": 3, "start": 1, "interval": 2}},
+    "kill": {
+        **PLAIN,
+        "target": {"flops": 0.6},
+        "sparsity": {"amount": 0.5},
+        "schedule": {"rounds": 3, "start": 1, "interval": 2},
+    },
     "main_path": {**PLAIN, **TWICE, "target": {"flops": 0.5}},
-    "ranks": {**PLAIN, "target": {"flops": 0.6}, "schedule": {"rounds": 2, "interval": 2}},
+    "ranks": {
+        **PLAIN,
+        "target": {"flops": 0.6},
+        "sparsity": {"pattern": "1:2"},
+        "schedule": {"rounds": 2, "interval": 2},
+    },
     "resume": {**PLAIN, **TWICE, **FINE, "target": {"flops": 0.6}, "measure": False},
     "rewind": {
         **FINE,

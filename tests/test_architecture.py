@@ -27,6 +27,7 @@ ORDER = (  # folders, and the faces at the root: each imports only what stands a
     "report",
     "measure",
     "latency",
+    "zeros",
     "pages",
     "run",
     "_patch",

@@ -26,8 +26,14 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_bundled_recipes_and_the_default() -> None:
-    keeps = {name: load_recipe(name).target.keep for name in bundled_names()}
-    assert keeps == {"half-flops": 0.5, "gentle": 0.75, "edge": 0.3, "smallest": None}
+    keeps = {name: (load_recipe(name).metric, load_recipe(name).keep) for name in bundled_names()}
+    assert {name: keep for name, (metric, keep) in keeps.items() if metric == "flops"} == {
+        "half-flops": 0.5,
+        "gentle": 0.75,
+        "edge": 0.3,
+        "smallest": None,
+    }
+    assert keeps["lottery"] == ("weights", pytest.approx(0.2))
     assert load_recipe() == load_recipe("half-flops")
 
 
@@ -116,7 +122,7 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         (f"{T}\nchanels: {{min: 8}}", "chanels: unknown key; did you mean 'channels'?"),
         (
             f"{T}\nxyzzy: 1",
-            "xyzzy: unknown key; known keys are version, target, schedule, criterion, allocation, channels, protect",
+            "xyzzy: unknown key; known keys are version, target, sparsity, schedule, criterion, allocation, channels, protect",
         ),
         (f"{T}\nrecover: {{xyzzy: 1}}", "recover.xyzzy: unknown key; known keys are refit, batchnorm"),
         (f"{T}\nrounds: 5", "rounds: unknown key; did you mean 'schedule.rounds'?"),
@@ -373,7 +379,7 @@ def test_the_schema_knows_every_field_and_forbids_others() -> None:
     schema = json_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
-    assert schema["required"] == ["target"]
+    assert schema["anyOf"] == [{"required": ["target"]}, {"required": ["sparsity"]}]
     assert schema["properties"]["criterion"]["anyOf"][0]["type"] == "string"
     for part, fields in {"": schema, **schema["$defs"]}.items():
         assert fields.get("additionalProperties") is part.endswith("Spec")  # options of a criterion are its own

@@ -110,6 +110,7 @@ def test_the_file_has_the_documented_keys_in_order(tmp_path: Path) -> None:
             "flops",
             "params",
             "size_mb",
+            "zeros",
             "plan",
             "held",
             "latency",

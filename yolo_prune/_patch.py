@@ -183,11 +183,15 @@ def _load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Any, weights: Any, verbose: bool = True) -> None:
         source = (weights.get("ema") or weights.get("model")) if isinstance(weights, Mapping) else weights
         if source is not None and (_has_record(self) or _has_record(source)):
+            from yolo_prune.cut import masks
             from yolo_prune.run import checks  # imported late, like `launch` above
 
             with _as_a_command():
-                checks.check_load(self, source)
-        original(self, weights, verbose)
+                held = checks.check_load(self, source)
+            original(self, weights, verbose)
+            masks.hold(self, held)
+        else:
+            original(self, weights, verbose)
 
     return load
 

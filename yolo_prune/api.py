@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from ultralytics.utils import LOGGER
 from yolo_prune import _startup, recipe, recover
 from yolo_prune.cut import proof, surgery
 from yolo_prune.cut import record as records
-from yolo_prune.cut.copies import bare_copy, make_ordinary
+from yolo_prune.cut.census import census, compressed_mb
+from yolo_prune.cut.copies import bare_copy, make_ordinary, size_mb
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
 from yolo_prune.data import datasets
@@ -30,6 +32,7 @@ from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
+from yolo_prune.zeros import planner as zeros
 
 __all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save"]
 
@@ -73,22 +76,64 @@ def plan(
     asked = _load(recipe, overrides)
     if isinstance(model, str | Path):
         model = open_model(model)
-    count = planner.images_for(asked)
-    replaced = {} if data else {key: getattr(asked, key).name for key in planner.looks(asked)}
-    asked = asked if data else planner.rehearsal(asked)
-    module, size, target = module_of(model), _size(model, imgsz), asked.target
-    graph, bar = planner.survey(module, asked, size), log.bar("scoring channels")
-    trial = search.trial(module, graph, asked, size) if target.latency else None
-    for key, name in replaced.items():
+    known, asked = asked, asked if data else zeros.rehearsal(planner.rehearsal(asked))
+    module, size = module_of(model), _size(model, imgsz)
+    graph = planner.survey(module, asked, size)
+    trial = search.trial(module, graph, asked, size) if asked.metric == "latency" else None
+    if not data:
+        _warn_of_stand_ins(known)
+    count = max(planner.images_for(asked), zeros.images_for(asked), asked.recover.refit if _two_steps(asked) else 0)
+    calibration = _calibration(model, data, size, count) if data and count else None
+    if asked.target is None:
+        bar = log.bar("scoring weights")
+        amount = asked.zeros(asked.keep or 0.0, 1.0)
+        return zeros.plan_for(module, asked, amount, planner.standing(module, graph), (), calibration, bar)
+    bar = log.bar("scoring channels")
+    if trial is None:
+        cut = planner.plan_for(module, graph, asked, calibration=calibration, progress=bar)
+    else:
+        weighed = planner.weigh(module, graph, asked, calibration, bar, trial.timing)
+        cut = search.settle(module, weighed, asked.target, size, present=trial.present).plan
+    return cut.then(_zeros_after(module, cut, asked, calibration)) if asked.sparsity else cut
+
+
+def _two_steps(asked: Recipe) -> bool:
+    """Whether weights become zero after channels are cut."""
+    return asked.target is not None and asked.sparsity is not None
+
+
+def _warn_of_stand_ins(asked: Recipe) -> None:
+    """Tell which parts of a recipe need training images, and are replaced without data."""
+    stand_ins = {
+        (key, getattr(asked, key).name): f"{key} {planner.STAND_INS[key].name}" for key in planner.looks(asked)
+    }
+    if asked.sparsity and zeros.images_for(asked):
+        stand_ins["sparsity.score", asked.sparsity.score] = "score magnitude"
+    for (key, name), other in stand_ins.items():
         LOGGER.warning(
             f"{key} {name} needs training images, and data= was not given. This plan removes as much, but uses the "
-            f"{key} {planner.STAND_INS[key].name} instead. Pass data= to use {name}."
+            f"{other} instead. Pass data= to use {name}."
         )
-    calibration = _calibration(model, data, size, count) if data and count else None
-    if trial is None:
-        return planner.plan_for(module, graph, asked, calibration=calibration, progress=bar)
-    weighed = planner.weigh(module, graph, asked, calibration, bar, trial.timing)
-    return search.settle(module, weighed, target, size, present=trial.present).plan
+
+
+def _zeros_after(module: nn.Module, cut: Plan, asked: Recipe, calibration: Calibration | None) -> Plan:
+    """The zeros in what a cut leaves. Weights are scored after the refit, as in a run."""
+    after, forecast = bare_copy(module), cut.predicted
+    earlier = {name: mask.cut(cut.keep.get(name, {})) for name, mask in zeros.masks_of(module).items()}
+    surgery.apply(after, cut)
+    if calibration and asked.recover.refit:
+        images = calibration.images(asked.recover.refit)
+        recover.refit(
+            bare_copy(module), after, replace(cut, masks=earlier), images, progress=log.bar("refitting layers")
+        )
+    present = replace(
+        forecast,
+        flops_before=forecast.flops_after,
+        params_before=forecast.params_after,
+        ms_before=forecast.ms_after,
+    )
+    amount, bar = asked.zeros(asked.keep or 0.0, 1.0), log.bar("scoring weights")
+    return zeros.plan_for(after, asked, amount, present, (), calibration, bar, earlier)
 
 
 @torch.inference_mode(False)
@@ -103,9 +148,10 @@ def apply(
 ) -> proof.Proof | None:
     """Cut a model in place, in one step, without training.
 
-    The cut is proved on a copy first. If the proof fails, the model is unchanged. With `data`, the remaining weights
-    are then refitted, so that the output of each layer stays close to its output before the cut. Without `data`, the
-    accuracy is low until the model is trained again (`model.train(...)` keeps the pruned structure).
+    The cut is proved on a copy first. If the proof fails, the model is unchanged. Zeros need no proof. With `data`, the
+    remaining weights are then refitted, so that the output of each layer stays close to its output before the cut.
+    Without `data`, the accuracy is low until the model is trained again (`model.train(...)` keeps the pruned structure,
+    and the zeros).
 
     Args:
         model: a `YOLO` object or its module.
@@ -117,7 +163,8 @@ def apply(
         refit: number of these images.
 
     Returns:
-        The proof, with the largest difference as `error`; None with `prove=False`.
+        The proof, with the largest difference as `error`; None with `prove=False`, and for a plan that only sets
+        weights to zero.
 
     Raises:
         PlanError: If the plan was made for another model, or removes nothing.
@@ -140,13 +187,15 @@ def apply(
     surgery.check(module, plan)
     make_ordinary(module)
     record = read_record(module)
-    proven = proof.prove(module, plan) if prove else None
+    proven = proof.prove(module, plan) if prove and plan.keep else None
     calibration = _calibration(model, data, size, refit) if data and refit else None
     widths = dense_widths(module)
     whole = bare_copy(module) if calibration else None
     surgery.apply(module, plan)
     if calibration and whole:
-        recover.refit(whole, module, plan, calibration.images(refit), progress=log.bar("refitting layers"))
+        masks = (record.plan.then(plan) if record and record.plan else plan).masks
+        bar = log.bar("refitting layers")
+        recover.refit(whole, module, replace(plan, masks=masks), calibration.images(refit), progress=bar)
     finish_cut(model, plan, record, widths, plan)
     return proven
 
@@ -189,7 +238,7 @@ def prune(
 
 
 def is_pruned(model: Model | nn.Module | str | Path) -> bool:
-    """Tell whether channels were removed from a model.
+    """Tell whether channels were removed from a model, or weights were set to zero.
 
     Args:
         model: a `YOLO` object, its module, or a path to a checkpoint.
@@ -215,17 +264,33 @@ def describe(model: Model | nn.Module | str | Path) -> str:
         f"{'':12}{'dense':>12}{'pruned':>12}{'kept':>10}",
         f"{'GFLOPs':12}{dense[0] / 1e9:12.3f}{flops / 1e9:12.3f}{flops / dense[0]:10.1%}   at imgsz {size}",
         f"{'parameters':12}{dense[1]:12,}{params:12,}{params / dense[1]:10.1%}",
-        "",
     ]
+    if masks := record.plan.masks:
+        lines += _zeros_of(module)
+    lines.append("")
     for r in record.rounds:
         when = f"before epoch {r.epoch + 1}" if r.epoch is not None else "in one shot"
         back = ", rolled back" if r.held is False else ""
         lines.append(f"round {r.number} {when}{back}: plan {r.plan[:12]}")
-    lines += ["", f"{'layer':44}{'dense':>8}{'pruned':>8}"]
+    lines += ["", f"{'layer':44}{'dense':>8}{'pruned':>8}" + f"{'zeros':>12}" * bool(masks)]
     for name, width in planner.layer_widths(module):
         before = record.plan.shapes.get(f"{name}.weight", (width,))[0]
-        lines.append(f"{name:44}{before:8}{width:8}" + ("" if before != width else "   ="))
+        mask = masks.get(f"{name}.weight")
+        zeros_of = f"{mask.zeros / mask.size if mask else 0:12.1%}" if masks else ""
+        lines.append(f"{name:44}{before:8}{width:8}{zeros_of}" + ("" if before != width else "   ="))
     return "\n".join(lines)
+
+
+def _zeros_of(module: nn.Module) -> list[str]:
+    """The lines of `describe` on zeros."""
+    counted = census(module)
+    mb, zipped = size_mb(module), compressed_mb(module)
+    return [
+        f"{'zeros':12}{'':12}{counted.zeros:12,}{counted.share:10.1%}   of the {counted.weights:,} weights of layers",
+        f"{'MB':12}{'':12}{mb:12.2f}{'':10}   as a checkpoint; {zipped:.2f} if it is compressed",
+        f"{'2:4 layers':12}{'':12}{len(counted.two_of_four):12}{'':10}   of {len(counted.layers)}: zeros that sparse "
+        "tensor cores can use",
+    ]
 
 
 def _calibration(model: Model | nn.Module, data: str | Path, imgsz: ImageSize, count: int) -> Calibration:

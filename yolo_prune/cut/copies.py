@@ -66,7 +66,12 @@ def silence_removed(model: nn.Module, plan: Plan) -> None:
 
 def size_mb(model: nn.Module) -> float:
     """Size of the model's checkpoint in megabytes, in half precision."""
+    return len(checkpoint_bytes(model)) / 1e6
+
+
+def checkpoint_bytes(model: nn.Module) -> bytes:
+    """The model's checkpoint in half precision, without training state."""
     copy = lean_copy(model).half()
     buffer = io.BytesIO()
     torch.save({"model": copy}, buffer)
-    return buffer.getbuffer().nbytes / 1e6
+    return buffer.getvalue()

@@ -25,6 +25,7 @@ def summary(record: Record) -> dict[str, Any]:
     return {
         "plan": record.plan.hash if record.plan else None,
         "target": record.recipe.get("target"),
+        "sparsity": record.recipe.get("sparsity"),
         "rounds": len(record.rounds),
         "flops": last.flops if last else None,
         "params": last.params if last else None,

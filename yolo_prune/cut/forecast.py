@@ -11,6 +11,8 @@ from typing import Any
 from yolo_prune.env.image_size import ImageSize, plain, stored_size
 from yolo_prune.errors import PlanError
 
+ZEROS = ("weights", "zeros_before", "zeros_after")
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -18,6 +20,9 @@ class Forecast:
 
     FLOPs are 2 x MACs for one image. Milliseconds are None unless the target is a latency. They are then the sum of the
     layers' times or, if `measured` is true, the measured time of the whole model.
+
+    `weights` is the number of weights that may become zero, and `zeros_before` and `zeros_after` are the zeros among
+    them; all three are 0 in a plan without zeros.
     """
 
     imgsz: ImageSize
@@ -31,26 +36,36 @@ class Forecast:
     ms_before: float | None = None
     ms_after: float | None = None
     measured: bool = False
+    weights: int = 0
+    zeros_before: int = 0
+    zeros_after: int = 0
 
     def present(self, metric: str) -> float:
-        """Fraction of the dense model's "flops", "params" or "latency" that is left before the plan is applied.
+        """Fraction of the dense model's "flops", "params", "latency" or "weights" that is left before the plan.
 
         Raises:
             PlanError: If `metric` is "latency" and the plan was not made for a latency target.
         """
         if metric == "latency":
             return self._share(self.ms_before)
+        if metric == "weights":
+            return self._not_zero(self.zeros_before)
         return self.flops_before / self.dense_flops if metric == "flops" else self.params_before / self.dense_params
 
     def kept(self, metric: str) -> float:
-        """Fraction of the dense model's "flops", "params" or "latency" that is left after the plan is applied.
+        """Fraction of the dense model's "flops", "params", "latency" or "weights" that is left after the plan.
 
         Raises:
             PlanError: If `metric` is "latency" and the plan was not made for a latency target.
         """
         if metric == "latency":
             return self._share(self.ms_after)
+        if metric == "weights":
+            return self._not_zero(self.zeros_after)
         return self.flops_kept if metric == "flops" else self.params_kept
+
+    def _not_zero(self, zeros: int) -> float:
+        return 1 - zeros / self.weights if self.weights else 1.0
 
     def _share(self, ms: float | None) -> float:
         if ms is None or self.dense_ms is None:
@@ -73,11 +88,19 @@ class Forecast:
             before = None
         else:  # each forecast has its own measurement of the dense model
             before = later.dense_ms * self.present("latency")
-        return replace(later, flops_before=self.flops_before, params_before=self.params_before, ms_before=before)
+        zeros = {} if later.weights else {k: getattr(self, k) for k in ("weights", "zeros_after")}
+        return replace(
+            later,
+            flops_before=self.flops_before,
+            params_before=self.params_before,
+            ms_before=before,
+            zeros_before=self.zeros_before,
+            **zeros,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without unknown values."""
-        known = {key: value for key, value in vars(self).items() if value is not None and value is not False}
+        known = {key: value for key, value in vars(self).items() if value}
         return {**known, "imgsz": plain(self.imgsz)}
 
     @classmethod
@@ -89,7 +112,7 @@ class Forecast:
             TypeError: If a number is missing, or a value is not a number.
             KeyError: If the image size is missing.
         """
-        whole, others = ("dense_params", "params_before", "params_after"), ("imgsz", "measured")
+        whole, others = ("dense_params", "params_before", "params_after", *ZEROS), ("imgsz", "measured")
         numbers: dict[str, Any] = {k: (int if k in whole else float)(v) for k, v in data.items() if k not in others}
         if not all(0 < value < math.inf for value in numbers.values()):
             raise ValueError("a forecast holds positive numbers only")

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from yolo_prune.cut.masks import Mask
 from yolo_prune.cut.record import Record, read_record, write_record
 from yolo_prune.errors import UnsupportedModelError
 
@@ -142,7 +143,7 @@ def resize(
             setattr(module, key, size.at(number))
     _copy_kept_weights(model, before, follow, number, rows)
     if record:
-        write_record(model, _updated_record(record, follow, number))
+        write_record(model, _updated_record(model, record, follow, number))
 
 
 def _shape(tensor: Tensor, dims: Mapping[int, Affine], number: int) -> list[int]:
@@ -174,8 +175,11 @@ def _copy_kept_weights(
             tensor[known] = old[[row for row in rows if row is not None]]
 
 
-def _updated_record(record: Record, follow: Followers, number: int) -> Record:
-    """The record with the new shapes of the dense model: its resized layers have changed as well."""
+def _updated_record(model: nn.Module, record: Record, follow: Followers, number: int) -> Record:
+    """The record with the new shapes of the dense model: its resized layers have changed as well.
+
+    New weights of resized layers are not zero; copied weights keep their zeros.
+    """
     plan = record.plan
     if plan is None:
         return record
@@ -184,7 +188,10 @@ def _updated_record(record: Record, follow: Followers, number: int) -> Record:
         for name, shape in plan.shapes.items()
         for dims in [follow.tensors.get(name, {})]
     }
-    return replace(record, plan=replace(plan, shapes=shapes))
+    state = model.state_dict()
+    resized = {n: Mask.of(state[n]) if n in follow.tensors else mask for n, mask in plan.masks.items()}
+    masks = {name: mask for name, mask in resized.items() if mask.zeros}
+    return replace(record, plan=replace(plan, shapes=shapes, masks=masks))
 
 
 def same_names(old: Mapping[int, str], new: Mapping[int, str]) -> list[int | None] | None:

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from yolo_prune.cut.forecast import Forecast
+from yolo_prune.cut.masks import Mask
 from yolo_prune.env.files import write_text
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PlanError
 
-VERSION = 1
+VERSION = 2
+OLDEST = 1
+"""Plans without masks are written as this version, so that earlier releases can read them."""
 MAX_INDICES = (
     10_000_000  # more than any model has; without this limit, a range of a few bytes in a file could fill the memory
 )
@@ -27,6 +30,9 @@ FILE = JsonFile(
     broken="'{path}' is not a yolo-prune plan: it is not valid JSON ({why}).",
     error=PlanError,
 )
+
+CHANGES = ("keep", "attributes", "shapes", "scale", "masks")
+"""The keys of a plan in a file that change a model."""
 
 Keep = dict[str, dict[int, tuple[int, ...]]]
 Attributes = dict[str, dict[str, int | list[int]]]
@@ -65,6 +71,8 @@ class Plan:
         forecast: the predicted cost; None if the plan has none.
         scale: `{tensor name: {index along dimension 0 before the plan is applied: factor}}`, for blocks whose forward
             divides by a power of a width.
+        masks: `{tensor name: mask}` of the tensors in which single weights become zero. Their shapes are those after
+            the plan is applied.
 
     Example:
         >>> import yolo_prune
@@ -82,6 +90,7 @@ class Plan:
     protected: tuple[Protected, ...] = ()
     forecast: Forecast | None = None
     scale: Scale = field(default_factory=dict)
+    masks: dict[str, Mask] = field(default_factory=dict)
     _hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -95,7 +104,7 @@ class Plan:
             True
         """
         if not self._hash:
-            body = {k: v for k, v in self.to_dict().items() if k in ("keep", "attributes", "shapes", "scale")}
+            body = {k: v for k, v in self.to_dict().items() if k in CHANGES}
             self._hash.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
         return self._hash[0]
 
@@ -117,8 +126,8 @@ class Plan:
         return self.forecast
 
     def __bool__(self) -> bool:
-        """True if the plan removes anything."""
-        return bool(self.keep)
+        """True if the plan removes channels, or sets weights to zero."""
+        return bool(self.keep or self.masks)
 
     def shape_after(self, tensor: str) -> tuple[int, ...]:
         """Shape of `tensor` after the plan is applied.
@@ -179,7 +188,10 @@ class Plan:
         forecast, first = later.forecast, self.forecast
         if forecast and first and forecast.imgsz == first.imgsz:
             forecast = first.then(forecast)
-        return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale)
+        masks = {name: mask.cut(later.keep.get(name, {})) for name, mask in self.masks.items()}
+        for name, mask in later.masks.items():
+            masks[name] = masks[name] & mask if name in masks else mask
+        return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale, masks)
 
     def since(self, earlier: Plan) -> Plan:
         """Undo `then`: the rest of this plan for a model to which `earlier` was already applied.
@@ -221,7 +233,7 @@ class Plan:
         widths = {g.name: g.after for g in earlier.groups}
         groups = [replace(g, before=widths.get(g.name, g.before)) for g in self.groups]
         narrower = tuple(g for g in groups if g.after < g.before)
-        return Plan(keep, self.attributes, shapes, narrower, self.protected, scale=scale)
+        return Plan(keep, self.attributes, shapes, narrower, self.protected, scale=scale, masks=self.masks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dict, list, str, numbers), as `from_dict` reads it.
@@ -233,7 +245,7 @@ class Plan:
             ['attributes', 'forecast', 'groups', 'keep', 'protected', 'shapes', 'version']
         """
         data: dict[str, Any] = {
-            "version": VERSION,
+            "version": VERSION if self.masks else OLDEST,
             "keep": {n: {str(d): _to_ranges(k) for d, k in sorted(v.items())} for n, v in sorted(self.keep.items())},
             "attributes": {n: dict(sorted(v.items())) for n, v in sorted(self.attributes.items())},
             "shapes": {n: list(s) for n, s in sorted(self.shapes.items())},
@@ -242,6 +254,8 @@ class Plan:
         }
         if self.scale:
             data["scale"] = {n: _to_runs(v) for n, v in sorted(self.scale.items())}
+        if self.masks:
+            data["masks"] = {name: mask.to_dict() for name, mask in sorted(self.masks.items())}
         if self.forecast:
             data["forecast"] = self.forecast.to_dict()
         return data
@@ -260,10 +274,10 @@ class Plan:
             True
         """
         try:
-            if data["version"] != VERSION:
+            if data["version"] not in (OLDEST, VERSION):
                 raise PlanError(
-                    f"This plan has version {data['version']}; this yolo-prune reads version {VERSION}. Make the plan "
-                    "again."
+                    f"This plan has version {data['version']}; this yolo-prune reads versions {OLDEST} to {VERSION}. "
+                    "Make the plan again."
                 )
             keep: Keep = {}
             for name, dims in data["keep"].items():
@@ -279,6 +293,7 @@ class Plan:
                 protected=tuple(Protected(tuple(map(str, ls)), str(r)) for ls, r in data.get("protected", ())),
                 forecast=Forecast.from_dict(data["forecast"]) if data.get("forecast") else None,
                 scale={n: _from_runs(v) for n, v in data.get("scale", {}).items()},
+                masks={n: Mask.from_dict(m) for n, m in data.get("masks", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(
@@ -359,6 +374,13 @@ class Plan:
                     f"0..{rows - 1}. Make the plan again."
                 )
 
+        for name, mask in self.masks.items():
+            if name in self.keep and mask.shape != self.shape_after(name):
+                raise PlanError(
+                    f"The plan is damaged: the zeros of '{name}' are for the shape {mask.shape}, and the plan leaves "
+                    f"{self.shape_after(name)}. Make the plan again."
+                )
+
     def __str__(self) -> str:
         """The table that `describe` returns."""
         return self.describe()
@@ -377,7 +399,11 @@ class Plan:
             layers = _shorten(g.layers, 44)
             lines.append(_row(g.name, layers, str(g.before), str(g.after), f"{g.after / g.before:.0%}"))
         if not self.groups:
-            lines.append("nothing is removed")
+            lines.append("no channel is removed" if self.masks else "nothing is removed")
+        for name, mask in self.masks.items():
+            lines.append(
+                f"{name.removesuffix('.weight'):35} {mask.zeros / mask.size:7.1%} of {mask.size:,} weights are zero"
+            )
         for p in self.protected:
             lines.append(f"protected ({p.reason}): {_shorten(p.layers, 60)}")
         if f := self.forecast:
@@ -388,6 +414,11 @@ class Plan:
                 f"{f.flops_after / 1e9:12.3f}{f.flops_kept:10.1%}   at imgsz {f.imgsz}",
                 f"{'parameters':12}{f.dense_params:12,}{f.params_before:12,}{f.params_after:12,}{f.params_kept:10.1%}",
             ]
+            if f.weights:
+                lines.append(
+                    f"{'zeros':12}{'':12}{f.zeros_before:12,}{f.zeros_after:12,}{f.zeros_after / f.weights:10.1%}   of "
+                    f"{f.weights:,} weights that may be zero"
+                )
             if f.dense_ms is not None and f.ms_before is not None and f.ms_after is not None:
                 lines.append(
                     f"{'latency, ms':12}{f.dense_ms:12.3f}{f.ms_before:12.3f}{f.ms_after:12.3f}"

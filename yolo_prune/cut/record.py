@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from yolo_prune._version import __version__
+from yolo_prune.cut.masks import Masked
 from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import PlanError, PruneError
 
@@ -120,7 +121,16 @@ def read_record(model: nn.Module) -> Record | None:
             f"This checkpoint's pruning record has version {version}; yolo-prune {__version__} reads version "
             f"{VERSION}. Install the yolo-prune that made the checkpoint ({maker})."
         )
-    return None if record.plan and not _fits(model, record.plan) else record
+    return record if record.plan is None else _fitting(model, record, record.plan)
+
+
+def _fitting(model: nn.Module, record: Record, plan: Plan) -> Record | None:
+    """The record, as far as it is true of the model: Ultralytics without this package trains zeros like all weights."""
+    if not _fits(model, plan):
+        return None
+    if not plan.masks or Masked(model, plan.masks).holds():
+        return record
+    return replace(record, plan=replace(plan, masks={})) if plan.keep else None
 
 
 def _fits(model: nn.Module, plan: Plan) -> bool:
@@ -130,7 +140,9 @@ def _fits(model: nn.Module, plan: Plan) -> bool:
     tensor is no error: fusing for inference removes batch norms.
     """
     state = model.state_dict(keep_vars=True)
-    return all(tuple(state[name].shape) == plan.shape_after(name) for name in plan.keep if name in state)
+    shapes = {name: mask.shape for name, mask in plan.masks.items()}
+    shapes |= {name: plan.shape_after(name) for name in plan.keep}
+    return all(tuple(state[name].shape) == shape for name, shape in shapes.items() if name in state)
 
 
 def _record(data: Mapping[str, Any]) -> Record:
@@ -178,7 +190,7 @@ def delete_record(model: nn.Module) -> None:
 
 
 def is_pruned(model: nn.Module) -> bool:
-    """True if channels were removed from this model."""
+    """True if channels were removed from this model, or weights were set to zero."""
     return composed_plan(model) is not None
 
 

@@ -9,6 +9,8 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
+from yolo_prune.cut import masks
+from yolo_prune.cut.masks import Masked
 from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import PlanError
 
@@ -50,6 +52,7 @@ def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
         layer = model.get_submodule(layer_name)
         for key, value in values.items():
             setattr(layer, key, copy(value))
+    masks.hold(model, plan.masks)
     return replaced
 
 
@@ -70,6 +73,7 @@ def check(model: nn.Module, plan: Plan) -> None:
                 f"The plan was made for another model: '{name}' has shape {shape} here but {plan.shapes[name]} in the "
                 "plan. Make a new plan for this model."
             )
+    masks.check(model, {name: mask for name, mask in plan.masks.items() if name not in plan.keep})
     modules = dict(model.named_modules())
     for name in plan.keep:
         layer = modules[name.rpartition(".")[0]]
@@ -124,6 +128,7 @@ def apply_to_optimizer(
             key: cut(value, dims) if isinstance(value, Tensor) and value.shape == old.shape else value
             for key, value in state.items()
         }
+    Masked(model, plan.masks).hold(optimizer)
 
 
 def become(model: nn.Module, other: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:

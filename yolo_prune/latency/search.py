@@ -81,11 +81,11 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: ImageSize) -> T
         NothingToRemoveError: If the model already meets the target.
         BenchError: If a latency cannot be measured here, or the profile is not of this model.
     """
-    target, keep = recipe.target, recipe.target.keep
-    timing = find(model, target, imgsz)
-    if timing is None or keep is None:
+    target, keep = recipe.target, recipe.keep
+    timing = find(model, target, imgsz) if target else None
+    if target is None or timing is None or keep is None:
         plan = planner.trial(model, graph, recipe)
-        return Trial(plan, plan.predicted.present(target.metric), None)
+        return Trial(plan, plan.predicted.present(recipe.metric), None)
     weighed = planner.weigh(model, graph, planner.rehearsal(recipe), timing=timing)
     if target.profile is not None:
         plan = weighed.plan(METRIC, keep)

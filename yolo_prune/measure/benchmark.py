@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ultralytics.utils import LOGGER
 
+from yolo_prune.cut.census import census, compressed_file_mb
 from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.env.log import bar
@@ -29,6 +30,9 @@ BUDGET = 30.0
 This value is a choice: a time that a user accepts to wait. A model of 17 ms and a pruned model then run `clock.MOST`
 rounds, which gave a ratio to +- 0.004 (see docs/).
 """
+
+SPARSE = 0.01
+"""Share of zeros from which on the table shows them: a dense model has a few by chance, in half precision."""
 
 
 @runtimes.undisturbed()
@@ -153,9 +157,12 @@ def _measure_format(
     result.rounds[format] = rounds
     checked = bool(pictures) and format != "torch"
     look = bar(f"comparing {format} with torch") if checked else iter
+    zeros = [census(subject.model.model).share for subject in measured_subjects]
     for index, subject in enumerate(look(measured_subjects)):
         row = _row(format, subject, paths[index], sessions[index], setting)
         _fill(row, times[index], times[0])
+        if max(zeros) >= SPARSE:
+            row.zeros, row.zipped_mb = zeros[index], compressed_file_mb(paths[index])
         row.flops_ratio = (
             subject.flops / measured_subjects[0].flops if subject.flops and measured_subjects[0].flops else None
         )

@@ -90,6 +90,8 @@ def looks(recipe: Recipe) -> dict[str, int]:
         RecipeError: If the criterion is unknown, or an option of the criterion or allocation is wrong.
     """
     criterion = criteria.create(recipe.criterion.name, recipe.criterion.options)
+    if recipe.target is None:  # no channel is cut
+        return {}
     counts = {
         "criterion": criterion.images if isinstance(criterion, Observer) else 0,
         "allocation": allocation.create(recipe.allocation.name, recipe.allocation.options).images,
@@ -191,15 +193,15 @@ def plan_for(
     timing: Timing | None = None,
 ) -> Plan:
     """Plan one cut of a model that is already traced; see `make_plan`."""
-    wanted = recipe.target.keep if keep is None else keep
+    wanted = recipe.keep if keep is None else keep
     if wanted is None:
         raise RecipeError(
             "target.max_drop: a training run (callbacks=prune) finds how small the model can get, so there is no size "
             "to plan for. To plan or apply one cut, give target.flops, target.params or target.latency."
         )
     # Checks the target before channels are scored, which takes long.
-    _goal(cost_of(model, graph, timing), _dense_sizes(model, graph)[0], recipe.target.metric, wanted)
-    return weigh(model, graph, recipe, calibration, progress, timing).plan(recipe.target.metric, wanted)
+    _goal(cost_of(model, graph, timing), _dense_sizes(model, graph)[0], recipe.metric, wanted)
+    return weigh(model, graph, recipe, calibration, progress, timing).plan(recipe.metric, wanted)
 
 
 def weigh(
@@ -237,9 +239,9 @@ def weigh(
 
 def trial(model: nn.Module, graph: Graph, recipe: Recipe) -> Plan:
     """The plan that a run with this recipe would make, but without data; in a search for the size, its first plan."""
-    keep = recipe.target.keep
+    keep = recipe.keep
     if keep is None:
-        limits, metric = limits_of(model, graph, recipe), recipe.target.metric
+        limits, metric = limits_of(model, graph, recipe), recipe.metric
         present, floor = limits.present(metric), limits.least(metric)
         if present <= floor:
             advice = limits.advice(metric, present)
@@ -378,6 +380,13 @@ def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], de
         of_dense, now, then = (cost.total("latency", shapes) for shapes in (dense, None, after))
         forecast = replace(forecast, dense_ms=of_dense, ms_before=now, ms_after=then)
     return replace(plan, forecast=forecast)
+
+
+def standing(model: nn.Module, graph: Graph) -> Forecast:
+    """The cost of a model as it stands, as the forecast of a plan that removes no channel."""
+    cost, dense = cost_of(model, graph), _dense_sizes(model, graph)[0]
+    flops, params = cost.flops(), cost.parameters()
+    return Forecast(cost.imgsz, cost.flops(dense), flops, flops, cost.parameters(dense), params, params)
 
 
 def protected_parts(graph: Graph) -> tuple[Protected, ...]:

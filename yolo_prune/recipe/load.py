@@ -28,7 +28,8 @@ def load_recipe(
     Code that the recipe names may be imported afterwards. So a recipe inside a checkpoint must not be read here.
 
     Args:
-        source: a bundled name, a path to a YAML file, a mapping or a `Recipe`; None is the default recipe.
+        source: a bundled name, a path to a YAML file, a mapping or a `Recipe`; None is the default recipe, or no recipe
+            if `overrides` ask for `sparsity` and for no `target`.
         overrides: values of single fields: `{"target.flops": 0.4}`. A string is read as YAML. A target in another
             metric replaces the target of the recipe.
 
@@ -41,8 +42,8 @@ def load_recipe(
         >>> recipe.target.flops, recipe.recover.refit, recipe.criterion.name
         (0.4, 128, 'obs')
     """
-    data, origin = _read(source)
     overrides = overrides or {}
+    data, origin = ({}, "no recipe") if source is None and _only_zeros(overrides) else _read(source)
     if named := {str(key).removeprefix("target.") for key in overrides if str(key).startswith("target.")}:
         data["target"] = _compatible(data.get("target"), named)
     for key, value in overrides.items():
@@ -55,6 +56,12 @@ def load_recipe(
         raise RecipeError(f"The recipe ({origin}) is not valid:\n" + "\n".join(explain(e))) from None
     code.allow(recipe)
     return recipe
+
+
+def _only_zeros(overrides: Mapping[str, Any]) -> bool:
+    """Whether single fields ask for zeros and for no target: then there is no default recipe, and no channel is cut."""
+    fields = {str(key).partition(".")[0] for key in overrides}
+    return "sparsity" in fields and "target" not in fields
 
 
 def bundled_names() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from yolo_prune.recipe.schema import Recipe, json_schema
+from yolo_prune.recipe.schema import Recipe, fields_schema
 
 MISSING = {"target": "'target: {flops: 0.5}'", "recover.rewind.epoch": "'rewind: {epoch: 3}'"}
 ANY = "*"  # stands for any layer name in the path of a field
@@ -49,7 +49,7 @@ def _line(e: ErrorDetails) -> str:
     if kind == "value_error":
         said = e["msg"].removeprefix("Value error, ")
         return f"{path}: {said}, got {got}" if path else said
-    field = _describe(json_schema(), where)
+    field = _describe(fields_schema(), where)
     names = [str(name) for option in _options(field) for name in option.get("enum", ())]
     near = get_close_matches(e["input"], names, n=1) if isinstance(e["input"], str) else []
     hint = f"; did you mean '{near[0]}'?" if near else ""

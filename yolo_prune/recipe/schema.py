@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -86,6 +88,79 @@ class Target(_Part):
     def keep(self) -> float | None:
         """Fraction of the dense model to keep, in `metric`; None if the run searches for it."""
         return next((value for value in (self.flops, self.params, self.latency) if value is not None), None)
+
+
+class LayerSparsity(_Part):
+    """The sparsity of the layers that a pattern matches, instead of that of all layers."""
+
+    amount: float = Field(ge=0, lt=1, description="fraction of the weights of each of these layers that become zero")
+
+
+PATTERN = re.compile(r"([1-9]\d?):([1-9]\d?)")
+
+
+class Sparsity(_Part):
+    """Single weights become zero; the layers keep their sizes."""
+
+    amount: Fraction | None = Field(
+        None, description="fraction of the weights that become zero; with a pattern N:M it is 1 - N/M"
+    )
+    pattern: str = Field(
+        "unstructured", description="unstructured: zeros anywhere; N:M, such as 2:4: N of each M weights are kept"
+    )
+    scope: Literal["global", "layer"] = Field(
+        "global", description="global: weights of all layers are compared; layer: each layer gets the same amount"
+    )
+    score: Literal["magnitude", "wanda", "obs", "random"] = Field(
+        "magnitude", description="which weights become zero; wanda and obs look at training images"
+    )
+    images: int | None = Field(None, ge=1, le=100_000, description="number of training images for wanda and obs")
+    seed: int | None = Field(None, ge=0, lt=2**32, description="seed of the score random")
+    layers: dict[str, LayerSparsity] = Field(
+        {}, description="amounts for some layers: names or globs of modules, each with amount"
+    )
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _not_a_time(cls, value: Any) -> Any:
+        """YAML 1.1 reads 2:4 without quotes as a number in base 60."""
+        return f"{value // 60}:{value % 60}" if type(value) is int and value > 0 else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        found = PATTERN.fullmatch(value)
+        if value != "unstructured" and not (found and int(found[1]) < int(found[2])):
+            raise ValueError("must be unstructured, or N:M with N below M, as in '2:4'")
+        return value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sparsity:
+        if self.pattern == "unstructured":
+            if self.amount is None:
+                raise ValueError("amount is missing; add it, for example {amount: 0.5}")
+        elif self.amount is not None and not math.isclose(self.amount, self.fixed, abs_tol=1e-6):
+            raise ValueError(f"amount: the pattern {self.pattern} means {self.fixed:g}; leave amount out")
+        elif self.layers:
+            raise ValueError(f"layers: the pattern {self.pattern} has one amount for all layers; leave layers out")
+        if self.images is not None and self.score not in ("wanda", "obs"):
+            raise ValueError(f"images: the score {self.score} looks at no images; leave images out")
+        if self.seed is not None and self.score != "random":
+            raise ValueError(f"seed: the score {self.score} is not random; leave seed out")
+        return self
+
+    @property
+    def fixed(self) -> float:
+        """Fraction of the weights that become zero."""
+        if self.pattern == "unstructured":
+            return self.amount or 0.0
+        kept, of = map(int, self.pattern.split(":"))
+        return 1 - kept / of
 
 
 class Schedule(_Part):
@@ -246,7 +321,12 @@ class Recipe(_Part):
     """
 
     version: Literal[1] = Field(1, description="version of the recipe format")
-    target: Target = Field(description="how much of the dense model is kept")
+    target: Target | None = Field(None, title="Target", description="how much of the dense model is kept")
+    sparsity: Sparsity | None = Field(
+        None,
+        title="Sparsity",
+        description="single weights that become zero, after the channels of target or without it",
+    )
     schedule: Schedule = Field(Schedule(), description="when, and how much each time")
     criterion: CriterionSpec = Field(CriterionSpec(), description="a name, or a mapping with options")
     allocation: AllocationSpec = Field(
@@ -283,6 +363,22 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Recipe:
+        if self.target is None and self.sparsity is None:
+            raise ValueError(
+                "target: is missing; add it, for example 'target: {flops: 0.5}'. For zeros instead of fewer channels, "
+                "add 'sparsity: {amount: 0.5}'"
+            )
+        if self.sparsity and self.searches:
+            raise ValueError(
+                "sparsity: target.max_drop searches for a size, and zeros would change the fitness that it looks at; "
+                "leave sparsity out, and add zeros to the result in a second run"
+            )
+        if self.target is None:
+            if self.guard.on_breach == "stop" and self.guard.max_drop is None:
+                raise ValueError(
+                    "guard.on_breach: stop needs a limit; add guard.max_drop, or leave guard.on_breach out"
+                )
+            return self
         if self.target.max_drop is not None and self.guard.max_drop is not None:
             raise ValueError("guard.max_drop: target.max_drop already sets a limit; leave one of the two out")
         if self.guard.on_breach == "stop" and self.guard.max_drop is None:
@@ -302,7 +398,56 @@ class Recipe(_Part):
             >>> yolo_prune.load_recipe("smallest").limit
             0.01
         """
-        return self.guard.max_drop if self.target.max_drop is None else self.target.max_drop
+        return self.guard.max_drop if self.target is None or self.target.max_drop is None else self.target.max_drop
+
+    @property
+    def metric(self) -> Literal["flops", "params", "latency", "weights"]:
+        """What the size of the model is counted in; "weights" without a target: the weights that are not zero.
+
+        Example:
+            >>> import yolo_prune
+            >>> yolo_prune.load_recipe("half-flops").metric
+            'flops'
+        """
+        return self.target.metric if self.target else "weights"
+
+    @property
+    def keep(self) -> float | None:
+        """Fraction of the dense model to keep, in `metric`; None if the run searches for it.
+
+        Example:
+            >>> import yolo_prune
+            >>> yolo_prune.load_recipe({"sparsity": {"amount": 0.75}}).keep
+            0.25
+        """
+        if self.target:
+            return self.target.keep
+        return 1 - self.sparsity.fixed if self.sparsity else 1.0
+
+    @property
+    def searches(self) -> bool:
+        """Whether the run searches for the size of the model."""
+        return self.keep is None
+
+    def zeros(self, keep: float, start: float) -> float:
+        """Fraction of the weights that are zero at a size: the zeros grow together with the removed channels.
+
+        Args:
+            keep: size of the model, in `metric`.
+            start: size that the run started from.
+
+        Example:
+            >>> import yolo_prune
+            >>> recipe = yolo_prune.load_recipe({"target": {"flops": 0.5}, "sparsity": {"amount": 0.8}})
+            >>> recipe.zeros(0.75, 1.0), recipe.zeros(0.5, 1.0)
+            (0.4, 0.8)
+        """
+        if self.sparsity is None:
+            return 0.0
+        if self.target is None:
+            return 1 - keep
+        whole = start - (self.keep or 0.0)
+        return self.sparsity.fixed * min(max((start - keep) / whole, 0.0), 1.0) if whole > 0 else self.sparsity.fixed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with all default values; `load_recipe` can read it.
@@ -337,6 +482,11 @@ def as_yaml(data: Mapping[str, Any]) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of recipes, for completion in editors."""
+    return {**fields_schema(), "anyOf": [{"required": ["target"]}, {"required": ["sparsity"]}]}
+
+
+def fields_schema() -> dict[str, Any]:
+    """The JSON schema of the fields of recipes."""
     schema = Recipe.model_json_schema()
     for field in schema["properties"].values():
         field.update(*field.pop("allOf", ()))  # pydantic before 2.9 wraps references

@@ -113,7 +113,9 @@ def _refit(
     hooks = []
     for name, layer in after.named_modules():
         if name in targets.wanted:
-            hooks.append(layer.register_forward_pre_hook(partial(_fit, targets.wanted, name, bar)))
+            mask = plan.masks.get(f"{name}.weight")
+            kept = mask.kept.to(images.device) if mask else None
+            hooks.append(layer.register_forward_pre_hook(partial(_fit, targets.wanted, name, bar, kept)))
         elif isinstance(layer, NORMS) and layer.track_running_stats and not inside(name, frozen):
             hooks.append(layer.register_forward_pre_hook(_update_statistics))
     _run(after, images, hooks)
@@ -174,7 +176,9 @@ class _Targets:
         self.wanted[name] = where, layer_samples.written(layer, pixels, where)[0]
 
 
-def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wanted: Tensor) -> None:
+def _fit_upsampling(
+    layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wanted: Tensor, kept: Tensor | None
+) -> None:
     """Fit a transposed convolution like a linear layer on pixels.
 
     It has one output per channel and place in the patch, and one bias per channel.
@@ -192,28 +196,39 @@ def _fit_upsampling(layer: nn.ConvTranspose2d, value: Tensor, where: Tensor, wan
         bias = (missing * alone).mean((1, 2)) / alone.mean()
         missing = missing - bias[:, None, None]
         layer.bias.copy_(bias)
-    change = torch.cholesky_solve(read @ missing.flatten(0, 1).T / read.shape[1], factor).T
+    cross = missing.flatten(0, 1) @ read.T / read.shape[1]
+    if kept is None:
+        change = torch.cholesky_solve(cross.T, factor).T
+    else:
+        change = solve_masked(moment, cross, kept.permute(1, 2, 3, 0).reshape(-1, inputs))
     layer.weight.copy_((old + change).reshape(outputs, *patch, inputs).permute(3, 0, 1, 2))
 
 
 def _fit(
-    targets: dict[str, tuple[Tensor, Tensor]], name: str, bar: Any, layer: nn.Module, given: tuple[Tensor, ...]
+    targets: dict[str, tuple[Tensor, Tensor]],
+    name: str,
+    bar: Any,
+    kept: Tensor | None,
+    layer: nn.Module,
+    given: tuple[Tensor, ...],
 ) -> None:
     where, wanted = targets.pop(name)
     value = given[0]
     next(bar, None)
     if layer_samples.upsamples(layer):
-        return _fit_upsampling(layer, value, where, wanted)
+        return _fit_upsampling(layer, value, where, wanted, kept)
     assert layer_samples.readable(layer)
     weight, offset = solve(
-        layer_samples.read(layer, value, where, layer_samples.width(layer, value)), wanted, layer.weight
+        layer_samples.read(layer, value, where, layer_samples.width(layer, value)), wanted, layer.weight, kept=kept
     )
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.copy_(offset)
 
 
-def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+def solve(
+    read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Solve for the weights that best produce the wanted outputs, with a penalty on the distance to the old weights.
 
     Args:
@@ -221,6 +236,8 @@ def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tu
         wanted: outputs to produce, `(outputs, samples)`.
         old: old weight, `(outputs, ...)`.
         ridge: the penalty, as a fraction of the mean variance of the columns.
+        kept: the weights that may change, as bools in the shape of `old`; all others are 0 in `old` and in the result.
+            None: all weights.
 
     Returns:
         The new weight in the shape of `old`, and its bias `(outputs,)`.
@@ -236,9 +253,53 @@ def solve(read: Tensor, wanted: Tensor, old: Tensor, ridge: float = RIDGE) -> tu
     cross = (missing @ read.transpose(1, 2)).to(device, torch.float64) / samples
     penalty = ridge * moment.diagonal(dim1=1, dim2=2).mean(1) + TINY
     moment.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
-    weight = weight + torch.cholesky_solve(cross.transpose(1, 2), torch.linalg.cholesky(moment)).transpose(1, 2)
+    if kept is None:
+        weight = weight + torch.cholesky_solve(cross.transpose(1, 2), torch.linalg.cholesky(moment)).transpose(1, 2)
+    else:
+        masks = kept.to(device).reshape(weight.shape)
+        weight = weight + torch.stack([solve_masked(*part) for part in zip(moment, cross, masks, strict=True)])
     offset = middle.to(device) - weight @ centre.to(device)
     return weight.reshape(old.shape).to(old), offset.flatten().to(old)
+
+
+STEPS = 300
+"""Largest number of steps of `solve_masked`. On the layers of the bundled models, it needs 20 to 150."""
+ACCURACY = 1e-6
+"""Residual at which `solve_masked` ends, as a fraction of the right-hand side."""
+
+
+def solve_masked(moment: Tensor, cross: Tensor, kept: Tensor) -> Tensor:
+    """Solve `x @ moment = cross` for each row on its own kept entries; the other entries of `x` are 0.
+
+    Each row has other kept entries, so each would need a factorization of its own. Conjugate gradients with the
+    diagonal as preconditioner solve all rows at once, and need only products with the whole matrix.
+
+    Args:
+        moment: symmetric and positive definite, `(columns, columns)`.
+        cross: `(rows, columns)`.
+        kept: `(rows, columns)`, bools.
+
+    Returns:
+        `(rows, columns)`.
+    """
+    kept = kept.to(cross)
+    scale = kept / moment.diagonal()
+    solution, residual = torch.zeros_like(cross), cross * kept
+    direction = step = scale * residual
+    size = (residual * step).sum(1, keepdim=True)
+    enough = ACCURACY**2 * size
+    for _ in range(STEPS):
+        open_rows = (size > enough).to(cross)
+        if not open_rows.any():
+            break
+        product = (direction @ moment) * kept
+        length = open_rows * size / (direction * product).sum(1, keepdim=True).clamp(min=TINY**2)
+        solution = solution + length * direction
+        residual = residual - length * product
+        step = scale * residual
+        size, previous = (residual * step).sum(1, keepdim=True), size
+        direction = step + size / previous.clamp(min=TINY**2) * direction
+    return solution
 
 
 def _precise(device: torch.device) -> torch.device:

@@ -68,11 +68,17 @@ class _Row(BaseModel):
 
 
 class Figures(_Row):
-    """Cost and fitness of one model. `classes` holds the AP (mAP50-95) of every class that was validated."""
+    """Cost and fitness of one model. `classes` holds the AP (mAP50-95) of every class that was validated.
+
+    `zeros` is the share of the weights of its layers that are zero, and `zipped_mb` the size of the compressed
+    checkpoint. Both are None if no weight was set to zero.
+    """
 
     flops: _Float = None
     params: _Int = None
     size_mb: _Float = None
+    zipped_mb: _Float = None
+    zeros: _Float = None
     latency_ms: _Float = None
     fitness: _Float = None
     classes: Annotated[dict[str, float], BeforeValidator(_plain)] = Field(default_factory=dict)
@@ -125,6 +131,8 @@ class LatencyRow(_Row):
 class RoundRow(_Row):
     """One round. `epoch` is the 0-based epoch at whose start the cut is made, and `target` is the fraction to keep.
 
+    `zeros` is the share of zeros afterwards among the weights that may be zero; None without zeros.
+
     `held` says whether the fitness stayed within the limit; it is None without a limit.
     """
 
@@ -134,6 +142,7 @@ class RoundRow(_Row):
     flops: _Float = None
     params: _Int = None
     size_mb: _Float = None
+    zeros: _Float = None
     plan: str | None = None
     held: bool | None = None
     latency: LatencyRow | None = None
@@ -152,11 +161,12 @@ class EpochRow(_Row):
 
 
 class LayerRow(_Row):
-    """Output channels of one convolution in the dense and in the pruned model."""
+    """Output channels of one convolution in the dense and in the pruned model, and the share of its zeros."""
 
     name: str
     dense: _Count
     pruned: _Int = None
+    zeros: _Float = None
     protected: bool = False
 
 

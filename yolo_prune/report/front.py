@@ -35,12 +35,14 @@ class FrontPoint(BaseModel):
         round: number of the round that made it; 0 is the model that the run started from.
         held: whether its fitness dropped by no more than the limit.
         delivered: whether it is the model in best.pt.
+        weights_kept: share of the weights that are not zero, in a run that only sets weights to zero.
         weights: path of its checkpoint, relative to the folder of the run.
     """
 
     round: int
     flops_kept: float | None = None
     params_kept: float | None = None
+    weights_kept: float | None = None
     fitness: float | None = None
     held: bool
     delivered: bool = False
@@ -77,19 +79,20 @@ def make_front(report: Report, limit: float, reference: float, start: dict[str, 
         report: the report of the run, with judged rounds.
         limit: largest allowed drop of the fitness.
         reference: fitness from which drops are measured.
-        start: cost of the model that the run started from: "flops" and "params", as far as they are known, as fractions
-            of the dense model.
+        start: cost of the model that the run started from: "flops", "params" and "weights", as far as they are known,
+            as fractions of the dense model.
     """
     good = max((row.number for row in report.rounds if row.held), default=0)
     finished = report.status == "finished"
     points = [FrontPoint(round=0, fitness=reference, held=True, weights="", flops_kept=start.get("flops"),
-                    params_kept=start.get("params"))]  # fmt: skip
+                    params_kept=start.get("params"), weights_kept=start.get("weights"))]  # fmt: skip
     for row in report.rounds:
         points.append(
             FrontPoint(
                 round=row.number,
                 flops_kept=_share(row.flops, report.dense.flops),
                 params_kept=_share(row.params, report.dense.params),
+                weights_kept=None if row.zeros is None or "weights" not in row.target else 1 - row.zeros,
                 fitness=report.pruned.fitness if finished and row.number == good else row.fitness.end,
                 held=bool(row.held),
                 weights="",

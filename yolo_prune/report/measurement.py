@@ -18,7 +18,7 @@ from yolo_prune.env.files import write_text
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import BenchError, ParityError
 from yolo_prune.report.data import Size, _Count, _Float, _Int, _plain, _Row
-from yolo_prune.report.table import MISSING, align, number
+from yolo_prune.report.table import MISSING, align, number, percent
 
 FORMAT = 1
 BENCH = "bench.json"
@@ -124,6 +124,8 @@ class TimingRow(_Row):
         flops: FLOPs of one image.
         params: number of parameters.
         size_mb: size of the exported file or folder, in 1e6 bytes.
+        zeros: share of zeros among the weights of the checkpoint; None if no model in the table has zeros.
+        zipped_mb: size of the compressed export, in 1e6 bytes; None if no model in the table has zeros.
         times_ms: time in each round. The times of the same round in one format are compared.
         median_ms: median of the times.
         quartiles_ms: first and third quartile of the times.
@@ -144,6 +146,8 @@ class TimingRow(_Row):
     flops: _Float = None
     params: _Int = None
     size_mb: _Float = None
+    zeros: _Float = None
+    zipped_mb: _Float = None
     times_ms: list[float] = Field(default_factory=list)
     median_ms: _Real = 0.0
     quartiles_ms: tuple[_Real, _Real] = (0.0, 0.0)
@@ -348,7 +352,9 @@ def busy_note(measurement: Measurement) -> str:
 def _timing_table(rows: Sequence[TimingRow], rounds: int) -> str:
     head = ["model", "median ms", "quartiles", "latency", "95 % interval", "FLOPs", "GFLOPs", "M params", "MB"]
     aligned = any(row.convolutions for row in rows)
-    table = [[*head, "multiple-of-8 convs"] if aligned else head]
+    sparse = any(row.zeros for row in rows)
+    head += ["zeros", "MB zipped"] * sparse + ["multiple-of-8 convs"] * aligned
+    table = [head]
     for index, row in enumerate(rows):
         table.append([
             row.model,
@@ -361,6 +367,8 @@ def _timing_table(rows: Sequence[TimingRow], rounds: int) -> str:
             number(row.params, 1e6),
             number(row.size_mb),
         ])  # fmt: skip
+        if sparse:
+            table[-1] += [percent(row.zeros, 1), number(row.zipped_mb)]
         if aligned:
             table[-1].append(f"{row.aligned} of {row.convolutions}" if row.convolutions else MISSING)
     first = rows[0]

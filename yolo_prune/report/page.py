@@ -52,7 +52,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Bar:
-    """A layer in the chart: its name within its module, its channels, and the lengths of its two bars in percent."""
+    """A layer in the chart: its name within its module, its channels, and the lengths of its two bars in percent.
+
+    `zeros` is the text for its share of zeros.
+    """
 
     name: str
     dense: int
@@ -60,6 +63,7 @@ class Bar:
     before: float
     after: float
     protected: bool
+    zeros: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,9 @@ def _cards(report: Report, measurement: Measurement | None) -> list[Card]:
         note = "" if kept is None else f"{percent(kept, 1)} kept"
         shown = after if after is not None else before
         cards.append(Card(label, number(shown, scale), unit, _before(before, after, scale), note, kept))
+    if pruned.zeros is not None:
+        cards.append(Card("Zero weights", percent(pruned.zeros, 1), "", "", "", None))
+        cards.append(Card("Compressed", number(pruned.zipped_mb), "MB", "", "", None))
     return cards
 
 
@@ -227,11 +234,14 @@ def _charts(history: History) -> list[Markup]:
     return [history_chart(history, width=WIDE, height=430.0), history_chart(history, width=NARROW, height=380.0)]
 
 
+COSTS = {"flops_kept": "FLOPs", "params_kept": "parameters", "weights_kept": "weights that are not zero"}
+
+
 def _search(front: Front | None, least: float | None) -> list[Markup]:
     dots = front_dots(front) if front else []
     if len(dots) < 2 or front is None:
         return []
-    cost = "FLOPs" if cost_metric(front) == "flops_kept" else "parameters"
+    cost = COSTS[cost_metric(front)]
     look: dict[str, Any] = {"title": f"Fitness against {cost} of the models that were tried", "up": "fitness"}
     look |= {"across": f"{cost} kept, %", "limit": least}
     return [
@@ -246,7 +256,7 @@ def _rounds(report: Report) -> list[dict[str, Any]]:
         {
             "number": row.number,
             "epoch": row.epoch + 1,
-            "target": (target_text(row) or MISSING) + _reached(row),
+            "target": (target_text(row) or MISSING) + _reached(row) + _zeros(row),
             "gflops": number(row.flops, 1e9),
             "flops_kept": percent(row.flops, dense.flops),
             "params": number(row.params, 1e6),
@@ -262,6 +272,10 @@ def _rounds(report: Report) -> list[dict[str, Any]]:
 
 def _reached(row: RoundRow) -> str:
     return f", reached {percent(row.latency.ratio, 1)}" if row.latency and row.latency.ratio else ""
+
+
+def _zeros(row: RoundRow) -> str:
+    return f", {percent(row.zeros, 1)} zeros" if row.zeros and "weights" not in row.target else ""
 
 
 def _proof(row: RoundRow) -> str:
@@ -286,7 +300,8 @@ def _module(name: str) -> str:
 def _bar(row: LayerRow, module: str, widest: int) -> Bar:
     name = row.name.removeprefix(module).strip(".").removesuffix(".conv") or row.name.rpartition(".")[2]
     after = row.dense if row.pruned is None else row.pruned
-    return Bar(name, row.dense, row.pruned, 100 * row.dense / widest, 100 * after / widest, row.protected)
+    zeros = f"{percent(row.zeros, 1)} zeros" if row.zeros else ""
+    return Bar(name, row.dense, row.pruned, 100 * row.dense / widest, 100 * after / widest, row.protected, zeros)
 
 
 __all__ = ["PAGE", "Card", "class_rows", "command", "legend", "model_name", "render", "write"]

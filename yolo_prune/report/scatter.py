@@ -158,5 +158,7 @@ def front_dots(front: Front) -> list[Dot]:
 
 
 def cost_metric(front: Front) -> str:
-    """The cost that is known for all models: FLOPs if possible, else parameters."""
+    """The cost that is known for all models: weights that are not zero, or FLOPs, or else parameters."""
+    if all(p.weights_kept is not None for p in front.points):
+        return "weights_kept"
     return "flops_kept" if all(p.flops_kept is not None for p in front.points) else "params_kept"

@@ -48,6 +48,9 @@ def summary_table(report: Report) -> str:
         if label == "latency, ms" and before is None and after is None:
             continue
         rows.append([label, number(before, scale), number(after, scale), percent(after, before)])
+    if pruned.zeros is not None:
+        rows.append(["zeros", MISSING, percent(pruned.zeros, 1), MISSING])
+        rows.append(["zipped, MB", MISSING, number(pruned.zipped_mb), MISSING])
     change = difference(pruned.fitness, dense.fitness)
     rows.append(["fitness", fitness(dense.fitness), fitness(pruned.fitness), change])
     return align(rows, left=1)
@@ -71,6 +74,9 @@ def rounds_table(report: Report) -> str:
     rows[-1] += [number(dense.params, 1e6), percent(dense.params, dense.params)]
     rows[-1] += [MISSING, MISSING, MISSING, fitness(dense.fitness)]
     rows += [_round_line(item, report) for item in report.rounds]
+    if any(item.zeros is not None for item in report.rounds):
+        shares = ["", "zeros", MISSING, *(percent(item.zeros, 1) for item in report.rounds)]
+        rows = [[*row, share] for row, share in zip(rows, shares, strict=True)]
     if any(item.held is not None for item in report.rounds):
         verdicts = ["", "held", MISSING, *(HELD[item.held] for item in report.rounds)]
         rows = [[*row, verdict] for row, verdict in zip(rows, verdicts, strict=True)]

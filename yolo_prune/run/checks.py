@@ -16,15 +16,17 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.checks import check_imgsz
 
+from yolo_prune.cut.masks import Masks
+from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import composed_plan, is_pruned, is_rebuilt
 from yolo_prune.data import datasets
 from yolo_prune.env.releases import load_checkpoint, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.graph.probes import stride
-from yolo_prune.latency import search
 from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.run import schedule
+from yolo_prune.zeros import planner as zeros
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -132,7 +134,7 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
     names = [f"model.{layer}" for layer in frozen]
     try:
         graph = planner.survey(module, recipe, size, names)
-        present = search.trial(module, graph, recipe, size).present
+        present = zeros.trial(module, graph, recipe, size, names).present
     except NothingToRemoveError as e:
         raise RunError(f"{e} Or train without callbacks=prune: a pruned model keeps its structure.") from e
     schedule.rounds(recipe, int(settings["epochs"]), present)
@@ -167,14 +169,18 @@ def check_keeps_structure(model: Model, settings: Mapping[str, Any]) -> None:
         )
 
 
-def check_load(module: nn.Module, weights: nn.Module) -> None:
+def check_load(module: nn.Module, weights: nn.Module) -> Masks:
     """Refuse to load weights between a pruned model and a model with another structure.
 
     Ultralytics copies the tensors that fit, and leaves the others as they are.
+
+    Returns:
+        The masks of the weights of `module` that must be zero again after loading.
     """
     mine, theirs = composed_plan(module), composed_plan(weights)
-    if (mine and mine.keep) == (theirs and theirs.keep):
-        return
+    ours, others = mine or Plan({}, {}, {}), theirs or Plan({}, {}, {})
+    if ours.keep == others.keep and others.masks in ({}, ours.masks):
+        return ours.masks
     if mine and theirs:
         differ = "This model and the weights to load were pruned differently"
     else:

@@ -129,7 +129,7 @@ def is_known_to_fail(finished: Sequence[Stage], keep: float) -> bool:
 
 def stops_on_breach(recipe: Recipe, finished: Sequence[Stage]) -> bool:
     """True if a round failed to hold, and the recipe says to stop in this case (`guard.on_breach`)."""
-    stops = recipe.guard.on_breach == "stop" and recipe.target.keep is not None
+    stops = recipe.guard.on_breach == "stop" and not recipe.searches
     return stops and any(not s.held for s in finished)
 
 

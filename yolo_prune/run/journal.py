@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
+from yolo_prune.cut.census import census, compressed_mb
 from yolo_prune.cut.copies import size_mb
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts
@@ -52,7 +53,7 @@ def fail(trainer: PruningTrainer, error: BaseException | None) -> None:
 def new_report(trainer: PruningTrainer, recipe: Recipe, plan: Plan) -> Report:
     """The report of a new run. `plan` is a trial plan that applies the recipe in one cut."""
     forecast = plan.predicted
-    whole = forecast.present(recipe.target.metric) == 1.0
+    whole = forecast.present(recipe.metric) == 1.0
     return Report(
         **_identity(trainer, recipe),
         dense=Figures(
@@ -155,8 +156,9 @@ def log_round(trainer: PruningTrainer, run: RunState, row: RoundRow) -> None:
     LOGGER.info(
         f"{PREFIX}round {row.number} of {cuts}: {kept:.1%} of the FLOPs, {row.params:,} parameters; "
         + (f"fitness {', '.join(steps)}" if steps else "not measured")
-        + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved")
+        + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved" * (row.params != report.dense.params))
         + (f"; {row.latency}" if row.latency else "")
+        + (f"; {row.zeros:.1%} of the weights are zero" if row.zeros else "")
     )
 
 
@@ -220,6 +222,8 @@ def complete(trainer: PruningTrainer, run: RunState, model: nn.Module, plan: Pla
     fitness = float(trainer.validator.metrics.fitness) if live.labelled(trainer) else None
     classes = class_ap(trainer.validator.metrics)
     report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
+    if plan.masks:
+        report.pruned.zeros, report.pruned.zipped_mb = census(model).share, compressed_mb(model)
     if report.timed:
         report.dense.latency_ms, report.pruned.latency_ms = report.timed.dense_ms, report.timed.ms
     close_rounds(report, fitness)
@@ -232,7 +236,7 @@ def write_front(trainer: PruningTrainer, run: RunState, record: Record) -> None:
     """Write front.json, if the run had a limit on the drop."""
     if run.recipe.limit is None or not record.rounds or not ranks.first():
         return
-    start: dict[str, float] = {run.recipe.target.metric: record.start}
+    start: dict[str, float] = {run.recipe.metric: record.start}
     if record.start == 1.0:
         start = {"flops": 1.0, "params": 1.0}
     make_front(run.report, run.recipe.limit, guard.recorded(record.rounds[0].reference, "reference"), start).save(
@@ -245,5 +249,7 @@ def _layers(model: nn.Module, plan: Plan, report: Report) -> list[LayerRow]:
     rows = []
     for name, width in planner.layer_widths(model):
         dense = plan.shapes.get(f"{name}.weight", (width,))[0]
-        rows.append(LayerRow(name=name, dense=dense, pruned=width, protected=name in protected))
+        mask = plan.masks.get(f"{name}.weight")
+        share = mask.zeros / mask.size if mask else None
+        rows.append(LayerRow(name=name, dense=dense, pruned=width, zeros=share, protected=name in protected))
     return rows

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from yolo_prune.cut import surgery
+from yolo_prune.cut import masks, surgery
+from yolo_prune.cut.masks import Masks
 from yolo_prune.cut.plan import Keep, Plan, Shapes
 from yolo_prune.cut.record import Record, read_record, student_of, write_record
 from yolo_prune.data import datasets
@@ -387,10 +388,14 @@ def read_early_weights(trainer: PruningTrainer, plan: Plan, composed: Plan) -> E
     return early[0] if early else Early({}, updates=updates)
 
 
-def rewind(trainer: PruningTrainer, early: Early) -> None:
-    """After the cut, load the early weights into the live model and its average, and reset the optimizer."""
+def rewind(trainer: PruningTrainer, early: Early, zeros: Masks) -> None:
+    """After the cut, load the early weights into the live model and its average, and reset the optimizer.
+
+    Masked weights stay zero.
+    """
     if ranks.first():
         average_of(trainer).load_state_dict(early.tensors)
+        masks.hold(average_of(trainer), zeros)
     start_from_average(trainer)
     trainer.ema.updates = early.updates
     trainer.optimizer.state.clear()

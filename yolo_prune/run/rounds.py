@@ -13,6 +13,7 @@ from ultralytics.utils import LOGGER
 from yolo_prune import recover
 from yolo_prune.cut import proof
 from yolo_prune.cut.copies import bare_copy, size_mb
+from yolo_prune.cut.masks import Masks
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts
 from yolo_prune.data.calibration import Calibration
@@ -30,6 +31,7 @@ from yolo_prune.report.front import round_file
 from yolo_prune.run import guard, journal, live, schedule, verdict
 from yolo_prune.run.state import PruningTrainer, RunState
 from yolo_prune.run.verdict import check_delivers, judge
+from yolo_prune.zeros import planner as zeros
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Decision:
 
     Attributes:
         keep: size to reach, as a fraction of the dense model.
-        plan: plan of the cut.
+        plan: plan of the cut; or of zeros, if the recipe has no target.
         proof: proof that the cut is exact; None if the recipe asks for no proof.
         latency: measured latency of the cut model, if the target is a latency.
     """
@@ -54,11 +56,13 @@ class Outcome:
     """The result of a cut.
 
     Attributes:
+        plan: plan of the cut, with the zeros that followed it.
         composed: everything removed so far, this cut included.
         fitness: fitness before the cut, right after it, and after recovery.
         reference: fitness from which drops are measured, if there is a limit.
     """
 
+    plan: Plan
     composed: Plan
     fitness: RoundFitness
     reference: float | None
@@ -82,11 +86,11 @@ def perform(trainer: PruningTrainer, run: RunState, due: schedule.Round) -> bool
     calibration = _calibration(trainer, run.recipe)
     decision = ranks.agree(lambda: _decide(trainer, run, due, record, calibration))
     if decision is None:
-        why = "an earlier round removed as much" if run.recipe.target.keep else "the search has no other size to try"
+        why = "an earlier round removed as much" if run.recipe.keep else "the search has no other size to try"
         LOGGER.info(f"{PREFIX}round {due.number}: {why}; nothing to remove")
         run.advance(trainer)
         return changed
-    outcome = _cut(trainer, run, due, record, decision.plan, calibration)
+    outcome = _cut(trainer, run, due, record, decision, calibration)
     _commit(trainer, run, due, record, decision, outcome, time.perf_counter() - began)
     return True
 
@@ -104,7 +108,7 @@ def conclude(trainer: PruningTrainer, run: RunState) -> None:
 
 def _calibration(trainer: PruningTrainer, recipe: Recipe) -> Calibration | None:
     """The training images for the scores and the refit. Only the first rank reads them."""
-    images = max(planner.images_for(recipe), recipe.recover.refit)
+    images = max(planner.images_for(recipe), zeros.images_for(recipe), recipe.recover.refit)
     return live.calibration(trainer, images) if images and ranks.first() else None
 
 
@@ -113,11 +117,11 @@ def _cut(
     run: RunState,
     due: schedule.Round,
     record: Record,
-    plan: Plan,
+    decision: Decision,
     calibration: Calibration | None,
 ) -> Outcome:
     """Cut the live model, its average and the optimizer, then recover without training."""
-    recipe = run.recipe
+    recipe, plan = run.recipe, decision.plan
     before = _fitness_before(trainer, run)
     reference = verdict.reference(trainer, run, record, before)
     composed = record.plan.then(plan) if record.plan else plan
@@ -129,10 +133,49 @@ def _cut(
     _compare_ranks(trainer, composed)
     run.cost = plan.predicted.flops_after, plan.predicted.params_after
     after = live.validate(trainer) if recipe.measure else None
+    if recipe.target and recipe.sparsity:
+        amount = recipe.zeros(decision.keep, record.start)
+        _refit(trainer, run, due.number, uncut, replace(plan, masks=composed.masks), calibration)
+        added = _add_zeros(trainer, run, due, amount, composed, calibration)
+        plan, composed = plan.then(added), composed.then(added)
     if early:
-        live.rewind(trainer, early)
-    recovered = _recover(trainer, run, due.number, uncut, plan, calibration)
-    return Outcome(composed, RoundFitness(before=before, cut=after, recovered=recovered), reference)
+        live.rewind(trainer, early, composed.masks)
+    recovered = _recover(trainer, run, due.number, uncut, replace(plan, masks=composed.masks), calibration)
+    return Outcome(plan, composed, RoundFitness(before=before, cut=after, recovered=recovered), reference)
+
+
+def _add_zeros(
+    trainer: PruningTrainer,
+    run: RunState,
+    due: schedule.Round,
+    amount: float,
+    composed: Plan,
+    calibration: Calibration | None,
+) -> Plan:
+    """After a cut, set weights of what is left to zero. Returns the plan of the zeros, which may be empty."""
+
+    def decide() -> Plan:
+        try:
+            return _plan_zeros(trainer, run, due, amount, calibration, composed.masks)
+        except NothingToRemoveError:
+            return Plan({}, {}, {}, forecast=composed.forecast)
+
+    added = ranks.agree(decide)
+    live.cut(trainer, added)
+    return added
+
+
+def _plan_zeros(
+    trainer: PruningTrainer,
+    run: RunState,
+    due: schedule.Round,
+    amount: float,
+    calibration: Calibration | None,
+    earlier: Masks,
+) -> Plan:
+    average, bar = live.average_of(trainer), log.bar(f"{PREFIX}round {due.number}: scoring weights")
+    present = planner.standing(average, planner.survey(average, run.recipe, run.imgsz(trainer), run.frozen))
+    return zeros.plan_for(average, run.recipe, amount, present, run.frozen, calibration, bar, earlier)
 
 
 def _commit(
@@ -145,7 +188,7 @@ def _commit(
     seconds: float,
 ) -> None:
     """Save the result of a round: record, best checkpoint, report, last.pt. A kill in between does no harm."""
-    plan, metric = decision.plan, run.recipe.target.metric
+    plan, metric = outcome.plan, run.recipe.metric
     row = RoundRow(
         number=due.number,
         epoch=trainer.epoch,
@@ -153,6 +196,7 @@ def _commit(
         flops=plan.predicted.flops_after,
         params=plan.predicted.params_after,
         size_mb=size_mb(live.average_of(trainer)),
+        zeros=plan.predicted.zeros_after / plan.predicted.weights if plan.predicted.weights else None,
         plan=plan.hash,
         latency=decision.latency,
         proof=Proof(**vars(decision.proof)) if decision.proof else None,
@@ -197,8 +241,7 @@ def _recover(
     """Recover the model without training. Returns the fitness after recovery, or None if it is not measured."""
     asked = run.recipe.recover
     if asked.refit:
-        if uncut is not None and calibration:
-            _refit(trainer, run, number, uncut, plan, calibration)
+        _refit(trainer, run, number, uncut, plan, calibration)
         live.start_from_average(trainer)
     else:
         _recalibrate(trainer, run, number)
@@ -212,10 +255,16 @@ def _decide(
 ) -> Decision | None:
     """Make and prove the plan of a round. Returns None if earlier rounds removed as much, or if a search is over."""
     ema, recipe, stages = live.average_of(trainer), run.recipe, guard.stages(record.start, record.rounds)
-    graph = planner.survey(ema, recipe, run.imgsz(trainer), run.frozen)
-    searches = recipe.target.keep is None
-    floor = planner.limits_of(ema, graph, recipe).least(recipe.target.metric) if searches else 0.0
-    keep = guard.next_keep(stages, due.keep, floor, recipe.target.keep)
+    if recipe.target is None:
+        keep = guard.next_keep(stages, due.keep, 0.0, recipe.keep)
+        try:
+            plan = _plan_zeros(trainer, run, due, recipe.zeros(keep, record.start), calibration, zeros.masks_of(ema))
+        except NothingToRemoveError:
+            return None
+        return Decision(keep, plan, None, None)
+    graph, searches = planner.survey(ema, recipe, run.imgsz(trainer), run.frozen), recipe.searches
+    floor = planner.limits_of(ema, graph, recipe).least(recipe.metric) if searches else 0.0
+    keep = guard.next_keep(stages, due.keep, floor, recipe.keep)
     if searches and guard.search_is_over(stages):
         return None
     try:
@@ -223,7 +272,7 @@ def _decide(
         plan, latency = _plan(trainer, run, due, graph, aim, calibration)
     except NothingToRemoveError:
         return None
-    if searches and guard.is_known_to_fail(stages, plan.predicted.kept(recipe.target.metric)):
+    if searches and guard.is_known_to_fail(stages, plan.predicted.kept(recipe.metric)):
         return None
     return Decision(keep, plan, proof.prove(ema, plan) if recipe.proof else None, latency)
 
@@ -259,6 +308,7 @@ def _plan(
         if run.timing is None:
             return planner.plan_for(ema, graph, recipe, aim.keep, calibration, bar), None
         weighed = planner.weigh(ema, graph, recipe, calibration, bar, run.timing)
+        assert recipe.target is not None
         hit = search.settle(ema, weighed, recipe.target, run.imgsz(trainer), *aim)
         return hit.plan, hit.row
 
@@ -290,9 +340,16 @@ def _fitness_before(trainer: PruningTrainer, run: RunState) -> float | None:
 
 
 def _refit(
-    trainer: PruningTrainer, run: RunState, number: int, uncut: nn.Module, plan: Plan, calibration: Calibration
+    trainer: PruningTrainer,
+    run: RunState,
+    number: int,
+    uncut: nn.Module | None,
+    plan: Plan,
+    calibration: Calibration | None,
 ) -> None:
-    """Refit the averaged model, layer by layer, to the layer outputs before the cut."""
+    """Refit the averaged model, layer by layer, to the layer outputs before the cut. Only the first rank does so."""
+    if uncut is None or calibration is None:
+        return
     images = calibration.images(run.recipe.recover.refit)
     bar = log.bar(f"{PREFIX}round {number}: refitting layers")
     used = recover.refit(uncut, live.average_of(trainer), plan, images, run.frozen, bar)

@@ -60,11 +60,13 @@ def rounds(recipe: Recipe, epochs: int, present: float = 1.0) -> tuple[Round, ..
         asked = asked.model_copy(update={"start": start})
     if asked.rounds is None and recipe.recover.refit and recipe.limit is None:
         asked = asked.model_copy(update={"rounds": 1})
-    return lay_out(asked, recipe.target.keep, epochs, present)
+    return lay_out(asked, recipe.keep, epochs, present)
 
 
 def sparsity(recipe: Recipe) -> float:
     """Weight of the L1 norm of batch norm scales before the last cut; 0 if the recipe does not ask for one."""
+    if recipe.target is None:
+        return 0.0
     return float(getattr(criteria.create(recipe.criterion.name, recipe.criterion.options), "sparsity", 0.0))
 
 

@@ -43,14 +43,14 @@ def recommended(recipe: Recipe, settings: Mapping[str, Any], explicit: Set[str])
     return not_chosen(explicit, wanted)
 
 
-def after_refit(target: Target, epochs: int) -> dict[str, Any]:
+def after_refit(target: Target | None, epochs: int) -> dict[str, Any]:
     """The settings of a run that refits the weights after its cuts.
 
     Args:
-        target: the target of the recipe.
+        target: the target of the recipe; None if it only sets weights to zero.
         epochs: number of epochs of the run.
     """
-    deep = target.keep is None or target.keep <= DEEP[target.metric]
+    deep = target is not None and (target.keep is None or target.keep <= DEEP[target.metric])
     return {**fine_tuning(epochs), "lr0": GENTLE["lr0"] * (2 if deep else 1)}
 
 

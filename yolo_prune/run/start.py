@@ -10,7 +10,6 @@ from yolo_prune.env import ranks
 from yolo_prune.env.files import remove, write_text
 from yolo_prune.env.log import PREFIX
 from yolo_prune.errors import RunError
-from yolo_prune.latency import search
 from yolo_prune.latency.target import find, written_out
 from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe, as_yaml
@@ -18,8 +17,9 @@ from yolo_prune.recover.rewind import FILE as EARLY
 from yolo_prune.report.front import FRONT
 from yolo_prune.run import guard, journal, live, resume, schedule
 from yolo_prune.run.state import PruningTrainer, RunState
+from yolo_prune.zeros import planner as zeros
 
-METRICS = {"flops": "FLOPs", "params": "parameters", "latency": "latency"}
+METRICS = {"flops": "FLOPs", "params": "parameters", "latency": "latency", "weights": "weights"}
 
 
 def start(trainer: PruningTrainer, recipe: Recipe) -> RunState:
@@ -63,16 +63,19 @@ def _count(run: RunState) -> str:
 
 
 def _aim(recipe: Recipe) -> str:
-    if recipe.target.keep is None:
+    if recipe.keep is None:
         return f"to find the smallest model within a drop of {recipe.limit:g}"
-    return f"down to {recipe.target.keep:g} of the dense model's {METRICS[recipe.target.metric]}"
+    size = f"down to {recipe.keep:g} of the dense model's {METRICS[recipe.metric]}"
+    return (
+        size if recipe.sparsity is None or recipe.target is None else f"{size}, {recipe.sparsity.fixed:g} of them zero"
+    )
 
 
 def _begin(trainer: PruningTrainer, recipe: Recipe) -> RunState:
     model, frozen = live.model_of(trainer), live.frozen_modules(trainer)
     record = read_record(model)
     graph = planner.survey(model, recipe, trainer.args.imgsz, frozen)
-    plan, present, timing = ranks.agree(lambda: search.trial(model, graph, recipe, trainer.args.imgsz))
+    plan, present, timing = ranks.agree(lambda: zeros.trial(model, graph, recipe, trainer.args.imgsz, frozen))
     past = record.plan if record else None
     widths = record.widths if record and past else planner.widths(model, graph)
     live.store_record(trainer, Record(recipe.to_dict(), past, widths, (), present, active=True))
@@ -81,7 +84,7 @@ def _begin(trainer: PruningTrainer, recipe: Recipe) -> RunState:
         for old in (*weights, trainer.csv, trainer.save_dir / FRONT):
             remove(old)  # these files belong to an earlier run in the same folder
     due = schedule.rounds(recipe, trainer.epochs, present)
-    there = written_out(recipe.target, trainer.args.imgsz)
+    there = written_out(recipe.target, trainer.args.imgsz) if recipe.target else None
     report = journal.new_report(trainer, recipe.model_copy(update={"target": there}), plan)
     cost = plan.predicted.flops_before, plan.predicted.params_before
     exact = bool(trainer.args.deterministic)
@@ -101,7 +104,8 @@ def _resume(trainer: PruningTrainer, recipe: Recipe, record: Record) -> RunState
     frozen = live.frozen_modules(trainer)
     run = RunState(recipe, due, report, trainer.stopper.patience, (0.0, 0), frozen, None, done, exact)
     run.cost = planner.present_cost(live.model_of(trainer), run.imgsz(trainer))
-    run.timing = ranks.agree(lambda: find(live.model_of(trainer), recipe.target, run.imgsz(trainer)))
+    if target := recipe.target:
+        run.timing = ranks.agree(lambda: find(live.model_of(trainer), target, run.imgsz(trainer)))
     cut_since = bool(record.rounds) and record.rounds[-1].epoch == trainer.start_epoch
     if len(report.epochs_log) == trainer.start_epoch - 1 and not cut_since:  # killed before writing the report
         journal.log_epoch(trainer, run, trainer.start_epoch)

@@ -30,6 +30,7 @@ from yolo_prune.run.keep import StockLevel
 from yolo_prune.run.sparse import SparseTraining
 from yolo_prune.run.state import PruningTrainer, RunState
 from yolo_prune.run.warmup import RestartWarmUp
+from yolo_prune.run.zeros import KeptZeros
 
 if TYPE_CHECKING:  # at run time the protocol cannot be a base class: its methods would hide those of Ultralytics
     _Base = PruningTrainer
@@ -45,6 +46,7 @@ class KeepStructure(_Base):
         accumulation: the batches since the last step of the optimizer, which a resumed run restores.
         warm_up: the warm-up after a reset of the optimizer.
         sparse: sparse training, after each step of the optimizer.
+        zeros: keeps zeros, after each step of the optimizer.
         stopped_early: whether the resumed run had already stopped early when it was killed.
         keeps: whether the run trains a model that was pruned before.
         claim: keeps other runs out of the folder of this run; None if this process does not write there.
@@ -73,6 +75,7 @@ class KeepStructure(_Base):
         self.accumulation = resume.GradientAccumulation()
         self.warm_up = RestartWarmUp()
         self.sparse = SparseTraining()
+        self.zeros = KeptZeros()
         self._stripped: Path | None = None
 
     def check_resume(self, overrides: Any) -> None:
@@ -173,14 +176,15 @@ class KeepStructure(_Base):
         return super().preprocess_batch(batch)  # type: ignore[safe-super]
 
     def optimizer_step(self) -> None:
-        """As in Ultralytics, with the warm-up after a reset and with sparse training. The step is counted."""
-        with self.warm_up.short_steps(self.optimizer), self.sparse.after_step(self):
+        """As in Ultralytics, with the warm-up after a reset, sparse training and kept zeros. The step is counted."""
+        with self.warm_up.short_steps(self.optimizer), self.sparse.after_step(self), self.zeros.after_step(self):
             super().optimizer_step()  # type: ignore[misc]
         self.accumulation.stepped()
 
     def save_model(self) -> Any:
         """As in Ultralytics, but files are never incomplete, and the state for last.pt is written before last.pt."""
         run = self.pruning
+        self.zeros.check(self)
         if run and run.exact:
             resume.save(self, run.structure_changes)
         saved = super().save_model()  # type: ignore[safe-super]
