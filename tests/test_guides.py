@@ -182,6 +182,8 @@ def shortened(words: list[str]) -> list[str]:
     if words[1] == "train":
         limit = "smallest" in str(words) or "max_drop" in str(words)
         search = ["epochs=2", "recipe.schedule.rounds=1"] if limit else ["epochs=1"]
+        if "recipe=lottery" in words:
+            search = ["epochs=3", "recipe.schedule.rounds=1"]
         return [*words, *search, "batch=4", size, runs, *(f"{k}={v}" for k, v in QUICK.items())]
     if words[0] == "yolo":
         more = [] if words[1] == "export" else [runs, "workers=0", "plots=False"]

@@ -122,7 +122,7 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         (f"{T}\nchanels: {{min: 8}}", "chanels: unknown key; did you mean 'channels'?"),
         (
             f"{T}\nxyzzy: 1",
-            "xyzzy: unknown key; known keys are version, target, sparsity, schedule, criterion, allocation, channels, protect",
+            "xyzzy: unknown key; known keys are version, target, sparsity, schedule, criterion, allocation, channels",
         ),
         (f"{T}\nrecover: {{xyzzy: 1}}", "recover.xyzzy: unknown key; known keys are refit, batchnorm"),
         (f"{T}\nrounds: 5", "rounds: unknown key; did you mean 'schedule.rounds'?"),

@@ -410,9 +410,10 @@ def test_recipes_that_cannot_be(recipe: dict[str, Any], message: str) -> None:
         load_recipe(recipe)
 
 
-def test_a_pattern_that_yaml_reads_as_a_time_is_a_pattern() -> None:
+def test_a_pattern_that_yaml_reads_as_a_number_is_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("sparsity: {pattern: 2:4}\n")
+    assert load_recipe(tmp_path / "mine.yaml").keep == 0.5
     assert load_recipe(None, {"sparsity.pattern": "2:4"}).sparsity.pattern == "2:4"  # type: ignore[union-attr]
-    assert load_recipe({"sparsity": {"pattern": 2 * 60 + 4}}).keep == 0.5
 
 
 def test_zeros_alone_have_no_default_recipe() -> None:

@@ -120,12 +120,6 @@ class Sparsity(_Part):
         {}, description="amounts for some layers: names or globs of modules, each with amount"
     )
 
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _not_a_time(cls, value: Any) -> Any:
-        """YAML 1.1 reads 2:4 without quotes as a number in base 60."""
-        return f"{value // 60}:{value % 60}" if type(value) is int and value > 0 else value
-
     @field_validator("pattern")
     @classmethod
     def _known(cls, value: str) -> str:

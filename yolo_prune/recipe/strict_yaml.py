@@ -34,6 +34,10 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
+# YAML 1.1 reads 2:4 as the number 124 in base 60, but users mean a pattern of zeros.
+for _digit in "0123456789":
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$")))
+
 
 def read_yaml(text: str) -> Any:
     """Read YAML.
