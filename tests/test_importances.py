@@ -223,6 +223,13 @@ def test_a_layer_that_reads_a_channel_twice() -> None:
     assert ours({}, reads_first).tolist() == pytest.approx([10 / 29, 1])
 
 
+def test_a_class_can_follow_the_index_mappings() -> None:
+    group = pruning_group(dict(Net().named_modules()), chain((0, 1, 2), (2, 0, 1)))
+    roots = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(3)]
+    found = {i.dep.target._name: [h.idx for h in i.dep.index_mapping[0](roots)] for i in group}
+    assert found == {"a": [0, 1, 2], "bn": [0, 1, 2], "b": [2, 0, 1]}
+
+
 def test_without_a_score_it_is_0() -> None:
     model, everywhere = Net(), chain((0, 1, 2), (0, 1, 2))
     ours = criterion("BNScaleImportance")
