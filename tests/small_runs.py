@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "gentle_settings": {**QUICK, "epochs": 2, "imgsz": 32, "batch": 4},
     "guard": {**SMALL, **IN_PLACE, "epochs": 7},
     "heads": {**SMALL, "epochs": 1, "lr0": 1e-6},
+    "importances": {**SMALL, **IN_PLACE, "epochs": 1, "imgsz": 32, "optimizer": "SGD", "verbose": False},
     "kill": {
         **SMALL,
         "epochs": 7,
@@ -79,6 +80,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cuda": {**TWICE, "target": {"flops": 0.5}, "criterion": "magnitude", "recover": {"refit": 0, "batchnorm": 2}},
     "distill": {**PLAIN, **TWICE, "target": {"flops": 0.5}, "channels": {"round_to": 1, "min": 1}},
     "guard": {**PLAIN, "channels": {"round_to": 1, "min": 2}, "measure": False},
+    "importances": {
+        **FINE,
+        "target": {"flops": 0.6},
+        "schedule": {"rounds": 1},
+        "recover": PLAIN["recover"],
+        "measure": False,
+    },
     "kill": {
         **PLAIN,
         "target": {"flops": 0.6},

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Everything of torch-pruning that this package relies on beyond its documentation, by name.
 
-When a new release breaks one of these, read what changed, and adapt `yolo_prune/interop`.
+When a new release breaks one of these, read what changed, and adapt `yolo_prune/interop` and
+`yolo_prune/graph/pruning_group.py`.
 """
 
 from __future__ import annotations

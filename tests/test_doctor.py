@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {
     "ultralytics": "8.4.190",
     "torch": "2.15.0+cpu",
+    "torch-pruning": "1.6.1",
     "pydantic": "2.14.3",
     "onnx": "1.23.2",
     "onnxruntime": "1.32.0",
@@ -64,6 +65,7 @@ def test_a_healthy_environment(diagnose: Diagnose, tmp_path: Path) -> None:
     assert f"start-up file: {tmp_path / 'yolo_prune.pth'}" in text
     assert f"patched: {', '.join(TARGETS)}" in text
     assert "torch          2.15.0+cpu     tested\n" in text
+    assert "torch-pruning  1.6.1          tested\n" in text
     assert "To do" not in text
 
 
@@ -163,14 +165,22 @@ def test_an_untested_version_is_a_warning_and_no_failure(diagnose: Diagnose, mon
     assert "torch          2.16.0         not tested\n" in doctor.render(diagnosis)
 
 
+def test_one_version_of_torch_pruning_is_tested(diagnose: Diagnose) -> None:
+    assert diagnose(versions={"torch-pruning": "1.7.0"}).warnings == (
+        "torch-pruning 1.7.0: this yolo-prune was tested with 1.6.1. It may well work; "
+        "if it does not, pip install 'torch-pruning==1.6.1'",
+    )
+
+
 def test_a_missing_requirement_fails_and_a_missing_extra_does_not(diagnose: Diagnose) -> None:
     extra = diagnose(versions={"onnx": None, "onnxruntime": None})
     assert extra.exit_code == 0
     assert extra.warnings == ("not installed: onnx, onnxruntime; for ONNX export, pip install 'yolo-prune[export]'",)
-    core = diagnose(versions={"pydantic": None})
-    assert core.exit_code == 1
-    assert core.warnings == ("pydantic is not installed, and yolo-prune needs it: pip install pydantic",)
-    assert "pydantic       not installed\n" in doctor.render(core)
+    for name in ("torch-pruning", "pydantic"):
+        core = diagnose(versions={name: None})
+        assert core.exit_code == 1
+        assert core.warnings == (f"{name} is not installed, and yolo-prune needs it: pip install {name}",)
+        assert f"{name:15}not installed\n" in doctor.render(core)
 
 
 def test_where_nothing_at_all_is_installed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import warnings
 from pathlib import Path
@@ -21,16 +22,25 @@ from ultralytics import YOLO
 
 from yolo_prune import _patch, load_recipe
 from yolo_prune.criteria import create, score
+from yolo_prune.criteria.importances import REFUSED
+from yolo_prune.cut import surgery
+from yolo_prune.cut.record import read_record
 from yolo_prune.data.calibration import Calibration, loss_of
 from yolo_prune.errors import ArgumentError, GradientError, PruneError, RecipeError, RunError
 from yolo_prune.graph import ChannelSet, Slot, trace
 from yolo_prune.graph.pruning_group import pruning_group
 from yolo_prune.planning import planner
 from yolo_prune.recipe import Recipe, code
+from yolo_prune.report import Report
 from yolo_prune.run.callback import PruneCallback
 
 READABLE = ("yolov3-tiny", "yolov5", "yolov6", "yolov8-ghost", "yolov8-cls-resnet50")  # by stock torch-pruning
 OF_WEIGHTS = ("GroupMagnitudeImportance", "BNScaleImportance", "LAMPImportance", "FPGMImportance")
+USABLE = tuple(
+    name
+    for name, kind in vars(tp.importance).items()
+    if inspect.isclass(kind) and issubclass(kind, tp.importance.Importance) and name not in ("Importance", *REFUSED)
+)
 OF_DATA = ("GroupTaylorImportance", "GroupHessianImportance", "OBDCImportance", "ActivationImportance")
 
 
@@ -213,6 +223,13 @@ def test_a_layer_that_reads_a_channel_twice() -> None:
     assert ours({}, reads_first).tolist() == pytest.approx([10 / 29, 1])
 
 
+def test_a_class_can_follow_the_index_mappings() -> None:
+    group = pruning_group(dict(Net().named_modules()), chain((0, 1, 2), (2, 0, 1)))
+    roots = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(3)]
+    found = {i.dep.target._name: [h.idx for h in i.dep.index_mapping[0](roots)] for i in group}
+    assert found == {"a": [0, 1, 2], "bn": [0, 1, 2], "b": [2, 0, 1]}
+
+
 def test_without_a_score_it_is_0() -> None:
     model, everywhere = Net(), chain((0, 1, 2), (0, 1, 2))
     ours = criterion("BNScaleImportance")
@@ -348,6 +365,34 @@ def test_every_importance_makes_a_plan(name: str, times: int) -> None:
     assert models.same_bits(before, model.state_dict())
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data.tiny(tmp_path_factory.mktemp("importances"), train=4, val=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("importance", USABLE)
+def test_every_importance_prunes_a_run(importance: str, folder: Path, tmp_path: Path) -> None:
+    """What is delivered has the target's size, says by what it was pruned, and loads."""
+    asked = {"name": "torch_pruning", "importance": importance}
+    if criterion(importance).images:
+        asked["images"] = 2
+    model = YOLO(folder / "dense.pt")
+    dense = sum(p.numel() for p in model.model.parameters())
+    recipe = {**RECIPES["importances"], "criterion": asked}
+    model.train(data=str(folder / "scenes/scenes.yaml"), project=str(tmp_path), recipe=recipe, **RUNS["importances"])
+    again = YOLO(tmp_path / "run/weights/best.pt")
+    record, report = read_record(again.model), Report.load(tmp_path / "run")
+    assert record is not None
+    assert record.plan is not None
+    assert record.recipe["criterion"] == asked
+    surgery.check_applied(again.model, record.plan)
+    assert 0.55 < record.plan.predicted.kept("flops") <= 0.6
+    assert report.pruned.flops / report.dense.flops == pytest.approx(record.plan.predicted.kept("flops"), abs=1e-3)
+    assert sum(p.numel() for p in again.model.parameters()) < dense
+    assert len(again.predict(torch.rand(1, 3, 32, 32), verbose=False)) == 1
+
+
 # A user's own class
 
 MINE = """
@@ -373,6 +418,10 @@ class Mine(tp.importance.Importance):
 class Short(tp.importance.Importance):
     def __call__(self, group):
         return torch.ones(1)
+
+class Fails(tp.importance.Importance):
+    def __call__(self, group):
+        return 1 / 0
 
 class Strict(tp.importance.GroupMagnitudeImportance):
     def __init__(self, limit):
@@ -441,6 +490,13 @@ def test_one_score_per_channel(module: str) -> None:
     ours = make(load_recipe(asked_for(f"{module}:Short")))
     ours.read(Net())
     with pytest.raises(PruneError, match=r"returned scores of shape \(1,\) for 'a', which has 3 channels"):
+        ours({}, chain((0, 1, 2), (0, 1, 2)))
+
+
+def test_a_class_that_fails_is_told_with_the_layer(module: str) -> None:
+    ours = make(load_recipe(asked_for(f"{module}:Fails")))
+    ours.read(Net())
+    with pytest.raises(PruneError, match=r"Fails' failed on 'a': ZeroDivisionError: .* protect this layer"):
         ours({}, chain((0, 1, 2), (0, 1, 2)))
 
 

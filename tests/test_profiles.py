@@ -89,6 +89,13 @@ def test_times_of_something_else_are_not_taken(what: str, monkeypatch: pytest.Mo
     assert first.place == second.place  # what users are shown
 
 
+def test_times_are_kept_when_a_package_that_runs_no_layer_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = target.place_of("torch", SETTING)
+    before, found = target._storage_path(place), target.installed()
+    monkeypatch.setattr(target, "installed", lambda: found | {"torch-pruning": "another"})
+    assert target._storage_path(place) == before
+
+
 def test_a_profile_of_another_device(folder: Path, clean_cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"model={folder / 'dense.pt'}", f"imgsz={IMGSZ}"]
     assert cli.main(["profile", *arguments, "format=torch", "threads=1", "save=pi.json"]) == 0

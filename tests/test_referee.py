@@ -15,7 +15,18 @@ from torch import nn
 import yolo_prune
 from yolo_prune.graph import trace
 
-READABLE = ("yolov3-tiny", "yolov5", "yolov6", "yolov8-ghost", "yolov8-cls-resnet50")
+
+def longer(*names: str) -> tuple[Any, ...]:
+    return tuple(pytest.param(name, marks=pytest.mark.long) for name in names)
+
+
+READABLE = (
+    *("yolov3", "yolov3-tiny", "yolov5", "yolov6", "yolov8-ghost", "yolov8-cls-resnet50", "yolo11-cls-resnet18"),
+    *longer("yolov3-spp", "yolov5-p6", "yolov8-ghost-p2", "yolov8-ghost-p6", "yolov8-cls-resnet101"),
+)
+HALVING = ("C2", "C2f", "ELAN1", "RepNCSPELAN4")
+WITH_HALVES = ("yolov8", "yolov8-cls", *longer("yolov8-p2", "yolov8-p6", "yolov9t", "yolov9s", "yolov9m"))
+"""torch-pruning traces these, too, but misreads their blocks, which halve the output of a layer and concatenate it."""
 Place = tuple[str, int, int]  # tensor, dimension, index
 
 
@@ -34,13 +45,18 @@ def ours(model: nn.Module, name: str) -> dict[Place, frozenset[Place]]:
     return found
 
 
-def theirs(model: nn.Module, name: str) -> dict[Place, frozenset[Place]]:
-    names = {module: path for path, module in model.named_modules()}
+def stock(model: nn.Module, name: str) -> Any:
+    """The graph of torch-pruning alone."""
     graph = tp.DependencyGraph()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph.build_dependency(model.train().requires_grad_(True), zoo.images(model, name, 1), verbose=False)
-    found = {}
+    return graph
+
+
+def theirs(model: nn.Module, name: str) -> dict[Place, frozenset[Place]]:
+    names = {module: path for path, module in model.named_modules()}
+    graph, found = stock(model, name), {}
     for layer in [m for m in names if isinstance(m, nn.Conv2d) and m in graph.module2node and ".dfl" not in names[m]]:
         for channel in range(0, layer.out_channels, 5):
             if (f"{names[layer]}.weight", 0, channel) in found:
@@ -75,15 +91,33 @@ def test_torch_pruning_finds_the_same_groups(name: str) -> None:
     assert [place for place in sorted(both) if mine[place] != found[place]] == []
 
 
+@pytest.mark.parametrize("name", WITH_HALVES)
+def test_torch_pruning_finds_other_groups_only_where_halves_are_concatenated(name: str) -> None:
+    """There it couples the halves with the layers that are concatenated to them, and its own cut breaks the model."""
+    model = zoo.build(name, width=0.25)
+    torch.manual_seed(0)
+    blocks = {n: m for n, m in model.named_modules() if type(m).__name__ in HALVING}
+    mine, found = ours(model, name), theirs(model, name)
+    both = mine.keys() & found.keys()
+    other = {place for place in both if mine[place] != found[place]}
+    inside = {block: [p for p in other if p[0].startswith(f"{block}.")] for block in blocks}
+    assert len(both) - len(other) > 500
+    assert sum(map(len, inside.values())) == len(other)
+    assert all(inside.values())
+    image = zoo.images(model, name, 1)
+    model.eval()(image)
+    block = next(iter(blocks.values()))
+    group = stock(model, name).get_pruning_group(block.cv1.conv, tp.prune_conv_out_channels, [0])
+    group.prune()
+    with pytest.raises(RuntimeError, match="channels"):
+        model.eval()(image)
+
+
 @pytest.mark.parametrize("name", READABLE)
 def test_our_groups_of_torch_pruning_are_its_own(name: str) -> None:
     """The same layers on the same side, the same indices, and the same indices of the root for each of them."""
     model = zoo.build(name, width=0.25)
-    graph = tp.DependencyGraph()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph.build_dependency(model.train().requires_grad_(True), zoo.images(model, name, 1), verbose=False)
-    compared = 0
+    graph, compared = stock(model, name), 0
     for group in yolo_prune.dependency_graph(model, 2 * zoo.image_size(name)).get_all_groups():
         root = group[0].dep
         other = graph.get_pruning_group(root.target.module, root.handler, list(group[0].idxs))

@@ -91,7 +91,7 @@ def test_the_report_holds_every_round_and_every_epoch(pruned: Path) -> None:
         assert r.fitness.end is not None
         assert r.proof is not None
         assert r.proof.error <= 1e-8
-    assert {"ultralytics", "torch", "python"} <= set(report.versions)
+    assert {"ultralytics", "torch", "torch-pruning", "python"} <= set(report.versions)
     assert yolo_prune.load_recipe(pruned / "prune.yaml").to_dict() == report.recipe
     names = {"disc", "ring", "square", "triangle", "cross"}
     for figures in (report.dense, report.pruned):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from yolo_prune import _startup
 from yolo_prune._version import __version__
-from yolo_prune.env.versions import TESTED, Component, version_of, warnings_of
+from yolo_prune.env.versions import PACKAGES, TESTED, Component, version_of, warnings_of
 
-_REQUIRED = ("ultralytics", "torch", "pydantic")
+_REQUIRED = (*PACKAGES, "pydantic")
 _FOR_EXPORT = ("onnx", "onnxruntime")
 _COMMAND = "use `yolo-prune train` instead of `yolo train`"
 _INSTEAD = f"{_COMMAND}, or `import yolo_prune` in Python before training"

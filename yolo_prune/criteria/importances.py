@@ -18,7 +18,6 @@ from yolo_prune.criteria.data import IMAGES, check_finite
 from yolo_prune.cut.copies import bare_copy
 from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.errors import PruneError, RecipeError
-from yolo_prune.graph.pruning_group import pruning_group
 from yolo_prune.graph.structure import ChannelSet, output_dimension
 from yolo_prune.recipe import code
 from yolo_prune.recipe.options import whole_number
@@ -95,11 +94,21 @@ class TorchPruning:
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
         """Score every channel; see `Criterion`. A group for which the class has no score is scored 0."""
+        from yolo_prune.graph.pruning_group import pruning_group
+
         merge = getattr(self._importance, "group_reduction", None) not in ("max", "prod")
         group, self._size = pruning_group(self._layers, channels, merge), channels.size
         if self._reads_fisher:
             self._importance.Fisher, self._importance.steps = _FisherRows(self._importance, group), 1
-        scores = self._importance(group)
+        try:
+            scores = self._importance(group)
+        except (
+            Exception
+        ) as e:  # the class may be the user's; and some of torch-pruning's fail on convolutions with groups
+            raise PruneError(
+                f"criterion.importance: '{self._name}' failed on '{channels.name}': {type(e).__name__}: {e}. Use "
+                "another importance, or protect this layer."
+            ) from e
         if scores is None:
             return torch.zeros(channels.size, dtype=torch.float64)
         scores = torch.as_tensor(scores).detach().double().cpu()

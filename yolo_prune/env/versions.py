@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-PACKAGES = ("ultralytics", "torch")
+PACKAGES = ("ultralytics", "torch", "torch-pruning")
 
 TESTED = {
     "ultralytics": ("8.3.0", "8.4.190"),
     "torch": ("2.4.0", "2.15.0"),
+    "torch-pruning": ("1.6.1", "1.6.1"),
 }
 """Oldest and newest version, both included, that this release of yolo-prune was tested with."""
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch_pruning as tp
 from torch import nn
 from torch_pruning import _helpers, ops
-from torch_pruning.dependency import Dependency, Node
+from torch_pruning.dependency import Node
 from ultralytics.engine.model import Model
 
 from yolo_prune import _startup, api
@@ -25,25 +25,15 @@ from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import read_record
 from yolo_prune.env.image_size import ImageSize, image_size
 from yolo_prune.errors import PlanError
-from yolo_prune.graph import ChannelSet, Graph, Slot, trace
+from yolo_prune.graph import ChannelSet, Graph, trace
+from yolo_prune.graph.pruning_group import Part, group_item, kind_of, members
 from yolo_prune.graph.structure import Group as Coupled
-from yolo_prune.graph.structure import output_dimension
 from yolo_prune.planning import planner
 from yolo_prune.planning.cost import cost_of
 
 ROOTS = (ops.TORCH_CONV, ops.TORCH_LINEAR)
 Choice = Mapping[str, Sequence[Sequence[int]]]
 """`{set name: pieces}`: channels that go, in pieces of equal length. Channels at equal places go together."""
-
-
-class Part(NamedTuple):
-    """One side of a layer, or a parameter that belongs to no layer."""
-
-    name: str
-    out: bool
-
-    def __str__(self) -> str:
-        return f"'{self.name}' ({'outputs' if self.out else 'inputs'})"
 
 
 @dataclass(frozen=True)
@@ -72,20 +62,6 @@ class ChannelsPruner(ops.DummyPruner):  # type: ignore[misc]
         return layer.width
 
     get_in_channels = get_out_channels
-
-
-class IndexMapping:
-    """Maps indices of a group's root to the indices of one member, as the index mappings of torch-pruning do."""
-
-    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """`pairs`: `(index in the member, index in the root)`."""
-        self.places: dict[int, list[int]] = {}
-        for index, root in pairs:
-            self.places.setdefault(root, []).append(index)
-
-    def __call__(self, idxs: Sequence[Any]) -> list[Any]:
-        """Map indices that carry their index in the root."""
-        return [_helpers._HybridIndex(idx=i, root_idx=h.root_idx) for h in idxs for i in self.places.get(h.idx, ())]
 
 
 class Group(tp.Group):  # type: ignore[misc]  # torch-pruning has no types
@@ -321,31 +297,14 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
 
     def _find(self, channels: ChannelSet) -> list[tuple[Part, tuple[tuple[int, ...], ...]]]:
         """The parts in which channels lie, and their indices there."""
-        found: dict[Part, dict[tuple[int, ...], None]] = {}
-        for slot in channels.slots:
-            part, repeats, size = self._part(slot)
-            if repeats > 1:
+        found = members(self._layers, channels)
+        for member in found:
+            self._node(member.part.name, member.module, member.dim)
+            if isinstance(member.module, nn.Parameter):
+                self._param_to_name[member.module] = member.part.name
+            if member.repeats > 1:
                 self._grouped.add(channels.name)
-            for k in range(repeats):
-                index = tuple(i + k * size for i in slot.index) if k else slot.index
-                found.setdefault(part, {})[index] = None
-        return [(part, tuple(places)) for part, places in found.items()]
-
-    def _part(self, slot: Slot) -> tuple[Part, int, int]:
-        """`(part, groups of the convolution that have the same inputs, inputs per group)` of a place in a tensor."""
-        name, _, key = slot.tensor.rpartition(".")
-        layer = self._layers[name]
-        kind = kind_of(layer)
-        if kind not in LAYERS:
-            parameter = self.model.get_parameter(slot.tensor)
-            self._node(slot.tensor, parameter, slot.dim)
-            self._param_to_name[parameter] = slot.tensor
-            return Part(slot.tensor, True), 1, 0
-        self._node(name, layer)
-        if kind not in (ops.OPTYPE.CONV, ops.OPTYPE.LINEAR) or key != "weight":
-            return Part(name, True), 1, 0
-        repeats = getattr(layer, "groups", 1) if slot.dim else 1
-        return Part(name, slot.dim == output_dimension(layer)), repeats, layer.weight.shape[slot.dim]
+        return [(member.part, member.places) for member in found]
 
     def _node(self, name: str, module: Any, dim: int = -1) -> None:
         if name not in self._nodes:
@@ -426,13 +385,9 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         return [place[c] for c in choice[name][0]]
 
     def _item(self, root: Part, part: Part, pairs: list[tuple[int, int]]) -> Any:
-        dependency = Dependency(
-            self._handler(root), self._handler(part), self._nodes[root.name], self._nodes[part.name]
+        return group_item(
+            self._nodes[root.name], self._handler(root), self._nodes[part.name], self._handler(part), pairs
         )
-        dependency.index_mapping[0] = IndexMapping(pairs)
-        item = _helpers.GroupItem(dependency, [index for index, _ in pairs])
-        item.root_idxs = [n for _, n in pairs]
-        return item
 
     def _together(self, indices: Mapping[Part, set[int]]) -> dict[int, Choice]:
         """`{group: channels that go}`, if these indices go and take their partners with them."""
@@ -530,30 +485,6 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         idxs = sorted(self._indices(group)[part])
         again = _flat({k: v for choice in self._together({part: set(idxs)}).values() for k, v in choice.items()})
         return [part.name, part.out, idxs] + ([] if again == gone else [plan.to_dict()])
-
-
-LAYERS = {
-    ops.OPTYPE.CONV,
-    ops.OPTYPE.DEPTHWISE_CONV,
-    ops.OPTYPE.LINEAR,
-    ops.OPTYPE.BN,
-    ops.OPTYPE.LN,
-    ops.OPTYPE.GN,
-    ops.OPTYPE.IN,
-    ops.OPTYPE.PRELU,
-    ops.OPTYPE.EMBED,
-}
-
-
-def kind_of(layer: Any) -> ops.OPTYPE:
-    """torch-pruning's type of a layer.
-
-    torch-pruning takes every convolution with as many groups as outputs for a depthwise one, also if each group reads
-    several inputs.
-    """
-    kind = ops.module2type(layer)
-    grouped = kind == ops.OPTYPE.DEPTHWISE_CONV and layer.in_channels != layer.out_channels
-    return ops.OPTYPE.CONV if grouped else kind
 
 
 def coupled(group: Coupled, units: Sequence[int]) -> Choice:

@@ -17,7 +17,7 @@ from yolo_prune.data import datasets
 from yolo_prune.env import outputs
 from yolo_prune.env.image_size import ImageSize, height_width
 from yolo_prune.env.log import PREFIX, bar
-from yolo_prune.env.versions import PACKAGES, installed
+from yolo_prune.env.versions import installed
 from yolo_prune.errors import BenchError, TargetError
 from yolo_prune.graph import probes
 from yolo_prune.latency import probe
@@ -246,8 +246,8 @@ def _shapes(model: nn.Module) -> Shapes:
 
 
 def _storage_path(place: Place) -> Path:
-    """The file for the times of a place on this machine; the versions of the packages are part of its name."""
-    versions = {name: installed()[name] for name in PACKAGES}
+    """The file for the times of a place on this machine; its name depends on the packages that run layers."""
+    versions = {name: installed()[name] for name in ("ultralytics", "torch")}
     made = json.dumps([place.model_dump(), METHOD, versions, platform.node()])
     return datasets.MEMORY / f"latency-{hashlib.sha256(made.encode()).hexdigest()[:16]}.json"
 
