@@ -17,12 +17,14 @@ from small_runs import FINE, RUNS
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from ultralytics import YOLO
+from ultralytics.engine.validator import BaseValidator
 from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.modules.conv import RepConv
 
 import yolo_prune
 from yolo_prune import cli, recover
 from yolo_prune.cut import masks, surgery
+from yolo_prune.cut.census import census
 from yolo_prune.cut.masks import Mask, Masked
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, composed_plan, read_record, write_record
@@ -31,6 +33,8 @@ from yolo_prune.errors import NothingToRemoveError, PlanError, PruneError, Recip
 from yolo_prune.planning import planner
 from yolo_prune.recipe import load_recipe
 from yolo_prune.recover.refit import solve, solve_masked
+from yolo_prune.report import Report
+from yolo_prune.report.front import Front
 from yolo_prune.zeros import planner as zeros
 from yolo_prune.zeros import scores
 from yolo_prune.zeros.layers import find
@@ -447,3 +451,56 @@ def test_a_model_with_as_many_zeros_has_nothing_to_remove(model: nn.Module) -> N
         plan_of(copy, amount=0.4)
     more = plan_of(copy, amount=0.6)
     assert all(not (more.masks[n].kept & ~mask.kept).any() for n, mask in plan.masks.items())
+
+
+def test_an_export_keeps_the_zeros(folder: Path, sparse: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    counted = census(load_checkpoint(sparse)[0])
+    graph = onnx.load(YOLO(sparse).export(format="onnx", imgsz=32, opset=17, verbose=False)).graph
+    weights = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    kernels = [weights[node.input[1]] for node in graph.node if node.op_type == "Conv" and node.input[1] in weights]
+    sizes = sorted(k.size for k in kernels if k.size > 16)  # not the fixed layer of DFL
+    assert sum(sizes) == counted.weights  # every layer, with its batch norm folded into it
+    assert 0 <= sum(int((k == 0).sum()) for k in kernels) - counted.zeros <= 3  # a product may underflow
+
+
+def test_a_round_with_too_many_zeros_is_undone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fitness is the share of weights that are not zero, so a limit of 0.3 means at most 30 % zeros."""
+
+    def validate(self: Any, trainer: Any = None, model: Any = None) -> Any:
+        found = stock(self, trainer, model)
+        return {**found, "fitness": 1 - share(trainer.ema.ema)} if trainer and found else found
+
+    stock = BaseValidator.__call__
+    monkeypatch.setattr(BaseValidator, "__call__", validate)
+    recipe = {
+        "sparsity": {"amount": 0.8},
+        "schedule": {"rounds": 3, "interval": 1, "curve": "linear"},
+        "guard": {"max_drop": 0.3},
+        "recover": {"refit": 2},
+    }
+    model = pruned(folder, "guarded", recipe, epochs=4)
+    report = Report.load(folder / "guarded")
+    assert [row.held for row in report.rounds] == [True, False, False]
+    assert share(model) == pytest.approx(0.8 / 3, abs=1e-3)
+    front = Front.load(folder / "guarded")
+    assert front
+    assert [round(p.weights_kept, 3) for p in front.points] == [1, 0.733, 0.467, 0.6]  # type: ignore[arg-type]
+
+
+def test_the_report_and_the_page_show_the_zeros(sparse: Path) -> None:
+    report = Report.load(sparse.parents[1])
+    counted = census(load_checkpoint(sparse)[0])
+    assert report.pruned.zeros == counted.share
+    assert [round(row.zeros or 0, 2) for row in report.rounds] == [0.66, 0.75]
+    assert report.rounds[-1].target == {"weights": 0.25}
+    assert {row.name: row.zeros for row in report.layers if row.zeros} == pytest.approx(
+        {name: part for name, part in counted.layers.items() if part}
+    )
+    page = (sparse.parents[1] / "report.html").read_text()
+    assert "Zero weights" in page
+    assert report.pruned.zipped_mb is not None
+    assert report.pruned.size_mb is not None
+    assert report.pruned.zipped_mb < 0.6 * report.pruned.size_mb

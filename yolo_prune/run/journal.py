@@ -238,7 +238,7 @@ def write_front(trainer: PruningTrainer, run: RunState, record: Record) -> None:
         return
     start: dict[str, float] = {run.recipe.metric: record.start}
     if record.start == 1.0:
-        start = {"flops": 1.0, "params": 1.0}
+        start |= {"flops": 1.0, "params": 1.0}
     make_front(run.report, run.recipe.limit, guard.recorded(record.rounds[0].reference, "reference"), start).save(
         trainer.save_dir
     )
