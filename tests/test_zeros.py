@@ -331,7 +331,7 @@ def test_zeros_survive_other_weights_a_new_dataset_and_another_round(folder: Pat
     model = YOLO(sparse)
     model.load(folder / "dense.pt")
     assert share(model.model) == pytest.approx(0.75, abs=1e-3)
-    with pytest.raises(RunError, match="This model is not pruned, but the weights to load are"):
+    with pytest.raises(RunError, match="The weights to load have zeros, which this model would not keep"):
         YOLO(folder / "dense.pt").load(sparse)
     text = (folder / "scenes/scenes.yaml").read_text()
     more = folder / "scenes/more.yaml"
@@ -504,3 +504,159 @@ def test_the_report_and_the_page_show_the_zeros(sparse: Path) -> None:
     assert report.pruned.zipped_mb is not None
     assert report.pruned.size_mb is not None
     assert report.pruned.zipped_mb < 0.6 * report.pruned.size_mb
+
+
+def facts_of(folder: Path, name: str, file: str = "best.pt") -> list[Any]:
+    record = read_record(load_checkpoint(folder / name / "weights" / file)[0])
+    assert record
+    return list(record.rounds)
+
+
+BOTH: dict[str, Any] = {
+    **FINE,
+    "target": {"flops": 0.6},
+    "sparsity": {"amount": 0.6},
+    "criterion": "magnitude",
+    "recover": {"refit": 2},
+}
+
+
+def test_a_run_with_cuts_and_zeros_records_both_sizes(folder: Path) -> None:
+    recipe = {**BOTH, "schedule": {"rounds": 2, "interval": 1}}
+    model = pruned(folder, "both", recipe, epochs=3)
+    report = Report.load(folder / "both")
+    for row, facts in zip(report.rounds, facts_of(folder, "both"), strict=True):
+        assert report.dense.flops
+        assert row.flops
+        assert facts.keep == pytest.approx(row.flops / report.dense.flops)
+        assert facts.keep <= row.target["flops"]
+    assert [row.zeros for row in report.rounds] == pytest.approx([0.6 * (1 - 0.5**3), 0.6], abs=2e-3)
+    assert share(model) == pytest.approx(0.6, abs=2e-3)
+    plan = composed_plan(model)
+    assert plan
+    assert plan.predicted.dense_flops == report.dense.flops
+    assert {reason for reason in (p.reason for p in plan.protected)} >= {p.reason for p in report.protected}
+
+
+def test_a_guard_halves_the_step_of_a_run_with_cuts_and_zeros(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def validate(self: Any, trainer: Any = None, model: Any = None) -> Any:
+        found = stock(self, trainer, model)
+        return {**found, "fitness": 1 - share(trainer.ema.ema)} if trainer and found else found
+
+    stock = BaseValidator.__call__
+    monkeypatch.setattr(BaseValidator, "__call__", validate)
+    recipe = {
+        **BOTH,
+        "schedule": {"rounds": 3, "interval": 1, "curve": "linear"},
+        "guard": {"max_drop": 0.35},
+    }
+    model = pruned(folder, "both-guarded", recipe, epochs=4)
+    rounds = facts_of(folder, "both-guarded", "last.pt")
+    assert [r.held for r in rounds] == [True, False, True]
+    assert rounds[1].keep < rounds[2].keep < rounds[0].keep
+    assert share(model) == pytest.approx(0.3, abs=5e-3)
+
+
+def test_amounts_of_some_layers_are_reached_in_several_rounds(folder: Path) -> None:
+    recipe = {
+        "sparsity": {"amount": 0.3, "layers": {"model.4": {"amount": 0.9}, "model.6": {"amount": 0.9}}},
+        "schedule": {"rounds": 2, "interval": 1},
+        "recover": {"refit": 2},
+    }
+    model = pruned(folder, "layers", recipe, epochs=3)
+    layers = census(model).layers
+    assert layers["model.4.conv"] == pytest.approx(0.9, abs=1e-3)
+    assert layers["model.6.cv1.conv"] == pytest.approx(0.9, abs=1e-3)
+    assert [facts.keep for facts in facts_of(folder, "layers")] == pytest.approx([1 - 0.3 * 0.875, 0.7])
+
+
+def test_zeros_are_made_where_no_channel_is_left_to_remove(folder: Path) -> None:
+    recipe = {**BOTH, "channels": {"round_to": 32, "min": 2}, "schedule": {"rounds": 4, "interval": 1}}
+    model = pruned(folder, "coarse", recipe, epochs=5)
+    assert share(model) == pytest.approx(0.6, abs=3e-3)
+
+
+def test_two_of_four_comes_with_the_last_cut_and_holds_everywhere(folder: Path) -> None:
+    recipe = {**BOTH, "sparsity": {"pattern": "1:2"}, "channels": {"min": 2}, "schedule": {"rounds": 2, "interval": 1}}
+    model = pruned(folder, "pattern", recipe, epochs=3)
+    plan = composed_plan(model)
+    assert plan
+    assert plan.masks
+    for mask in plan.masks.values():
+        assert (mask.kept.movedim(1, -1).reshape(-1, 2).sum(1) == 1).all()
+    assert load_recipe(None, {"sparsity.pattern": "2:4", "target.flops": 0.5}).sparsity.multiple == 16  # type: ignore[union-attr]
+
+
+def test_a_pattern_for_a_model_with_other_zeros(model: nn.Module) -> None:
+    copy = deepcopy(model)
+    plan = plan_of(copy, amount=0.7)
+    surgery.apply(copy, plan)
+    write_record(copy, Record({}, plan, planner.widths(copy), ()))
+    both = plan.then(plan_of(copy, pattern="2:4"))
+    fits = [n for n, m in both.masks.items() if not m.shape[1] % 16 and not m.shape[0] % 8]
+    assert fits
+    for name in fits:
+        assert (both.masks[name].kept.movedim(1, -1).reshape(-1, 4).sum(1) <= 2).all()
+
+
+def test_layers_that_do_not_run_keep_their_weights() -> None:
+    torch.manual_seed(0)
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.attention = nn.MultiheadAttention(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x.flatten(2).movedim(2, 0))
+            return self.attention(x, x, x)[0]  # type: ignore[no-any-return]
+
+    block, images = Attends(), torch.randn(2, 16, 4, 4)
+    found = find(block, Pattern(), (), (), True)
+    assert set(scores.from_inputs(block, found.layers, images, "wanda", True)) == {"linear.weight"}
+
+
+def test_weights_that_are_changed_before_the_first_step_are_noticed(folder: Path, sparse: Path) -> None:
+    def spoil(trainer: Any) -> None:
+        for parameter in trainer.model.parameters():
+            parameter.data.add_(1)
+
+    model = YOLO(sparse)
+    model.add_callback("on_train_start", spoil)
+    before = share(model.model)
+    settings = {**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(folder), "name": "start"}
+    model.train(epochs=1, exist_ok=True, **settings)
+    assert share(load_checkpoint(folder / "start/weights/last.pt")[0]) == before  # zero again after the first step
+
+
+def test_lost_zeros_are_told(folder: Path, sparse: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = YOLO(sparse)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.add_(0.01)
+    settings = {**RUN, "data": str(folder / "scenes/scenes.yaml"), "project": str(folder), "name": "lost"}
+    with caplog.at_level("WARNING", logger="ultralytics"):
+        model.train(epochs=1, exist_ok=True, **settings)
+    assert "zeros of this model are not zero any more" in caplog.text
+    assert read_record(load_checkpoint(folder / "lost/weights/last.pt")[0]) is None
+
+
+def test_gradients_of_zeros_do_not_count() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    masked = Masked(layer, {"weight": Mask.of(torch.tensor([[True, False]]))})
+    layer(torch.tensor([[3.0, 4.0]])).sum().backward()
+    masked.hold_gradients()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.norm() == 3
+
+
+def test_a_plan_cannot_mask_what_is_no_weight(model: nn.Module) -> None:
+    name = next(n for n, t in model.state_dict().items() if n.endswith("running_var"))
+    mask = Mask.of(torch.zeros(model.state_dict()[name].shape))
+    with pytest.raises(PlanError, match="was made for another model"):
+        surgery.apply(deepcopy(model), Plan({}, {}, {}, masks={name: mask}))
+    data = plan_of(model, amount=0.5).to_dict()
+    data["forecast"]["zeros_after"] = data["forecast"]["weights"] + 1
+    with pytest.raises(PlanError, match="more zeros than weights"):
+        Plan.from_dict(data)

@@ -118,7 +118,7 @@ def _warn_of_stand_ins(asked: Recipe) -> None:
 
 def _zeros_after(module: nn.Module, cut: Plan, asked: Recipe, calibration: Calibration | None) -> Plan:
     """The zeros in what a cut leaves. Weights are scored after the refit, as in a run."""
-    after, forecast = bare_copy(module), cut.predicted
+    after = bare_copy(module)
     earlier = {name: mask.cut(cut.keep.get(name, {})) for name, mask in zeros.masks_of(module).items()}
     surgery.apply(after, cut)
     if calibration and asked.recover.refit:
@@ -126,14 +126,8 @@ def _zeros_after(module: nn.Module, cut: Plan, asked: Recipe, calibration: Calib
         recover.refit(
             bare_copy(module), after, replace(cut, masks=earlier), images, progress=log.bar("refitting layers")
         )
-    present = replace(
-        forecast,
-        flops_before=forecast.flops_after,
-        params_before=forecast.params_after,
-        ms_before=forecast.ms_after,
-    )
     amount, bar = asked.zeros(asked.keep or 0.0, 1.0), log.bar("scoring weights")
-    return zeros.plan_for(after, asked, amount, present, (), calibration, bar, earlier)
+    return zeros.plan_after(cut, after, asked, amount, earlier, (), calibration, bar)
 
 
 @torch.inference_mode(False)

@@ -98,6 +98,17 @@ class Forecast:
             **zeros,
         )
 
+    @property
+    def after(self) -> Forecast:
+        """The model after the plan, as the forecast of a plan that changes nothing."""
+        return replace(
+            self,
+            flops_before=self.flops_after,
+            params_before=self.params_after,
+            ms_before=self.ms_after,
+            zeros_before=self.zeros_after,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without unknown values."""
         known = {key: value for key, value in vars(self).items() if value}
@@ -116,4 +127,6 @@ class Forecast:
         numbers: dict[str, Any] = {k: (int if k in whole else float)(v) for k, v in data.items() if k not in others}
         if not all(0 < value < math.inf for value in numbers.values()):
             raise ValueError("a forecast holds positive numbers only")
+        if max(numbers.get("zeros_before", 0), numbers.get("zeros_after", 0)) > numbers.get("weights", 0):
+            raise ValueError("a forecast has more zeros than weights")
         return cls(stored_size(data["imgsz"], error=ValueError), **numbers, measured=bool(data.get("measured")))

@@ -104,6 +104,18 @@ class Masked:
             state[name]: (~mask.kept).to(state[name].device) for name, mask in masks.items() if name in state
         }
 
+    def current(self, model: nn.Module, masks: Masks) -> bool:
+        """Whether the masked parameters still are those of the model."""
+        state = model.state_dict(keep_vars=True)
+        return self.gone.keys() == {state[name] for name in masks if name in state}
+
+    @torch.no_grad()
+    def hold_gradients(self) -> None:
+        """Set the gradients of the masked weights to zero, so that they do not count in the norm of the gradients."""
+        for parameter, gone in self.gone.items():
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(gone, 0)
+
     @torch.no_grad()
     def hold(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Set the masked weights to zero, and also their momenta in `optimizer`."""
@@ -128,12 +140,12 @@ def check(model: nn.Module, masks: Masks) -> None:
     """Check that masks were made for this model.
 
     Raises:
-        PlanError: For the first tensor that is missing or has another shape.
+        PlanError: For the first tensor that is missing, has another shape, or is no weight of a layer.
     """
-    state = model.state_dict(keep_vars=True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
-        shape = tuple(state[name].shape) if name in state else None
-        if shape != mask.shape:
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        if shape != mask.shape or len(mask.shape) < 2:
             has = f"has the shape {shape}" if shape else "is missing"
             raise PlanError(
                 f"The plan was made for another model: it has zeros in '{name}' of shape {mask.shape}, which {has} "

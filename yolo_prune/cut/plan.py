@@ -191,7 +191,8 @@ class Plan:
         masks = {name: mask.cut(later.keep.get(name, {})) for name, mask in self.masks.items()}
         for name, mask in later.masks.items():
             masks[name] = masks[name] & mask if name in masks else mask
-        return Plan(keep, attributes, shapes, tuple(groups.values()), later.protected, forecast, scale, masks)
+        protected = later.protected if later.keep else tuple(dict.fromkeys((*self.protected, *later.protected)))
+        return Plan(keep, attributes, shapes, tuple(groups.values()), protected, forecast, scale, masks)
 
     def since(self, earlier: Plan) -> Plan:
         """Undo `then`: the rest of this plan for a model to which `earlier` was already applied.

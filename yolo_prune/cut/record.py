@@ -105,6 +105,12 @@ def read_record(model: nn.Module) -> Record | None:
         PruneError: If the record was written by a later version of yolo-prune, or is damaged.
     """
     model = student_of(model)
+    record = stored_record(model)
+    return record if record is None or record.plan is None else _fitting(model, record, record.plan)
+
+
+def stored_record(model: nn.Module) -> Record | None:
+    """The record of a model as it is stored, whether it is true of the model or not; see `read_record`."""
     yaml = getattr(model, "yaml", None)
     data = yaml.get(KEY) if isinstance(yaml, Mapping) else None
     if data is None:
@@ -121,7 +127,7 @@ def read_record(model: nn.Module) -> Record | None:
             f"This checkpoint's pruning record has version {version}; yolo-prune {__version__} reads version "
             f"{VERSION}. Install the yolo-prune that made the checkpoint ({maker})."
         )
-    return record if record.plan is None else _fitting(model, record, record.plan)
+    return record
 
 
 def _fitting(model: nn.Module, record: Record, plan: Plan) -> Record | None:
@@ -131,6 +137,20 @@ def _fitting(model: nn.Module, record: Record, plan: Plan) -> Record | None:
     if not plan.masks or Masked(model, plan.masks).holds():
         return record
     return replace(record, plan=replace(plan, masks={})) if plan.keep else None
+
+
+def forget_lost_zeros(model: nn.Module) -> bool:
+    """Delete the masks from a record whose zeros are not zero any more. Returns whether there were any."""
+    stored, true = stored_record(model), read_record(model)
+    if stored is None or stored.plan is None or not stored.plan.masks or not _fits(model, stored.plan):
+        return False
+    if true is not None and true.plan is not None and true.plan.masks:
+        return False
+    if true is None:
+        delete_record(model)
+    else:
+        write_record(model, true)
+    return True
 
 
 def _fits(model: nn.Module, plan: Plan) -> bool:

@@ -271,7 +271,8 @@ def _constraints(model: nn.Module, graph: Graph, recipe: Recipe, timing: Timing 
         RecipeError: If a pattern matches no layer.
     """
     channels, multiple = recipe.channels, timing.multiple if timing else 1
-    everywhere = multiple if timing and channels.round_to is None else channels.round_to or ROUND_TO
+    usual = math.lcm(ROUND_TO, recipe.sparsity.multiple) if recipe.sparsity else ROUND_TO
+    everywhere = multiple if timing and channels.round_to is None else channels.round_to or usual
     limits_of: dict[str, list[LayerLimits]] = {}
     for pattern, limits in channels.layers.items():
         modules = set(named(model, pattern, "channels.layers"))

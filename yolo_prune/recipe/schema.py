@@ -156,6 +156,11 @@ class Sparsity(_Part):
         kept, of = map(int, self.pattern.split(":"))
         return 1 - kept / of
 
+    @property
+    def multiple(self) -> int:
+        """Widths that are multiples of this number can have the pattern; 16 for the sparse tensor cores' 2:4."""
+        return {"unstructured": 1, "2:4": 16}.get(self.pattern) or int(self.pattern.split(":")[1])
+
 
 class Schedule(_Part):
     """When the model is cut, and how much each cut removes."""
@@ -426,6 +431,9 @@ class Recipe(_Part):
     def zeros(self, keep: float, start: float) -> float:
         """Fraction of the weights that are zero at a size: the zeros grow together with the removed channels.
 
+        With a target, zeros in a pattern N:M are made with the last cut only: an earlier pattern would not fit the
+        inputs that a later cut leaves.
+
         Args:
             keep: size of the model, in `metric`.
             start: size that the run started from.
@@ -440,6 +448,8 @@ class Recipe(_Part):
             return 0.0
         if self.target is None:
             return 1 - keep
+        if self.sparsity.pattern != "unstructured":
+            return self.sparsity.fixed if keep <= (self.keep or 0.0) * (1 + 1e-9) else 0.0
         whole = start - (self.keep or 0.0)
         return self.sparsity.fixed * min(max((start - keep) / whole, 0.0), 1.0) if whole > 0 else self.sparsity.fixed
 

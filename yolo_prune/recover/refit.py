@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from yolo_prune.cut.plan import Plan
 from yolo_prune.data import layer_samples
 from yolo_prune.data.layer_samples import ReadableLayer
-from yolo_prune.recover.scope import inside, modes_kept
+from yolo_prune.recover.scope import inside, modes_kept, with_less_memory
 
 POSITIONS = 8000
 """Positions, of all images together, to which a layer is fitted.
@@ -81,23 +81,11 @@ def refit(
         RuntimeError: If the memory is too small even for one image.
     """
     saved = {name: tensor.detach().clone() for name, tensor in after.state_dict().items()}
-    while True:
-        try:
-            _refit(before, after, plan, images, frozen, progress)
-            return len(images)
-        except (RuntimeError, MemoryError) as e:
-            after.load_state_dict(saved)
-            if len(images) == 1 or not _out_of_memory(e):
-                raise
-            del e
-        images = images[: len(images) // 2]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    said = str(error).lower()  # PyTorch has its own error class for some devices only
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    return with_less_memory(
+        images,
+        lambda some: _refit(before, after, plan, some, frozen, progress),
+        lambda: after.load_state_dict(saved),
+    )
 
 
 def _refit(

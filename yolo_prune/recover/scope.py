@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:
@@ -23,3 +24,36 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def with_less_memory(images: Tensor, work: Callable[[Tensor], object], undo: Callable[[], object] = bool) -> int:
+    """Do something with images. If the memory is too small, do it again with half of the images, and so on.
+
+    Args:
+        images: `(n, ...)`.
+        work: what is done.
+        undo: called after a failure, before the next attempt.
+
+    Returns:
+        Number of images used.
+
+    Raises:
+        RuntimeError: If the memory is too small even for one image, or of another kind.
+    """
+    while True:
+        try:
+            work(images)
+            return len(images)
+        except (RuntimeError, MemoryError) as e:
+            undo()
+            if len(images) == 1 or not _out_of_memory(e):
+                raise
+            del e
+        images = images[: len(images) // 2]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    said = str(error).lower()  # PyTorch has its own error class for some devices only
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said

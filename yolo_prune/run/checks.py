@@ -181,14 +181,18 @@ def check_load(module: nn.Module, weights: nn.Module) -> Masks:
     ours, others = mine or Plan({}, {}, {}), theirs or Plan({}, {}, {})
     if ours.keep == others.keep and others.masks in ({}, ours.masks):
         return ours.masks
-    if mine and theirs:
+    if ours.keep == others.keep:
+        differ = "The weights to load have zeros, which this model would not keep"
+    elif mine and theirs:
         differ = "This model and the weights to load were pruned differently"
     else:
         differ = f"This model is {'' if mine else 'not '}pruned, but the weights to load are{' not' if mine else ''}"
     file = getattr(weights, "pt_path", None)
     known = file and Path(str(file)).is_file()
     raise RunError(
-        f"{differ}. Loading would mix two structures and damage the model. Instead, "
+        f"{differ}. "
+        + ("" if ours.keep == others.keep else "Loading would mix two structures and damage the model. ")
+        + "Instead, "
         + ("" if known else "save the model of the weights with its save(), and ")
         + f"start from the file of the weights: YOLO('{file if known else 'weights.pt'}').train(...)."
     )

@@ -156,7 +156,7 @@ def log_round(trainer: PruningTrainer, run: RunState, row: RoundRow) -> None:
     LOGGER.info(
         f"{PREFIX}round {row.number} of {cuts}: {kept:.1%} of the FLOPs, {row.params:,} parameters; "
         + (f"fitness {', '.join(steps)}" if steps else "not measured")
-        + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved" * (row.params != report.dense.params))
+        + (f"; exact to {row.proof.error:.0e}" if row.proof else "; not proved" * ("weights" not in row.target))
         + (f"; {row.latency}" if row.latency else "")
         + (f"; {row.zeros:.1%} of the weights are zero" if row.zeros else "")
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from yolo_prune.cut import heads, surgery
+from yolo_prune.cut import heads, masks, surgery
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import composed_plan
 from yolo_prune.errors import RunError
@@ -151,6 +151,7 @@ def adopt(built: Any, pruned: Any, edited: bool, builder: str, stock: Callable[[
             )
     if wrong:
         surgery.become(built, pruned, plan)
+    masks.hold(built, plan.masks)  # a trainer of the user may have made new weights
     built.yaml = {**(getattr(built, "yaml", None) or {}), **pruned.yaml}  # type: ignore[assignment]
 
 

@@ -18,7 +18,7 @@ from ultralytics.utils import checks as ultralytics_checks
 from ultralytics.utils.files import get_latest_run
 
 from yolo_prune import _keys, criteria
-from yolo_prune.cut.record import Record, close_record, is_pruned, read_record
+from yolo_prune.cut.record import Record, close_record, forget_lost_zeros, is_pruned, read_record
 from yolo_prune.env import versions
 from yolo_prune.env.log import PREFIX
 from yolo_prune.env.releases import load_checkpoint, load_yaml
@@ -121,6 +121,11 @@ def train(
     """
     model._check_is_pytorch_model()
     request = Request.of(model, arguments)
+    if forget_lost_zeros(model.model):
+        LOGGER.warning(
+            f"{PREFIX}the zeros of this model are not zero any more, so they are not kept: its weights were reset, or "
+            "Ultralytics trained it without yolo-prune."
+        )
     get_cfg(overrides={**request.settings, "mode": "train"})  # Ultralytics' own check of names and values comes first
     if request.settings["resume"]:
         launch = _resume(model, request)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -136,7 +137,7 @@ def _cut(
     if recipe.target and recipe.sparsity:
         amount = recipe.zeros(decision.keep, record.start)
         _refit(trainer, run, due.number, uncut, replace(plan, masks=composed.masks), calibration)
-        added = _add_zeros(trainer, run, due, amount, composed, calibration)
+        added = _add_zeros(trainer, run, due, plan, amount, composed.masks, calibration)
         plan, composed = plan.then(added), composed.then(added)
     if early:
         live.rewind(trainer, early, composed.masks)
@@ -148,34 +149,18 @@ def _add_zeros(
     trainer: PruningTrainer,
     run: RunState,
     due: schedule.Round,
+    plan: Plan,
     amount: float,
-    composed: Plan,
+    earlier: Masks,
     calibration: Calibration | None,
 ) -> Plan:
     """After a cut, set weights of what is left to zero. Returns the plan of the zeros, which may be empty."""
-
-    def decide() -> Plan:
-        try:
-            return _plan_zeros(trainer, run, due, amount, calibration, composed.masks)
-        except NothingToRemoveError:
-            return Plan({}, {}, {}, forecast=composed.forecast)
-
-    added = ranks.agree(decide)
+    average, bar = live.average_of(trainer), log.bar(f"{PREFIX}round {due.number}: scoring weights")
+    added = ranks.agree(
+        lambda: zeros.plan_after(plan, average, run.recipe, amount, earlier, run.frozen, calibration, bar)
+    )
     live.cut(trainer, added)
     return added
-
-
-def _plan_zeros(
-    trainer: PruningTrainer,
-    run: RunState,
-    due: schedule.Round,
-    amount: float,
-    calibration: Calibration | None,
-    earlier: Masks,
-) -> Plan:
-    average, bar = live.average_of(trainer), log.bar(f"{PREFIX}round {due.number}: scoring weights")
-    present = planner.standing(average, planner.survey(average, run.recipe, run.imgsz(trainer), run.frozen))
-    return zeros.plan_for(average, run.recipe, amount, present, run.frozen, calibration, bar, earlier)
 
 
 def _commit(
@@ -205,7 +190,7 @@ def _commit(
     )
     facts = RoundFacts(
         **row.model_dump(include={"number", "epoch", "target", "flops", "params", "plan", "latency"}),
-        keep=plan.predicted.kept(metric),
+        keep=plan.predicted.kept(metric) if run.recipe.target else decision.keep,
         reference=outcome.reference,
     )
     _forget_best(trainer, record)
@@ -255,14 +240,9 @@ def _decide(
 ) -> Decision | None:
     """Make and prove the plan of a round. Returns None if earlier rounds removed as much, or if a search is over."""
     ema, recipe, stages = live.average_of(trainer), run.recipe, guard.stages(record.start, record.rounds)
-    if recipe.target is None:
-        keep = guard.next_keep(stages, due.keep, 0.0, recipe.keep)
-        try:
-            plan = _plan_zeros(trainer, run, due, recipe.zeros(keep, record.start), calibration, zeros.masks_of(ema))
-        except NothingToRemoveError:
-            return None
-        return Decision(keep, plan, None, None)
     graph, searches = planner.survey(ema, recipe, run.imgsz(trainer), run.frozen), recipe.searches
+    if recipe.target is None:
+        return _decide_zeros(run, due, record, stages, ema, graph, calibration)
     floor = planner.limits_of(ema, graph, recipe).least(recipe.metric) if searches else 0.0
     keep = guard.next_keep(stages, due.keep, floor, recipe.keep)
     if searches and guard.search_is_over(stages):
@@ -271,10 +251,46 @@ def _decide(
         aim = Aim(keep, _present(record), guard.tolerance(stages, keep, search.TOLERANCE))
         plan, latency = _plan(trainer, run, due, graph, aim, calibration)
     except NothingToRemoveError:
-        return None
+        return _zeros_alone(run, keep, record, ema, graph)
     if searches and guard.is_known_to_fail(stages, plan.predicted.kept(recipe.metric)):
         return None
     return Decision(keep, plan, proof.prove(ema, plan) if recipe.proof else None, latency)
+
+
+def _decide_zeros(
+    run: RunState,
+    due: schedule.Round,
+    record: Record,
+    stages: Sequence[guard.Stage],
+    ema: nn.Module,
+    graph: Graph,
+    calibration: Calibration | None,
+) -> Decision | None:
+    """The decision of a round without a target. Returns None if there are as many zeros already."""
+    keep = guard.next_keep(stages, due.keep, 0.0, run.recipe.keep)
+    amount, present = run.recipe.zeros(keep, record.start), planner.standing(ema, graph)
+    bar = log.bar(f"{PREFIX}round {due.number}: scoring weights")
+    try:
+        plan = zeros.plan_for(ema, run.recipe, amount, present, run.frozen, calibration, bar)
+    except NothingToRemoveError:
+        return None
+    return Decision(keep, plan, None, None)
+
+
+def _zeros_alone(run: RunState, keep: float, record: Record, ema: nn.Module, graph: Graph) -> Decision | None:
+    """The decision of a round with no channel to remove: zeros may be missing. Returns None if none is."""
+    recipe = run.recipe
+    if recipe.sparsity is None:
+        return None
+    missing = recipe.zeros(keep, record.start) - zeros.share_of(ema, recipe, run.frozen)
+    if missing < FEW:
+        return None
+    plan = Plan({}, {}, {}, forecast=planner.standing(ema, graph))
+    return Decision(keep, plan, None, None) if recipe.metric != "latency" else None
+
+
+FEW = 1e-3
+"""A round is not worth it for a smaller share of zeros: a share of the weights, below what rounds differ by."""
 
 
 class Aim(NamedTuple):

@@ -90,7 +90,7 @@ def find(
         if not _has_weights(layer) or name in small or ".dfl" in name or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))
-        reason = _reason(name, layer, pattern, protected, frozen, from_inputs, name in merged)
+        reason = _reason((name, merged.get(name, (name,))[0]), layer, pattern, protected, frozen, from_inputs)
         if reason:
             skipped.setdefault(reason, []).append(name)
         else:
@@ -103,18 +103,20 @@ def _has_weights(layer: nn.Module) -> bool:
 
 
 def _reason(
-    name: str,
+    names: tuple[str, str],
     layer: nn.Module,
     pattern: Pattern,
     protected: Collection[str],
     frozen: Collection[str],
     from_inputs: bool,
-    merged: bool,
 ) -> str:
-    """The reason why a layer keeps all its weights; empty if it need not keep them."""
-    if inside(name, tuple(protected)):
+    """The reason why a layer keeps all its weights; empty if it need not keep them.
+
+    `names` are those of the layer and of the smaller kernel that shares its zeros.
+    """
+    if any(inside(name, tuple(protected)) for name in names):
         return "protect"
-    if inside(name, tuple(frozen)):
+    if any(inside(name, tuple(frozen)) for name in names):
         return "freeze"
     if from_inputs and not (layer_samples.readable(layer) or layer_samples.upsamples(layer)):
         return "the score needs inputs of the layer, which cannot be read for this kind of layer"

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.utils import LOGGER
 
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.cut.masks import Mask, Masks
@@ -29,8 +31,6 @@ from yolo_prune.zeros.patterns import Pattern, lowest
 
 IMAGES = 64
 """Default number of training images for a score that looks at inputs; a choice, as for the criteria."""
-NO_ROOM = 1e-9
-"""Two sizes that differ by less are the same."""
 
 
 def images_for(recipe: Recipe) -> int:
@@ -56,7 +56,7 @@ def trial(model: nn.Module, graph: Graph, recipe: Recipe, imgsz: ImageSize, froz
     if recipe.sparsity is None:
         return search.trial(model, graph, recipe, imgsz)
     if recipe.target is not None:
-        found_in(model, recipe, frozen)
+        _own_amounts(model, found_in(model, recipe, frozen), recipe.sparsity)
         return search.trial(model, graph, recipe, imgsz)
     plan = plan_for(model, rehearsal(recipe), recipe.sparsity.fixed, planner.standing(model, graph), frozen)
     return Trial(plan, plan.predicted.present("weights"), None)
@@ -90,30 +90,81 @@ def plan_for(
         RecipeError: If a pattern matches no layer, or images are missing.
     """
     asked, found = _asked(recipe), found_in(model, recipe, frozen)
-    known = masks_of(model) if earlier is None else earlier
-    kept = {
-        layer.tensor: known[layer.tensor].kept
-        if layer.tensor in known
-        else torch.ones(layer.weight.shape, dtype=torch.bool)
-        for layer in found.layers
-    }
-    weights, before = sum(mask.numel() for mask in kept.values()), sum(int((~mask).sum()) for mask in kept.values())
-    if before >= amount * weights * (1 - NO_ROOM):
-        raise NothingToRemoveError(
-            f"sparsity: {before / weights:.3f} of the weights are zero already, so an amount of {amount:g} leaves "
-            "nothing to remove. Set a larger amount."
-        )
+    own = _own_amounts(model, found, asked)
     scores = _scores(model, found.layers, asked, calibration, progress)
-    chosen = _select(found.layers, asked, amount, scores, kept, _own_amounts(model, found, asked))
-    masks = {layer.tensor: chosen[layer.tensor] & kept[layer.tensor] for layer in found.layers}
-    for layer in found.layers:
+    still = [layer for layer in found.layers if layer.tensor not in scores]
+    layers = [layer for layer in found.layers if layer.tensor in scores]
+    kept = _kept(layers, masks_of(model) if earlier is None else earlier)
+    chosen = _select(layers, asked, amount, scores, kept, {name: own[name] for name in own if name in scores})
+    masks = {name: mask & kept[name] for name, mask in chosen.items()}
+    forecast = replace(present, **_counts(kept, masks))
+    if forecast.zeros_after == forecast.zeros_before:
+        raise NothingToRemoveError(
+            f"sparsity: {1 - forecast.present('weights'):.3f} of the weights are zero already, so an amount of "
+            f"{amount:g} leaves nothing to remove. Set a larger amount."
+        )
+    for layer in layers:
         if layer.merged:
             masks[f"{layer.merged[0]}.weight"] = layer.centre(masks[layer.tensor])
-    after = sum(int((~masks[layer.tensor]).sum()) for layer in found.layers)
-    forecast = replace(present, weights=weights, zeros_before=before, zeros_after=after)
-    skipped = tuple(Protected(tuple(names), f"no zeros: {reason}") for reason, names in found.skipped.items())
+    skipped = {**found.skipped, "the layer did not run on the images": [layer.name for layer in still]}
+    protected = tuple(Protected(tuple(names), f"no zeros: {reason}") for reason, names in skipped.items() if names)
     stored = {name: Mask.of(mask) for name, mask in masks.items() if not mask.all()}
-    return Plan({}, {}, {}, protected=skipped, forecast=forecast, masks=stored)
+    return Plan({}, {}, {}, protected=protected, forecast=forecast, masks=stored)
+
+
+def plan_after(
+    cut: Plan,
+    model: nn.Module,
+    recipe: Recipe,
+    amount: float,
+    earlier: Masks,
+    frozen: Sequence[str] = (),
+    calibration: Calibration | None = None,
+    progress: Progress = iter,
+) -> Plan:
+    """Plan the zeros in what a cut leaves. The plan has no masks if there is nothing to remove.
+
+    Args:
+        cut: the plan of the cut, with its forecast.
+        model: the model after the cut.
+        recipe: with `sparsity`.
+        amount: fraction of the weights that are zero afterwards.
+        earlier: masks of weights that are zero already, in the shapes after the cut.
+        frozen: as for `plan_for`.
+        calibration: as for `plan_for`.
+        progress: as for `plan_for`.
+    """
+    present = cut.predicted.after
+    try:
+        return plan_for(model, recipe, amount, present, frozen, calibration, progress, earlier)
+    except TargetError as e:
+        LOGGER.warning(f"{e} After the cut, there are no zeros.")
+        return Plan({}, {}, {}, forecast=present)
+    except NothingToRemoveError:
+        kept = _kept(found_in(model, recipe, frozen).layers, earlier)
+        return Plan({}, {}, {}, forecast=replace(present, **_counts(kept, kept)))
+
+
+def share_of(model: nn.Module, recipe: Recipe, frozen: Sequence[str] = ()) -> float:
+    """Share of zeros, by earlier plans, among the weights that may be zero."""
+    kept = _kept(found_in(model, recipe, frozen).layers, masks_of(model))
+    counts = _counts(kept, kept)
+    return float(counts["zeros_after"] / counts["weights"])
+
+
+def _kept(layers: Sequence[SparseLayer], masks: Masks) -> dict[str, Tensor]:
+    """`{tensor name: weights that are not masked, as bools}`."""
+    whole = {layer.tensor: torch.ones(layer.weight.shape, dtype=torch.bool) for layer in layers}
+    return {name: masks[name].kept if name in masks else ones for name, ones in whole.items()}
+
+
+def _counts(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The numbers of a forecast: weights that may be zero, and zeros among them before and after."""
+    return {
+        "weights": sum(mask.numel() for mask in before.values()),
+        "zeros_before": sum(int((~mask).sum()) for mask in before.values()),
+        "zeros_after": sum(int((~mask).sum()) for mask in after.values()),
+    }
 
 
 def masks_of(model: nn.Module) -> Masks:
@@ -173,8 +224,9 @@ def _scores(
         )
     images = calibration.images(asked.images or IMAGES)
     scores = scoring.from_inputs(model, layers, images, asked.score, asked.scope == "global", progress)
-    # A layer that does not run on images of the dataset has no inputs; its weights cannot matter.
-    return {layer.tensor: scores.get(layer.tensor, torch.zeros(layer.weight.shape)) for layer in layers}
+    if not scores:
+        raise TargetError(f"sparsity: no layer ran on the images, which the score {asked.score} needs.")
+    return scores
 
 
 def _select(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_prune.data import layer_samples
-from yolo_prune.recover.scope import modes_kept
+from yolo_prune.recover.scope import modes_kept, with_less_memory
 from yolo_prune.zeros.layers import SparseLayer
 
 DAMPING = 0.01
@@ -33,7 +33,7 @@ FROM_INPUTS = ("wanda", "obs")
 
 def magnitude(layer: SparseLayer) -> Tensor:
     """|w|: the score of `torch.nn.utils.prune.l1_unstructured`, float64 in the shape of the weight."""
-    return _with_merged(layer, lambda weight, _: weight.detach().double().abs().cpu())
+    return _with_merged(layer, lambda weight, _: weight.detach().cpu().double().abs())
 
 
 def random(layer: SparseLayer, seed: int) -> Tensor:
@@ -70,21 +70,24 @@ def from_inputs(
     """
     costs: dict[str, list[Tensor]] = {}  # one entry per pass through a layer
     bar = iter(progress(range(len(layers))))
-    hooks = []
     watched = [pair for layer in layers for pair in ((layer.name, layer.layer), layer.merged) if pair]
-    for name, layer in watched:
-        hooks.append(layer.register_forward_hook(partial(_observe, costs, name, score, relative, bar)))
-    try:
-        with modes_kept(model), torch.no_grad():
-            model.eval()(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def look(images: Tensor) -> None:
+        costs.clear()
+        hooks = [m.register_forward_hook(partial(_observe, costs, n, score, relative, bar)) for n, m in watched]
+        try:
+            with modes_kept(model), torch.no_grad():
+                model.eval()(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    with_less_memory(images, look)
     next(bar, None)  # closes the progress bar
     mean = {name: torch.stack(found).mean(0) for name, found in costs.items()}
 
     def of(weight: Tensor, name: str) -> Tensor:
-        return weight.detach().double().square().cpu() * mean[name] if name in mean else torch.zeros_like(weight)
+        return weight.detach().cpu().double().square() * mean[name] if name in mean else torch.zeros_like(weight)
 
     return {layer.tensor: _with_merged(layer, of) for layer in layers if layer.name in mean}
 
@@ -111,6 +114,7 @@ def _observe(
     if name not in costs:
         next(bar, None)
     read, written = _samples(name, layer, given[0], output)
+    read, written = (t.cpu() if t.device.type == "mps" else t for t in (read, written))  # mps has no double precision
     cost = unit_cost(read.double(), score)
     if relative:
         cost = cost / written.double().var(-1).sum().clamp(min=TINY)
