@@ -506,8 +506,8 @@ def test_the_report_and_the_page_show_the_zeros(sparse: Path) -> None:
     assert report.pruned.zipped_mb < 0.6 * report.pruned.size_mb
 
 
-def facts_of(folder: Path, name: str, file: str = "best.pt") -> list[Any]:
-    record = read_record(load_checkpoint(folder / name / "weights" / file)[0])
+def facts_of(folder: Path, name: str) -> list[Any]:
+    record = read_record(load_checkpoint(folder / name / "weights/best.pt")[0])
     assert record
     return list(record.rounds)
 
@@ -551,9 +551,9 @@ def test_a_guard_halves_the_step_of_a_run_with_cuts_and_zeros(folder: Path, monk
         "guard": {"max_drop": 0.35},
     }
     model = pruned(folder, "both-guarded", recipe, epochs=4)
-    rounds = facts_of(folder, "both-guarded", "last.pt")
+    rounds = Report.load(folder / "both-guarded").rounds
     assert [r.held for r in rounds] == [True, False, True]
-    assert rounds[1].keep < rounds[2].keep < rounds[0].keep
+    assert [round(r.target["flops"], 3) for r in rounds] == [0.867, 0.733, 0.8]
     assert share(model) == pytest.approx(0.3, abs=5e-3)
 
 
