@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from yolo_prune.criteria.base import Tensors, register_criterion
 from yolo_prune.criteria.data import IMAGES, check_finite
-from yolo_prune.cut.copies import bare_copy
+from yolo_prune.cut.copies import lean_copy
 from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.errors import PruneError, RecipeError
 from yolo_prune.graph.structure import ChannelSet, output_dimension
@@ -80,9 +80,9 @@ class TorchPruning:
         self._size = 0
 
     def read(self, model: nn.Module) -> None:
-        """Copy the model whose weights are scored; with images, `observe` makes the copy."""
+        """Copy the model whose weights are scored to the CPU; with images, `observe` makes the copy."""
         if not self.images:
-            self._layers = dict(bare_copy(model).float().named_modules())
+            self._layers = dict(lean_copy(model).float().named_modules())
 
     def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
         """Provide what the class reads on training images. The model is not changed."""
@@ -94,6 +94,11 @@ class TorchPruning:
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
         """Score every channel; see `Criterion`. A group for which the class has no score is scored 0."""
+        scores = self._scores(channels)
+        return torch.zeros(channels.size, dtype=torch.float64) if scores is None else scores
+
+    def _scores(self, channels: ChannelSet) -> Tensor | None:
+        """What the class says, as float64 on the CPU; None if it has no score for a group."""
         from yolo_prune.graph.pruning_group import pruning_group
 
         merge = getattr(self._importance, "group_reduction", None) not in ("max", "prod")
@@ -110,7 +115,7 @@ class TorchPruning:
                 "another importance, or protect this layer."
             ) from e
         if scores is None:
-            return torch.zeros(channels.size, dtype=torch.float64)
+            return None
         scores = torch.as_tensor(scores).detach().double().cpu()
         if scores.shape not in {(channels.size,), (max(len(item.idxs) for item in group),)}:
             raise PruneError(
