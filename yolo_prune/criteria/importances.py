@@ -75,6 +75,7 @@ class TorchPruning:
         if isinstance(self._importance, stock.GroupMagnitudeImportance) and isinstance(normalizer, str):
             self._importance.normalizer = partial(self._normalized, normalizer)
         self._reads_fisher = issubclass(kind, stock.OBDCImportance)
+        self._reads_filters = issubclass(kind, stock.FPGMImportance)
         self._name = importance
         self._layers: dict[str, nn.Module] = {}
         self._size = 0
@@ -103,13 +104,13 @@ class TorchPruning:
 
         merge = getattr(self._importance, "group_reduction", None) not in ("max", "prod")
         group, self._size = pruning_group(self._layers, channels, merge), channels.size
+        if self._reads_filters:
+            group._group = [item for item in group._group if not _reads_in_groups(item)]
         if self._reads_fisher:
             self._importance.Fisher, self._importance.steps = _FisherRows(self._importance, group), 1
         try:
             scores = self._importance(group)
-        except (
-            Exception
-        ) as e:  # the class may be the user's; and some of torch-pruning's fail on convolutions with groups
+        except Exception as e:  # the class may be the user's
             raise PruneError(
                 f"criterion.importance: '{self._name}' failed on '{channels.name}': {type(e).__name__}: {e}. Use "
                 "another importance, or protect this layer."
@@ -334,3 +335,9 @@ class _FisherRows:
 
 def _is_output(item: Any) -> bool:
     return bool(item.dep.handler.__name__ == "prune_out_channels")
+
+
+def _reads_in_groups(item: Any) -> bool:
+    """Whether an item is the inputs of a convolution with groups, for which `FPGMImportance` raises an error."""
+    layer = item.dep.target.module
+    return not _is_output(item) and 1 < getattr(layer, "groups", 1) < layer.in_channels
