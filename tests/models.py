@@ -7,6 +7,7 @@ Every tensor is drawn from a continuous distribution in float64, so that a value
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load
 
 from yolo_prune import criteria
+from yolo_prune.criteria import Criterion
 from yolo_prune.cut import surgery
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, read_record, write_record
@@ -78,12 +80,20 @@ def plan_of(name: str, **fields: Any) -> Plan:
     graph, cost = graph_of(name), cost_of(name)
     if asked.channels.attention != "dims":
         graph = trace(shared(name), imgsz=IMGSZ, heads=asked.channels.attention)
-    criterion, c = criteria.create(asked.criterion.name, asked.criterion.options), asked.channels
+    criterion, c = criterion_of(name, asked.criterion.name, asked.criterion.options), asked.channels
     scores = {s.name: criterion(shared(name).state_dict(), s) for g in graph.groups for s in g.sets}
     whole = cost.flops() if asked.target.metric == "flops" else cost.parameters()
     goal = Goal(asked.target.metric, asked.target.keep * whole, whole)
     constraints = Constraints(c.round_to or ROUND_TO, c.min, c.max_removed)
     return build_plan(graph, cost, select(graph.groups, cost, scores, goal, constraints, graph.widths), {})
+
+
+def criterion_of(name: str, criterion: str, options: Mapping[str, Any]) -> Criterion:
+    """A criterion that uses weights only and has read `shared(name)`."""
+    found = criteria.create(criterion, options)
+    if isinstance(found, criteria.ModelReader):
+        found.read(shared(name))
+    return found
 
 
 def pruned(name: str, **fields: Any) -> DetectionModel:

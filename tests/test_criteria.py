@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import models
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from yolo_prune.criteria import CRITERIA, create, register_criterion
 from yolo_prune.errors import RecipeError
@@ -24,13 +26,27 @@ PAIR = ChannelSet(
         Slot("b.weight", 1, (1, 0)),
     ),
 )
-TENSORS = {
-    "a.weight": torch.tensor([[3.0, -4.0], [90.0, 90.0], [0.0, 1.0]])[:, :, None, None],
-    "a.bias": torch.tensor([1000.0, 1000.0, 1000.0]),
-    "bn.weight": torch.tensor([-2.0, 90.0, 2.0]),
-    "bn.running_var": torch.tensor([1000.0, 1000.0, 1000.0]),
-    "b.weight": torch.tensor([[1.0, -5.0], [1.0, 1.0]])[:, :, None, None],
-}
+
+
+def pair_model(dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
+    model = nn.ModuleDict({"a": nn.Conv2d(2, 3, 1), "bn": nn.BatchNorm2d(3), "b": nn.Conv2d(2, 2, 1, bias=False)})
+    values = {
+        "a.weight": [[3.0, -4.0], [90.0, 90.0], [0.0, 1.0]],
+        "a.bias": [1000.0, 1000.0, 1000.0],
+        "bn.weight": [-2.0, 90.0, 2.0],
+        "bn.running_var": [1000.0, 1000.0, 1000.0],
+        "b.weight": [[1.0, -5.0], [1.0, 1.0]],
+    }
+    state = model.state_dict()
+    for name, value in values.items():
+        state[name].copy_(torch.tensor(value).view_as(state[name]))
+    return model.to(dtype)
+
+
+def scores_of(name: str, options: dict[str, object], channels: ChannelSet = PAIR, model: Any = None) -> Tensor:
+    criterion: Any = create(name, options)
+    criterion.read(model or pair_model())
+    return criterion({}, channels)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -40,43 +56,70 @@ TENSORS = {
         (2, [(9 + 16 + 4 + 25 + 1) ** 0.5, (0 + 1 + 4 + 1 + 1) ** 0.5]),
     ],
 )
-def test_magnitude_is_the_norm_of_all_weights_of_a_channel(norm: int, expected: list[float]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_magnitude_is_the_norm_of_all_weights_of_a_channel(
+    norm: int, expected: list[float], dtype: torch.dtype
+) -> None:
     """Of its producers, its batch norm and its consumers; of biases and statistics nothing."""
-    score = create("magnitude", {"norm": norm})(TENSORS, PAIR)
+    score = scores_of("magnitude", {"norm": norm}, model=pair_model(dtype))
     assert score.dtype == torch.float64
+    assert not score.requires_grad
     assert score.tolist() == pytest.approx(expected)
 
 
 def test_magnitude_defaults_to_the_euclidean_norm() -> None:
-    assert torch.equal(create("magnitude", {})(TENSORS, PAIR), create("magnitude", {"norm": 2})(TENSORS, PAIR))
+    assert torch.equal(scores_of("magnitude", {}), scores_of("magnitude", {"norm": 2}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_magnitude_is_summed_in_double_precision(dtype: torch.dtype) -> None:
-    big: dict[str, Tensor] = {"a.weight": torch.full((1, 4096), 200.0, dtype=dtype)}
-    score = create("magnitude", {})(big, ChannelSet("one", 1, (Slot("a.weight", 0, (0,)),)))
-    assert score.item() == 200 * 64
+def test_magnitude_of_half_precision_does_not_overflow() -> None:
+    model = nn.ModuleDict({"a": nn.Conv2d(4096, 1, 1, bias=False)}).half()
+    model["a"].weight.data.fill_(200.0)
+    channels = ChannelSet("one", 1, (Slot("a.weight", 0, (0,)),))
+    assert scores_of("magnitude", {}, channels, model).item() == 200 * 64
 
 
-def test_magnitude_scores_a_trainable_parameter_without_a_gradient() -> None:
-    weights = {name: tensor.clone().requires_grad_() for name, tensor in TENSORS.items()}
-    assert not create("magnitude", {})(weights, PAIR).requires_grad
+def test_lamp_is_the_share_of_the_squares_that_are_left() -> None:
+    assert scores_of("lamp", {}).tolist() == pytest.approx([1, 7 / 62])
+
+
+def test_bn_scale_is_the_scale_or_the_magnitude() -> None:
+    model = pair_model()
+    model["bn"].weight.data[0] = -3
+    assert scores_of("bn_scale", {}, model=model).tolist() == [3, 2]
+    bare = ChannelSet("pair", 2, tuple(s for s in PAIR.slots if not s.tensor.startswith("bn")))
+    assert torch.equal(scores_of("bn_scale", {}, bare), scores_of("magnitude", {}, bare))
+
+
+def test_fpgm_is_the_distance_to_the_others() -> None:
+    model = nn.ModuleDict({"a": nn.Conv2d(1, 3, 1)})
+    model["a"].weight.data = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1)
+    score = scores_of("fpgm", {}, ChannelSet("a", 3, (Slot("a.weight", 0, (0, 1, 2)),)), model)
+    wanted = torch.tensor([3.0 + 15, 3 + 12, 15 + 12]).double()  # of the squares 1, 4, 16
+    torch.testing.assert_close(score, wanted / wanted.mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "comparable"), [("magnitude", False), ("lamp", True), ("bn_scale", False), ("fpgm", False)]
+)
+def test_only_lamp_is_compared_over_the_model(name: str, comparable: bool) -> None:
+    assert getattr(create(name, {}), "comparable", False) is comparable
 
 
 def test_random_depends_on_the_seed_and_the_name_alone() -> None:
     other = ChannelSet("other", 2, PAIR.slots)
+    tensors = pair_model().state_dict()
     first = create("random", {"seed": 1})({}, PAIR)
     random = torch.get_rng_state()
-    assert torch.equal(first, create("random", {"seed": 1})(TENSORS, PAIR))
+    assert torch.equal(first, create("random", {"seed": 1})(tensors, PAIR))
     assert torch.equal(random, torch.get_rng_state())
     assert not torch.equal(first, create("random", {"seed": 2})({}, PAIR))
     assert not torch.equal(first, create("random", {"seed": 1})({}, other))
     assert 0 <= first.min() <= first.max() < 1
 
 
-@pytest.mark.parametrize("name", ["magnitude", "random"])
+@pytest.mark.parametrize("name", ["magnitude", "lamp", "bn_scale", "fpgm", "random"])
 def test_scores_of_a_model_are_finite_one_per_channel_and_not_negative(name: str) -> None:
-    tensors, criterion = models.shared("yolo11-tiny").state_dict(), create(name, {})
+    tensors, criterion = models.shared("yolo11-tiny").state_dict(), models.criterion_of("yolo11-tiny", name, {})
     for group in models.graph_of("yolo11-tiny").groups:
         for channels in group.sets:
             score = criterion(tensors, channels)

@@ -493,6 +493,21 @@ def test_one_score_per_channel(module: str) -> None:
         ours({}, chain((0, 1, 2), (0, 1, 2)))
 
 
+def test_fpgm_does_not_count_readers_with_groups() -> None:
+    class Grouped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+            self.b = nn.Conv2d(4, 4, 1, groups=2)
+
+    net, ours = Grouped(), make(load_recipe(asked_for("FPGMImportance", normalizer=None)))
+    ours.read(net)
+    index = tuple(range(len(net.a.weight)))
+    found = ours({}, chain(index, index))
+    rows = net.a.weight.detach().flatten(1).square()
+    torch.testing.assert_close(found.float(), torch.cdist(rows, rows).sum(1), rtol=1e-4, atol=1e-5)
+
+
 def test_a_class_that_fails_is_told_with_the_layer(module: str) -> None:
     ours = make(load_recipe(asked_for(f"{module}:Fails")))
     ours.read(Net())

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from yolo_prune import criteria
 from yolo_prune.errors import TargetError
 from yolo_prune.graph import ChannelSet, Group, Slot
 from yolo_prune.planning.cost import Cost
@@ -292,7 +291,7 @@ def test_what_costs_nothing_goes_evenly() -> None:
 
 @functools.cache
 def scores_of(name: str, criterion: str) -> dict[str, Tensor]:
-    tensors, score = models.shared(name).state_dict(), criteria.create(criterion, {})
+    tensors, score = models.shared(name).state_dict(), models.criterion_of(name, criterion, {})
     return {s.name: score(tensors, s) for g in models.graph_of(name).groups for s in g.sets}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from yolo_prune.criteria.base import Tensors, register_criterion
 from yolo_prune.criteria.data import IMAGES, check_finite
-from yolo_prune.cut.copies import bare_copy
+from yolo_prune.cut.copies import lean_copy
 from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.errors import PruneError, RecipeError
 from yolo_prune.graph.structure import ChannelSet, output_dimension
@@ -75,14 +75,15 @@ class TorchPruning:
         if isinstance(self._importance, stock.GroupMagnitudeImportance) and isinstance(normalizer, str):
             self._importance.normalizer = partial(self._normalized, normalizer)
         self._reads_fisher = issubclass(kind, stock.OBDCImportance)
+        self._reads_filters = issubclass(kind, stock.FPGMImportance)
         self._name = importance
         self._layers: dict[str, nn.Module] = {}
         self._size = 0
 
     def read(self, model: nn.Module) -> None:
-        """Copy the model whose weights are scored; with images, `observe` makes the copy."""
+        """Copy the model whose weights are scored to the CPU; with images, `observe` makes the copy."""
         if not self.images:
-            self._layers = dict(bare_copy(model).float().named_modules())
+            self._layers = dict(lean_copy(model).float().named_modules())
 
     def observe(self, model: nn.Module, calibration: Calibration, progress: Progress) -> None:
         """Provide what the class reads on training images. The model is not changed."""
@@ -94,23 +95,28 @@ class TorchPruning:
 
     def __call__(self, tensors: Tensors, channels: ChannelSet) -> Tensor:
         """Score every channel; see `Criterion`. A group for which the class has no score is scored 0."""
+        scores = self._scores(channels)
+        return torch.zeros(channels.size, dtype=torch.float64) if scores is None else scores
+
+    def _scores(self, channels: ChannelSet) -> Tensor | None:
+        """What the class says, as float64 on the CPU; None if it has no score for a group."""
         from yolo_prune.graph.pruning_group import pruning_group
 
         merge = getattr(self._importance, "group_reduction", None) not in ("max", "prod")
         group, self._size = pruning_group(self._layers, channels, merge), channels.size
+        if self._reads_filters:
+            group._group = [item for item in group._group if not _reads_in_groups(item)]
         if self._reads_fisher:
             self._importance.Fisher, self._importance.steps = _FisherRows(self._importance, group), 1
         try:
             scores = self._importance(group)
-        except (
-            Exception
-        ) as e:  # the class may be the user's; and some of torch-pruning's fail on convolutions with groups
+        except Exception as e:  # the class may be the user's
             raise PruneError(
                 f"criterion.importance: '{self._name}' failed on '{channels.name}': {type(e).__name__}: {e}. Use "
                 "another importance, or protect this layer."
             ) from e
         if scores is None:
-            return torch.zeros(channels.size, dtype=torch.float64)
+            return None
         scores = torch.as_tensor(scores).detach().double().cpu()
         if scores.shape not in {(channels.size,), (max(len(item.idxs) for item in group),)}:
             raise PruneError(
@@ -329,3 +335,9 @@ class _FisherRows:
 
 def _is_output(item: Any) -> bool:
     return bool(item.dep.handler.__name__ == "prune_out_channels")
+
+
+def _reads_in_groups(item: Any) -> bool:
+    """Whether an item is the inputs of a convolution with groups, for which `FPGMImportance` raises an error."""
+    layer = item.dep.target.module
+    return not _is_output(item) and 1 < getattr(layer, "groups", 1) < layer.in_channels
