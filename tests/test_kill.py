@@ -106,6 +106,8 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 @pytest.fixture(scope="module")
 def unbroken(zygote: Zygote) -> Path:
     assert zygote.train("unbroken", None) == 0, zygote.log("unbroken")
+    record = read_record(load_checkpoint(zygote.folder / "unbroken/weights/best.pt")[0])
+    assert record.plan.masks  # cuts and zeros
     return zygote.folder / "unbroken"
 
 

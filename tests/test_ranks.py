@@ -16,7 +16,7 @@ import small_data
 from small_runs import RECIPES, RUNS
 from ultralytics.nn.tasks import load_checkpoint
 
-from yolo_prune.cut.record import is_pruned
+from yolo_prune.cut.record import composed_plan, is_pruned
 from yolo_prune.report import Report
 
 RUN = RUNS["ranks"]
@@ -100,7 +100,9 @@ def test_two_ranks_prune_alike_and_the_parent_gets_the_result(pruned: tuple[Path
     assert report.status == "finished"
     assert report.pruned.flops / report.dense.flops <= 0.6
     best = run / "weights/best.pt"
-    assert is_pruned(load_checkpoint(best)[0])
+    plan = composed_plan(load_checkpoint(best)[0])
+    assert plan
+    assert plan.masks  # cuts and zeros
     assert f"parent has {parameters(best)}" in log
     assert report.pruned.params == parameters(best) < parameters(run.parent / "dense.pt")
 
@@ -126,6 +128,8 @@ def test_a_pruned_model_stays_pruned_on_two_ranks(pruned: tuple[Path, str], fold
     again = launch(best, {**RUN, **places(folder), "epochs": 1, "name": "again"})
     assert again.returncode == 0, again.stderr[-3000:]
     assert parameters(folder / "again/weights/best.pt") == parameters(best)
+    before, after = (composed_plan(load_checkpoint(path)[0]) for path in (best, folder / "again/weights/best.pt"))
+    assert before == after  # which has the zeros that still are zero
 
 
 @pytest.mark.long
