@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from test_strangers import Block, C, halved, model_with
 from torch import Tensor, nn
 
+import yolo_prune
 from yolo_prune.cut import passes
 from yolo_prune.cut.proof import prove
 from yolo_prune.errors import ProofError
 from yolo_prune.graph import trace
+from yolo_prune.planning import planner
 
 
 class SkippedBranch(Block):
@@ -186,3 +188,15 @@ def test_a_model_that_does_not_run_by_itself_is_told_as_such() -> None:
 def test_rounding_in_single_precision_stays_far_below_its_tolerance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "settings", lambda *_: [passes.Setting(64, 96, torch.float32)])
     assert prove(models.shared(name), models.plan_of(name)).error < 1e-4
+
+
+def test_the_image_size_of_a_plan_is_used_wherever_the_model_is_traced() -> None:
+    """The table of positions fits 64 pixels, and nothing else."""
+    model = model_with(OneSize).float()
+    plan = yolo_prune.plan(model, models.recipe(target_flops=0.8), imgsz=64)
+    assert yolo_prune.apply(model, plan) is not None
+    attentive = models.build("yolo11-tiny").float()
+    attentive.model[1] = nn.Sequential(attentive.model[1], OneSize())
+    attentive.model[1].i, attentive.model[1].f = 1, -1
+    assert planner.widths(attentive, trace(attentive, imgsz=64)) == planner.widths(attentive, imgsz=64)
+    assert yolo_prune.dependency_graph(model_with(OneSize).float(), imgsz=64)._widths

@@ -398,10 +398,18 @@ def protected_parts(graph: Graph) -> tuple[Protected, ...]:
     return tuple(Protected(tuple(layers), reason) for reason, layers in reasons.items())
 
 
-def widths(model: nn.Module, graph: Graph | None = None) -> dict[str, int]:
-    """`{set name: channels}` of a model, for both values of `channels.attention`."""
-    channels = (graph or trace(model)).widths
-    return {**trace(model, heads="heads").widths, **channels} if has_heads(model) else channels
+def widths(model: nn.Module, graph: Graph | None = None, imgsz: ImageSize = 640) -> dict[str, int]:
+    """`{set name: channels}` of a model, for both values of `channels.attention`.
+
+    Args:
+        model: the model.
+        graph: the graph of the model; None: the model is traced.
+        imgsz: image size in pixels for the trace. With `graph`, the image size of the graph is used.
+    """
+    graph = graph or trace(model, imgsz=imgsz)
+    return (
+        {**trace(model, imgsz=graph.imgsz, heads="heads").widths, **graph.widths} if has_heads(model) else graph.widths
+    )
 
 
 def present_cost(model: nn.Module, imgsz: ImageSize) -> tuple[float, int]:
