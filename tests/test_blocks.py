@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+import warnings
+from copy import deepcopy
 from typing import Any
 
 import models
@@ -15,11 +17,13 @@ from test_strangers import Block, C, halved, model_with
 from torch import Tensor, nn
 
 import yolo_prune
-from yolo_prune.cut import passes
+from yolo_prune.cut import passes, surgery
+from yolo_prune.cut.copies import bare_copy
 from yolo_prune.cut.proof import prove
-from yolo_prune.errors import ProofError
-from yolo_prune.graph import trace
+from yolo_prune.errors import ProofError, UnsupportedModelError
+from yolo_prune.graph import rules, trace
 from yolo_prune.planning import planner
+from yolo_prune.planning.cost import cost_of
 
 
 class SkippedBranch(Block):
@@ -132,6 +136,149 @@ class NeverRuns(Block):
         return self.a(x)
 
 
+class ChoosesItsForward(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.one_after_the_other
+
+    def one_after_the_other(self, x: Tensor) -> Tensor:
+        return self.b(F.silu(self.a(x)))
+
+
+class KeepsAMethod(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = self.gate_of
+
+    def gate_of(self, x: Tensor) -> Tensor:
+        return self.b(x).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.gate(x)
+
+
+class KeepsAFunction(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = lambda x: F.silu(self.a(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.first(x))
+
+
+class KeepsAList(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [self.a, {"last": self.b}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steps[1]["last"](self.steps[0](x))
+
+
+class CollectsByHook(Block):
+    """Reads the output of a child from a list that a hook fills: a method of the block, or a function."""
+
+    def __init__(self, method: bool = True) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.a.register_forward_hook(self.collect if method else lambda module, _, out: self.seen.append(out))
+
+    def collect(self, module: nn.Module, inputs: Any, out: Tensor) -> None:
+        self.seen.append(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.clear()
+        self.a(x)
+        return self.b(self.seen[0])
+
+
+class CollectsByFunction(CollectsByHook):
+    def __init__(self) -> None:
+        super().__init__(method=False)
+
+
+class NamedLikeHooks(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.my_hooks, self.shape = {"factor": 2}, (2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.my_hooks["factor"] * self.shape[1]
+
+
+class CachesTensors(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp, self.last = torch.linspace(0, 1, 3), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) * self.ramp[int(self.ramp.argmax())]
+        self.last = y
+        return self.b(y)
+
+
+class NamesTypes(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        ramp = torch.arange(x.shape[3]).type(y.type()) * torch.ones(1).type(torch.FloatTensor)
+        return self.b(y.type(x.type()) * ramp)
+
+
+class ConstantsOnTheCPU(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.linspace(0, 1, x.shape[3]).to(x.dtype) * self.a(x).to("cpu"))
+
+
+class FilledOnTheCPU(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(x.shape, dtype=x.dtype)
+        y[:, :] = self.a(x)
+        return y
+
+
+class Compiled(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.b = torch.jit.script(nn.Sequential(self.b, nn.ReLU()).double())
+        self.c = nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(self.b(x)))
+
+
+class Gated(Block):
+    """A channel gate with a batch norm without positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze, self.norm, self.excite = nn.Linear(C, 8), nn.BatchNorm1d(8), nn.Linear(8, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return x * self.excite(self.norm(self.squeeze(x.mean((2, 3)))).relu()).sigmoid()[..., None, None]
+
+
+class LooksAtValues(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if float(x.sum()) > 0 else self.b(x)
+
+
+class MissesAKey(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b({"cpu": self.a, "cuda": self.a}[x.device.type](x))
+
+
+class Broken(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("nothing for\nany image")
+
+
+TWINS = (
+    *(ChoosesItsForward, KeepsAMethod, KeepsAFunction, KeepsAList, CollectsByHook, CollectsByFunction, NamedLikeHooks),
+    *(CachesTensors, NamesTypes, ConstantsOnTheCPU, Compiled, Gated),
+)
 CUT = (SkippedBranch, DroppedChannels, Noisy, Gumbel, Lottery, Counting, OwnStatistics, OnlySquares, OneSize)
 
 
@@ -200,3 +347,77 @@ def test_the_image_size_of_a_plan_is_used_wherever_the_model_is_traced() -> None
     attentive.model[1].i, attentive.model[1].f = 1, -1
     assert planner.widths(attentive, trace(attentive, imgsz=64)) == planner.widths(attentive, imgsz=64)
     assert yolo_prune.dependency_graph(model_with(OneSize).float(), imgsz=64)._widths
+
+
+@pytest.mark.parametrize("block", TWINS)
+def test_the_twin_runs_as_the_block_does(block: type[Block]) -> None:
+    model, plan = cut_in_half(block)
+    before = models.snapshot(model)
+    assert prove(model, plan).error < 1e-10
+    assert models.same_bits(models.snapshot(model), before)
+    surgery.apply(model, plan)
+    model.eval()(models.images())
+
+
+def test_a_tensor_that_has_a_gradient_is_copied() -> None:
+    model = model_with(CachesTensors)
+    model(models.images())
+    assert model.model[2][1].last.grad_fn is not None
+    assert prove(model, halved(model, trace(model, imgsz=64))).error < 1e-10
+
+
+def test_copies_share_nothing_with_the_block_that_a_hook_fills() -> None:
+    for block in (CollectsByHook, CollectsByFunction):
+        model: Any = model_with(block)
+        copy: Any = bare_copy(model)
+        copy(models.images())
+        assert len(copy.model[2][1].seen) == 1
+        assert model.model[2][1].seen == []
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_channels_that_go_into_a_tensor_on_the_cpu_are_protected(
+    trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trusted:
+        monkeypatch.setitem(rules.RULES, FilledOnTheCPU, lambda block, facts: None)
+    groups = trace(model_with(FilledOnTheCPU), imgsz=64).groups
+    (reason,) = {g.protected for g in groups if "model.2.1.a" in g.layers}
+    how = "is written into" if trusted else "meets"
+    assert reason == f"{how} a tensor of fixed width in FilledOnTheCPU"
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [(LooksAtValues, "RuntimeError: Tensor.item() cannot be called on meta"), (MissesAKey, "KeyError: 'meta'")],
+)
+def test_a_block_that_cannot_be_traced_is_left_as_it_is(block: type[Block], said: str) -> None:
+    model = model_with(block)
+    graph = trace(model, imgsz=64)
+    (reason,) = {g.protected for g in graph.groups if {"model.2.1.a", "model.2.1.b"} & set(g.layers)}
+    assert reason is not None
+    assert reason.startswith(f"'model.2.1' ({block.__name__}) cannot be traced: {said}")
+    assert "give its forward a path for inputs on the 'meta' device" in reason
+    assert {g.protected for g in graph.groups if "model.2.0.cv2.conv" in g.layers} == {reason}
+    cost, stock = cost_of(model, graph), models.cost_of("yolov8-tiny")
+    assert 0 < cost.flops() - stock.flops() <= 2 * 2 * 16 * 16 * C * C  # one or two convolutions
+    assert cost.parameters() - stock.parameters() == 2 * (C * C + C)
+    plan = halved(model, graph)
+    assert len(plan.groups) > 20
+    assert not any(name.startswith("model.2.1.") for name in plan.keep)
+    assert reason in {part.reason for part in plan.protected}
+    assert prove(model, plan).error < 1e-10
+
+
+def test_a_block_that_never_runs_is_one_clear_error() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"'model\.2\.1' \(Broken\) cannot be traced: KeyError: .*any image'"
+    ):
+        trace(model_with(Broken), imgsz=64)
+
+
+def test_a_stock_block_that_cannot_be_traced_is_an_error() -> None:
+    model = deepcopy(models.shared("yolov8-tiny"))
+    model.model[2].cv2.conv = torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"'model\.\S+' \(\w+\) cannot be traced"):
+        trace(model, imgsz=64)

@@ -98,13 +98,14 @@ def run(model: nn.Module, setting: Setting) -> Outputs:
     def leave(*_: Any) -> None:
         running.pop()
 
-    hooks = [m.register_forward_pre_hook(lambda _, __, name=n: running.append(name)) for n, m in model.named_modules()]
+    modules = {n: m for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    hooks = [m.register_forward_pre_hook(lambda _, __, name=n: running.append(name)) for n, m in modules.items()]
     hooks += [
         layer.register_forward_hook(lambda layer, _, out, name=name: keep(name, layer, out))
-        for name, layer in model.named_modules()
+        for name, layer in modules.items()
         if isinstance(layer, LAYERS)
     ]
-    hooks += [m.register_forward_hook(leave) for m in model.modules()]
+    hooks += [m.register_forward_hook(leave) for m in modules.values()]
     try:
         outputs.update(finals(model, setting))
         mode = EVALUATION
