@@ -421,3 +421,85 @@ def test_a_stock_block_that_cannot_be_traced_is_an_error() -> None:
     model.model[2].cv2.conv = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match=r"'model\.\S+' \(\w+\) cannot be traced"):
         trace(model, imgsz=64)
+
+
+class Around(Block):
+    """Has a block inside that cannot be cut, between two convolutions that can."""
+
+    def __init__(self, inner: type[Block] = KnowsItsWidth) -> None:
+        super().__init__()
+        self.inner = inner()
+        self.c = nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.silu(self.b(self.inner(F.silu(self.a(x))))))
+
+
+def surveyed(model: Any, **fields: Any) -> Any:
+    return planner.survey(model, models.recipe(target_flops=0.8, **fields), 64)
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        (FactorInEvaluation, "'model.2.1.b' in evaluation mode differs after a cut"),
+        (AssertionInEvaluation, "LookupError: no such width"),
+        (KnowsItsWidth, "AssertionError: expected 16 channels"),
+    ],
+)
+def test_a_block_whose_cut_is_refuted_is_left_as_it_is(block: type[Block], why: str) -> None:
+    model = model_with(block).float()
+    plan = yolo_prune.plan(model, models.recipe(target_flops=0.8), imgsz=64)
+    (part,) = (p for p in plan.protected if "model.2.1.a" in p.layers)
+    assert part.reason.startswith(f"'model.2.1' ({block.__name__}) does not work with fewer channels: {why}")
+    assert part.reason.endswith("To prune it, state its rule (register_block)")
+    assert {"model.2.0.cv2.conv", "model.2.1.b"} <= set(part.layers)
+    assert yolo_prune.apply(model, plan) is not None
+    assert model.model[2][1].a.in_channels == model.model[2][1].b.out_channels == C
+
+
+def test_the_smallest_block_around_the_fault_is_left_and_all_of_its_class() -> None:
+    model = model_with(Around)
+    model.model[2].append(Around().double())
+    proofs: list[int] = []
+    graph = planner.tried_out(
+        model,
+        trace(model, imgsz=64),
+        lambda opaque: proofs.append(len(opaque)) or trace(model, imgsz=64, opaque=opaque),
+    )
+    assert proofs == [2]
+    reasons = {name: g.protected for g in graph.groups for name in g.layers}
+    for path in ("model.2.1", "model.2.2"):
+        assert (reasons[f"{path}.inner.b"] or "").startswith(f"'{path}.inner' (KnowsItsWidth) does not work")
+        assert reasons[f"{path}.a"] == reasons[f"{path}.inner.a"]
+        assert reasons[f"{path}.b"] is None
+    assert prove(model, halved(model, graph)).error < 1e-10
+
+
+def test_blocks_of_two_kinds_are_found_one_after_the_other() -> None:
+    model = model_with(FactorInEvaluation)
+    model.model[2].append(KnowsItsWidth().double())
+    reasons = {g.protected for g in surveyed(model).groups if g.protected}
+    assert {reason.partition(")")[0] for reason in reasons if "does not work" in reason} == {
+        "'model.2.1' (FactorInEvaluation",
+        "'model.2.2' (KnowsItsWidth",
+    }
+
+
+def test_blocks_are_not_tried_out_without_the_proof_and_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "prove", lambda *_: pytest.fail("a cut was proved"))
+    surveyed(models.shared("yolov8-tiny"))
+    free = {
+        name for g in surveyed(model_with(KnowsItsWidth), proof=False).groups if not g.protected for name in g.layers
+    }
+    assert "model.2.1.a" in free
+
+
+def test_a_fault_outside_of_all_blocks_leaves_no_block_opaque() -> None:
+    """Here, an activation of a stock layer is exchanged after the trace."""
+    model = model_with(KeepsAList)
+    graph = trace(model, imgsz=64)
+    model.model[7].act = nn.Sigmoid()
+    tried: list[str] = []
+    assert planner.tried_out(model, graph, lambda opaque: tried.extend(opaque) or graph) is graph
+    assert tried == ["model.2.1"]

@@ -66,20 +66,33 @@ def settings(model: nn.Module, plan: Plan) -> Iterator[Setting]:
             yield Setting(height, width, dtype)
 
 
+@dataclass
+class Trail:
+    """What a copy computed.
+
+    Attributes:
+        outputs: the outputs of layers and of the model.
+        ended: `(mode, name)` of layers and of blocks of users, in the order in which they end.
+    """
+
+    outputs: Outputs
+    ended: list[tuple[str, str]]
+
+
 class StoppedError(Exception):
     """A forward pass failed.
 
     Attributes:
-        outputs: the outputs of all layers that ran before.
+        trail: everything that ran before.
         where: name of the module that raised the error.
     """
 
-    def __init__(self, outputs: Outputs, where: str) -> None:
+    def __init__(self, trail: Trail, where: str) -> None:
         super().__init__()
-        self.outputs, self.where = outputs, where
+        self.trail, self.where = trail, where
 
 
-def run(model: nn.Module, setting: Setting) -> Outputs:
+def run(model: nn.Module, setting: Setting) -> Trail:
     """Run a copy in training mode (all branches, without decoding) and then in evaluation mode.
 
     A forward pass may change the state of a module, so use every copy only once.
@@ -88,34 +101,32 @@ def run(model: nn.Module, setting: Setting) -> Outputs:
         StoppedError: If a forward pass raises an error.
     """
     outputs: Outputs = {}
-    running: list[str] = []
-    mode = TRAINING
-
-    def keep(name: str, layer: nn.Module, out: Any) -> None:
-        if (mode, name) not in outputs and isinstance(out, Tensor):
-            outputs[mode, name] = (out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out).clone()
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
+    trail, mode, running = Trail(outputs, []), TRAINING, list[str]()
     modules = {n: m for n, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-    hooks = [m.register_forward_pre_hook(lambda _, __, name=n: running.append(name)) for n, m in modules.items()]
-    hooks += [
-        layer.register_forward_hook(lambda layer, _, out, name=name: keep(name, layer, out))
-        for name, layer in modules.items()
-        if isinstance(layer, LAYERS)
-    ]
-    hooks += [m.register_forward_hook(leave) for m in modules.values()]
+
+    def enter(name: str) -> None:
+        running.append(name)
+
+    def leave(name: str, module: nn.Module, out: Any) -> None:
+        running.pop()
+        layer = isinstance(module, LAYERS)
+        if layer and (mode, name) not in outputs and isinstance(out, Tensor):
+            outputs[mode, name] = (out.movedim(-1, 1) if isinstance(module, nn.Linear) else out).clone()
+        if layer or foreign.is_foreign(module):
+            trail.ended.append((mode, name))
+
+    hooks = [m.register_forward_pre_hook(lambda _, __, name=n: enter(name)) for n, m in modules.items()]
+    hooks += [m.register_forward_hook(lambda m, _, out, name=n: leave(name, m, out)) for n, m in modules.items()]
     try:
         outputs.update(finals(model, setting))
         mode = EVALUATION
         outputs.update(_decoded(model, setting))
     except Exception as e:  # a block may be the user's code
-        raise StoppedError(outputs, running[-1] if running else "") from e
+        raise StoppedError(trail, running[-1] if running else "") from e
     finally:
         for hook in hooks:
             hook.remove()
-    return outputs
+    return trail
 
 
 def finals(model: nn.Module, setting: Setting) -> Outputs:

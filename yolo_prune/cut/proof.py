@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from yolo_prune.cut import passes, surgery
 from yolo_prune.cut.copies import lean_copy, silence_removed
-from yolo_prune.cut.passes import Outputs, Setting
+from yolo_prune.cut.passes import Setting, Trail
 from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import ProofError
 from yolo_prune.graph import foreign
@@ -60,27 +61,28 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
     start = time.perf_counter()
     surgery.check(model, plan)
     plan = replace(plan, masks={})  # zeros need no proof: no width changes
-    setting, wanted = _reference(model, plan)
+    setting, reference = _reference(model, plan)
     exact = setting.dtype == torch.float64
     tolerance = tolerance if exact else max(tolerance, SINGLE)
     before = passes.finals(_copy(model, setting), setting)
     pruned = _copy(model, setting)
     surgery.apply(pruned, plan)
-    failure = ""
+    failed: passes.StoppedError | None = None
     try:
-        got = passes.run(pruned, setting)
+        got = passes.run(pruned, setting).outputs
     except passes.StoppedError as e:
-        got, failure = e.outputs, f"{foreign.shown(pruned, e.where)}: {foreign.said(e.__cause__)}"
+        got, failed = e.trail.outputs, e
     error, layers = 0.0, dict(model.named_modules())
-    for (mode, name), reference in wanted.items():
-        reference = _as_cut(reference, name, layers.get(name), plan)
-        gap = _difference(reference, got[mode, name], exact) if (mode, name) in got else math.inf
+    for (mode, name), out in reference.outputs.items():
+        out = _as_cut(out, name, layers.get(name), plan)
+        gap = _difference(out, got[mode, name], exact) if (mode, name) in got else math.inf
         if not gap <= tolerance:
-            raise ProofError(_refutation(model, mode, name, gap, tolerance, failure))
+            stopped = failed if (mode, name) not in got else None
+            raise _refutation(model, reference, (mode, name), (gap, tolerance), stopped)
         error = max(error, gap)
-    if failure:
-        raise ProofError(_refutation(model, passes.EVALUATION, passes.FINAL, math.inf, tolerance, failure))
-    effect = max(_difference(out, wanted[key], exact) for key, out in before.items())
+    if failed:
+        raise _refutation(model, reference, (passes.EVALUATION, passes.FINAL), (math.inf, tolerance), failed)
+    effect = max(_difference(out, reference.outputs[key], exact) for key, out in before.items())
     return Proof(error, effect, time.perf_counter() - start)
 
 
@@ -88,7 +90,7 @@ def _copy(model: nn.Module, setting: Setting) -> nn.Module:
     return lean_copy(model).to(setting.dtype)
 
 
-def _reference(model: nn.Module, plan: Plan) -> tuple[Setting, Outputs]:
+def _reference(model: nn.Module, plan: Plan) -> tuple[Setting, Trail]:
     """The outputs of the silenced copy, with the first setting with which it runs.
 
     Raises:
@@ -111,16 +113,66 @@ def _reference(model: nn.Module, plan: Plan) -> tuple[Setting, Outputs]:
     ) from stopped
 
 
-def _refutation(model: nn.Module, mode: str, name: str, gap: float, tolerance: float, failure: str) -> str:
-    does = f"does not run ({failure})" if failure else "does not compute what silencing its channels computes"
-    where = "" if mode == passes.TRAINING else f" in {mode} mode"
+class RefutedError(ProofError):
+    """A proof that found a difference.
+
+    Attributes:
+        suspects: blocks of users that may be the cause, the most likely first.
+        why: what was found, without the advice.
+    """
+
+    def __init__(self, message: str, suspects: Sequence[str], why: str) -> None:
+        super().__init__(message)
+        self.suspects, self.why = tuple(suspects), why
+
+
+def _refutation(
+    model: nn.Module,
+    reference: Trail,
+    place: tuple[str, str],
+    gap: tuple[float, float],
+    stopped: passes.StoppedError | None,
+) -> RefutedError:
+    """The error for the first layer that differs.
+
+    Args:
+        model: the model before the cut.
+        reference: what the silenced copy computed.
+        place: mode and name of the layer.
+        gap: the difference, and the difference that is allowed.
+        stopped: the error of the pruned copy, if it did not reach the layer.
+    """
+    mode, name = place
+    does, differs = "does not compute what silencing its channels computes", f"'{name}'"
+    if stopped:
+        does = f"does not run ({foreign.shown(model, stopped.where)}: {foreign.said(stopped.__cause__)})"
+    if mode != passes.TRAINING:
+        differs += f" in {mode} mode"
+    at = stopped.where if stopped else name
     block = foreign.block_around(model, name) if name in dict(model.named_modules()) else ""
-    block = f" It belongs to the block {foreign.shown(model, block)}." if block not in ("", name) else ""
-    return (
-        f"The pruned model {does}. The first layer that differs is '{name}'{where}, by {gap:.1e} (allowed "
-        f"{tolerance:.0e}).{block} The model is unchanged. If the layer belongs to a block of your own, protect the "
-        "block (protect: in the recipe) or correct its rule."
+    owner = f" It belongs to the block {foreign.shown(model, block)}." if block not in ("", name) else ""
+    return RefutedError(
+        f"The pruned model {does}. The first layer that differs is {differs}, by {gap[0]:.1e} (allowed {gap[1]:.0e})."
+        f"{owner} The model is unchanged. If the layer belongs to a block of your own, protect the block (protect: in "
+        "the recipe) or correct its rule.",
+        _suspects(model, stopped.trail.ended if stopped else reference.ended, (mode, name), at),
+        foreign.said(stopped.__cause__) if stopped else f"{differs} differs after a cut",
     )
+
+
+def _suspects(model: nn.Module, ended: Sequence[tuple[str, str]], place: tuple[str, str], at: str) -> list[str]:
+    """Blocks of users that ran before a layer, the last first; blocks inside of a block come before it."""
+    modules = dict(model.named_modules())
+    before = ended[: ended.index(place)] if place in ended else ended
+    names = [name for mode, name in reversed(before) if mode == place[0] and foreign.is_foreign(modules[name])]
+    if at in modules:
+        names.insert(0, foreign.block_around(model, at))
+    names = [name for name in dict.fromkeys(names) if foreign.is_foreign(modules[name])]
+    order: list[str] = []
+    for name in names:
+        order += [inner for inner in names if inner.startswith(f"{name}.") and inner not in order]
+        order += [name] if name not in order else []
+    return order
 
 
 def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -> Tensor:
