@@ -275,9 +275,48 @@ class Broken(Block):
         raise KeyError("nothing for\nany image")
 
 
+class ConstantAfterActivation(Block):
+    """Adds one learned number to all channels, so that a silenced channel is not 0."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shift, self.c = nn.Parameter(torch.rand(shape or (1,))), nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(F.relu(self.a(x)) + self.shift))
+
+
+class TableAfterActivation(ConstantAfterActivation):
+    """Adds the same learned positions to all channels."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 16, 16)
+
+
+class ShiftPerChannel(ConstantAfterActivation):
+    def __init__(self) -> None:
+        super().__init__(1, C, 1, 1)
+
+
+class SoftSign(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.softsign(self.a(x)))
+
+
+class GatedByOneVector(Block):
+    """A linear layer without a batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.gate(x.mean((0, 2, 3))).sigmoid()[:, None, None]
+
+
 TWINS = (
     *(ChoosesItsForward, KeepsAMethod, KeepsAFunction, KeepsAList, CollectsByHook, CollectsByFunction, NamedLikeHooks),
-    *(CachesTensors, NamesTypes, ConstantsOnTheCPU, Compiled, Gated),
+    *(CachesTensors, NamesTypes, ConstantsOnTheCPU, Compiled, Gated, ShiftPerChannel, SoftSign),
 )
 CUT = (SkippedBranch, DroppedChannels, Noisy, Gumbel, Lottery, Counting, OwnStatistics, OnlySquares, OneSize)
 
@@ -503,3 +542,18 @@ def test_a_fault_outside_of_all_blocks_leaves_no_block_opaque() -> None:
     tried: list[str] = []
     assert planner.tried_out(model, graph, lambda opaque: tried.extend(opaque) or graph) is graph
     assert tried == ["model.2.1"]
+
+
+@pytest.mark.parametrize("block", [ConstantAfterActivation, TableAfterActivation])
+def test_channels_before_a_learned_constant_are_protected_and_no_others(block: type[Block]) -> None:
+    model = model_with(block)
+    graph = trace(model, imgsz=64)
+    reasons = {name: g.protected for g in graph.groups for name in g.layers if name.startswith("model.2.")}
+    assert reasons["model.2.1.a"] == "feeds a convolution through an activation that is not 0 at 0 in Conv2d"
+    assert reasons["model.2.1.b"] is reasons["model.2.1.c"] is reasons["model.2.0.cv2.conv"] is None
+    assert prove(model, halved(model, graph)).error < 1e-10
+
+
+def test_a_layer_without_a_batch_dimension_is_proved() -> None:
+    model = model_with(GatedByOneVector)
+    assert prove(model, halved(model, trace(model, imgsz=64))).error < 1e-10

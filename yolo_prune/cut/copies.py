@@ -63,9 +63,17 @@ def silence(model: nn.Module, removed: Mapping[str, Mapping[int, Collection[int]
     state, layers = model.state_dict(), dict(model.named_modules())
     for name, dims in removed.items():
         layer, _, key = name.rpartition(".")
-        dim = output_dimension(layers[layer]) if key == "weight" else 0
+        dim = _channel_dimension(layers[layer], key, state[name])
         if dim in dims and key not in ("running_mean", "running_var"):
             state[name].movedim(dim, 0)[list(dims[dim])] = 0
+
+
+def _channel_dimension(layer: nn.Module, key: str, tensor: Tensor) -> int:
+    """The dimension of a tensor whose indices are channels that the layer puts out."""
+    if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+        return output_dimension(layer) if key == "weight" else 0
+    per_channel = [dim for dim, size in enumerate(tensor.shape) if size == tensor.numel()]  # as (1, channels, 1, 1)
+    return per_channel[0] if per_channel else 0
 
 
 def silence_removed(model: nn.Module, plan: Plan) -> None:

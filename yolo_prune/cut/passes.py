@@ -111,7 +111,7 @@ def run(model: nn.Module, setting: Setting) -> Trail:
         running.pop()
         layer = isinstance(module, LAYERS)
         if layer and (mode, name) not in outputs and isinstance(out, Tensor):
-            outputs[mode, name] = (out.movedim(-1, 1) if isinstance(module, nn.Linear) else out).clone()
+            outputs[mode, name] = _channels_second(out, module).clone()
         if layer or foreign.is_foreign(module):
             trail.ended.append((mode, name))
 
@@ -127,6 +127,11 @@ def run(model: nn.Module, setting: Setting) -> Trail:
         for hook in hooks:
             hook.remove()
     return trail
+
+
+def _channels_second(out: Tensor, layer: nn.Module) -> Tensor:
+    out = out if out.ndim > 1 else out[None]
+    return out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out
 
 
 def finals(model: nn.Module, setting: Setting) -> Outputs:
