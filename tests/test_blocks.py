@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -557,3 +558,33 @@ def test_channels_before_a_learned_constant_are_protected_and_no_others(block: t
 def test_a_layer_without_a_batch_dimension_is_proved() -> None:
     model = model_with(GatedByOneVector)
     assert prove(model, halved(model, trace(model, imgsz=64))).error < 1e-10
+
+
+def test_a_block_is_tried_out_with_widths_that_a_plan_may_have() -> None:
+    groups = [g for g in models.graph_of("yolov8n").groups if not g.protected]
+    for step in (8, 32):
+        for group in groups:
+            kept, sizes = planner.about_half(group, step), {s.name: s.size for s in group.sets}
+            fractions = {len(indices) / sizes[name] for name, indices in kept.items()}
+            assert len(fractions) == 1
+            assert 0 < max(fractions) <= 0.5
+            counts = [len(indices) for name, indices in kept.items() if sizes[name] == group.grain > 2 * step]
+            assert all(count % step == 0 and count // step % 2 == 1 for count in counts)
+    assert {len(k) for g in groups for k in planner.about_half(g, 8).values()} >= {8, 24, 56, 120}
+
+
+class Locked(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_an_attribute_that_cannot_be_copied_is_named() -> None:
+    for look in (lambda model: trace(model, imgsz=64), bare_copy):
+        with pytest.raises(
+            UnsupportedModelError, match=r"'model\.2\.1\.lock' cannot be copied: TypeError: .*__deepcopy__"
+        ):
+            look(model_with(Locked))

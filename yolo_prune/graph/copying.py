@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from yolo_prune.errors import UnsupportedModelError
+from yolo_prune.graph import foreign
+
 PLAIN = (bool, int, float, str, bytes, type(None), type, torch.dtype, torch.device)
 CODE = (FunctionType, BuiltinFunctionType, ModuleType)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -26,11 +29,20 @@ def copy_tree(root: nn.Module, memo: dict[int, Any]) -> nn.Module:
     Args:
         root: the module; it is not changed.
         memo: `{id of an object: what stands for it in the copy}`, as for `copy.deepcopy`. It is filled.
+
+    Raises:
+        UnsupportedModelError: If an attribute of a module cannot be copied; the message names it.
     """
     modules = list(root.modules())
     for module in modules:
         memo |= {id(getattr(module, key)): OrderedDict() for key in HOOKS}
-    copy: nn.Module = deepcopy(root, memo)
+    try:
+        copy: nn.Module = deepcopy(root, memo)
+    except Exception as e:  # an attribute may be an object of the user
+        raise UnsupportedModelError(
+            f"{_culprit(root)} cannot be copied: {foreign.said(e)}. Ultralytics copies models in training, too. "
+            "Keep such an object outside of the model, or give its class a method __deepcopy__."
+        ) from e
     for module in modules:
         twin = memo.get(id(module))
         if type(twin) is not type(module):  # something else stands for it, or it copies itself in its own way
@@ -43,6 +55,19 @@ def copy_tree(root: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if isinstance(value, FunctionType) and (own := _rebound(value, memo)) is not None:
                 vars(twin)[name] = own
     return copy
+
+
+def _culprit(root: nn.Module) -> str:
+    """The first attribute in a module tree that cannot be copied, as messages name it."""
+    for path, module in root.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, nn.Module) or name in (*HOOKS, "_modules", "_parameters", "_buffers", "criterion"):
+                continue
+            try:
+                deepcopy(value)
+            except Exception:
+                return f"'{path}.{name}'" if path else f"The model's attribute '{name}'"
+    return "The model"
 
 
 def _rebound(function: Any, memo: dict[int, Any]) -> Any:

@@ -111,7 +111,7 @@ def survey(model: nn.Module, recipe: Recipe, imgsz: ImageSize, frozen: Sequence[
         return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention, opaque=opaque)
 
     graph = traced({})
-    return tried_out(model, graph, traced) if recipe.proof else graph
+    return tried_out(model, graph, traced, recipe.channels.round_to or ROUND_TO) if recipe.proof else graph
 
 
 @dataclass(frozen=True)
@@ -412,16 +412,19 @@ TRIALS = 8
 """Largest number of classes of blocks that are found to be opaque; each needs one more proof."""
 
 
-def tried_out(model: nn.Module, graph: Graph, traced: Callable[[Mapping[str, str]], Graph]) -> Graph:
+def tried_out(
+    model: nn.Module, graph: Graph, traced: Callable[[Mapping[str, str]], Graph], step: int = ROUND_TO
+) -> Graph:
     """The graph of a model in which every block of a user that cannot be cut is opaque.
 
-    Half of all free channels are cut from a copy, and the cut is proved. If it is refuted, the block that is the most
-    likely cause becomes opaque, with all other blocks of its class.
+    About half of all free channels are cut from a copy, and the cut is proved. If it is refuted, the block that is the
+    most likely cause becomes opaque, with all other blocks of its class.
 
     Args:
         model: the model; it is not changed.
         graph: its graph.
         traced: `({block: reason}) -> graph`: traces the model with opaque blocks.
+        step: widths are multiples of it.
 
     Returns:
         The graph with opaque blocks; `graph` if no set of opaque blocks makes the proof hold.
@@ -430,8 +433,8 @@ def tried_out(model: nn.Module, graph: Graph, traced: Callable[[Mapping[str, str
         return graph
     opaque, tried = dict[str, str](), graph
     for _ in range(TRIALS):
-        halves = {s.name: tuple(range(s.size))[1::2] for g in tried.groups if _can_be_halved(g) for s in g.sets}
-        trial_plan = build_plan(tried, cost_of(model, tried), halves, {})
+        kept = {name: k for g in tried.groups if not g.protected for name, k in about_half(g, step).items()}
+        trial_plan = build_plan(tried, cost_of(model, tried), kept, {})
         if not trial_plan.keep:
             return tried
         try:
@@ -455,8 +458,13 @@ def tried_out(model: nn.Module, graph: Graph, traced: Callable[[Mapping[str, str
     return graph
 
 
-def _can_be_halved(group: Group) -> bool:
-    return not group.protected and group.grain > 1
+def about_half(group: Group, step: int) -> dict[str, tuple[int, ...]]:
+    """`{set: kept channels}`: at most half. Large widths are odd multiples of `step`: no special number."""
+    count = group.grain // 2
+    if group.grain > 2 * step:
+        count = count // step * step
+        count -= step if count // step % 2 == 0 else 0
+    return {s.name: tuple(range(s.size))[1::2][: count * s.size // group.grain] for s in group.sets} if count else {}
 
 
 def widths(model: nn.Module, graph: Graph | None = None, imgsz: ImageSize = 640) -> dict[str, int]:
