@@ -376,12 +376,13 @@ def test_a_model_without_convolutions_is_refused() -> None:
 
 class Peeks(Added):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
         return x if float(x.sum()) > 0 else -x
 
 
 def test_a_block_that_looks_at_values_is_named() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'model\.3' cannot be traced: .*values of its input"):
-        trace(with_added(Peeks), imgsz=64)
+    reasons = {g.protected for g in trace(with_added(Peeks), imgsz=64).groups}
+    assert any(reason and reason.startswith("'model.3' (Peeks) cannot be traced: ") for reason in reasons)
 
 
 def test_a_block_has_one_rule() -> None:

@@ -183,7 +183,7 @@ def apply(
     record = read_record(module)
     proven = proof.prove(module, plan) if prove and plan.keep else None
     calibration = _calibration(model, data, size, refit) if data and refit else None
-    widths = dense_widths(module)
+    widths = dense_widths(module, plan.forecast.imgsz if plan.forecast else size)
     whole = bare_copy(module) if calibration else None
     surgery.apply(module, plan)
     if calibration and whole:
@@ -294,10 +294,10 @@ def _calibration(model: Model | nn.Module, data: str | Path, imgsz: ImageSize, c
     return datasets.calibration(model, data, imgsz, count)
 
 
-def dense_widths(module: nn.Module) -> Mapping[str, int]:
-    """`{set name: channels}` of the dense model that a model was, or is."""
+def dense_widths(module: nn.Module, imgsz: ImageSize) -> Mapping[str, int]:
+    """`{set name: channels}` of the dense model that a model was, or is. It is traced with images of `imgsz` pixels."""
     record = read_record(module)
-    return record.widths if record and record.plan else planner.widths(module)
+    return record.widths if record and record.plan else planner.widths(module, imgsz=imgsz)
 
 
 def finish_cut(

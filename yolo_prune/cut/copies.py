@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from yolo_prune.cut.plan import Plan
+from yolo_prune.graph.copying import copy_tree
 from yolo_prune.graph.structure import output_dimension
 
 
@@ -22,13 +23,23 @@ def lean_copy(model: nn.Module) -> nn.Module:
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
-    """A copy without the loss, which only training needs, and without hooks, which belong to other code."""
+    """A copy without the loss, which only training needs, and without hooks that belong to other code."""
     memo: dict[int, Any] = {}
     if getattr(model, "criterion", None) is not None:
         memo[id(model.criterion)] = None
-    for module in model.modules():
-        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
-    return deepcopy(model, memo)
+    with _Detached():
+        return copy_tree(model, memo)
+
+
+class _Detached(TorchFunctionMode):
+    """Lets tensors be copied that a block stored in a forward pass: torch does not copy what has a gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = copy = tensor.detach().clone()
+            return copy
+        return func(*args, **(kwargs or {}))
 
 
 def make_ordinary(model: nn.Module) -> None:
@@ -52,9 +63,17 @@ def silence(model: nn.Module, removed: Mapping[str, Mapping[int, Collection[int]
     state, layers = model.state_dict(), dict(model.named_modules())
     for name, dims in removed.items():
         layer, _, key = name.rpartition(".")
-        dim = output_dimension(layers[layer]) if key == "weight" else 0
+        dim = _channel_dimension(layers[layer], key, state[name])
         if dim in dims and key not in ("running_mean", "running_var"):
             state[name].movedim(dim, 0)[list(dims[dim])] = 0
+
+
+def _channel_dimension(layer: nn.Module, key: str, tensor: Tensor) -> int:
+    """The dimension of a tensor whose indices are channels that the layer puts out."""
+    if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+        return output_dimension(layer) if key == "weight" else 0
+    per_channel = [dim for dim, size in enumerate(tensor.shape) if size == tensor.numel()]  # as (1, channels, 1, 1)
+    return per_channel[0] if per_channel else 0
 
 
 def silence_removed(model: nn.Module, plan: Plan) -> None:

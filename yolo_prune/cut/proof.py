@@ -5,23 +5,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from yolo_prune.cut import surgery
+from yolo_prune.cut import passes, surgery
 from yolo_prune.cut.copies import lean_copy, silence_removed
+from yolo_prune.cut.passes import Setting, Trail
 from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import ProofError
-from yolo_prune.graph import probes
+from yolo_prune.graph import foreign
 from yolo_prune.graph.structure import output_dimension
 
 TOLERANCE = 1e-9  # relative, in float64
-OUTPUT = "the model's output "
-LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
+SINGLE = 1e-3  # the same in float32
 
 
 @dataclass(frozen=True)
@@ -42,54 +41,138 @@ class Proof:
 
 @torch.no_grad()
 def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
-    """Compare a silenced copy and a pruned copy of `model` on one forward pass in float64. The model is not changed.
+    """Compare a silenced copy and a pruned copy of `model` in training and in evaluation mode. `model` is not changed.
 
     The silenced copy is the reference: weights, bias and batch norm of every removed output channel are 0, and the
     layers that read these channels are unchanged. All branches run, and every layer is compared. So a wrong channel is
-    detected in the layer where it is wrong, even if later layers hide it. Heads are compared before decoding.
+    detected in the layer where it is wrong, even if later layers hide it. In training mode, heads are compared before
+    decoding. The copies run in float64 on a small rectangle; a model that cannot do so runs at the image size of the
+    plan, or in float32 with a larger tolerance. Random numbers are the same in both copies.
 
     Args:
         model: the model before the cut.
         plan: the cut.
-        tolerance: largest relative difference allowed.
+        tolerance: largest relative difference allowed in float64.
 
     Raises:
-        ProofError: If the output of a layer differs; the message names the first such layer.
+        ProofError: If the output of a layer differs; the message names the first such layer. Or if the model itself
+            does not run.
     """
     start = time.perf_counter()
     surgery.check(model, plan)
     plan = replace(plan, masks={})  # zeros need no proof: no width changes
-    reference_model = _float64_copy(model)
-    image = _image(reference_model)
-    before = _final(_outputs(reference_model, image))
-    silence_removed(reference_model, plan)
-    wanted = _outputs(reference_model, image)
-    del reference_model  # one copy at a time
-    pruned = _float64_copy(model)
+    setting, reference = _reference(model, plan)
+    exact = setting.dtype == torch.float64
+    tolerance = tolerance if exact else max(tolerance, SINGLE)
+    before = passes.finals(_copy(model, setting), setting)
+    pruned = _copy(model, setting)
     surgery.apply(pruned, plan)
-    failure = None
+    failed: passes.StoppedError | None = None
     try:
-        got = _outputs(pruned, image)
-    except _StoppedError as e:
-        got, failure = e.outputs, f"'{e.where}': {e.__cause__}"
+        got = passes.run(pruned, setting).outputs
+    except passes.StoppedError as e:
+        got, failed = e.trail.outputs, e
     error, layers = 0.0, dict(model.named_modules())
-    for name, reference in wanted.items():
-        reference = _as_cut(reference, name, layers.get(name), plan)
-        gap = _difference(reference, got[name]) if name in got else math.inf
+    for (mode, name), out in reference.outputs.items():
+        out = _as_cut(out, name, layers.get(name), plan)
+        gap = _difference(out, got[mode, name], exact) if (mode, name) in got else math.inf
         if not gap <= tolerance:
-            does = f"does not run ({failure})" if failure else "does not compute what silencing its channels computes"
-            raise ProofError(
-                f"The pruned model {does}. The first layer that differs is '{name}', by {gap:.1e} (allowed "
-                f"{tolerance:.0e}). The model is unchanged. If the layer belongs to a block of your own, protect the "
-                "block (protect: in the recipe) or correct its rule."
-            )
+            stopped = failed if (mode, name) not in got else None
+            raise _refutation(model, reference, (mode, name), (gap, tolerance), stopped)
         error = max(error, gap)
-    effect = max(_difference(x, y) for x, y in zip(before, _final(wanted), strict=True))
+    if failed:
+        raise _refutation(model, reference, (passes.EVALUATION, passes.FINAL), (math.inf, tolerance), failed)
+    effect = max(_difference(out, reference.outputs[key], exact) for key, out in before.items())
     return Proof(error, effect, time.perf_counter() - start)
 
 
-def _float64_copy(model: nn.Module) -> nn.Module:
-    return probes.batch_norm_off(lean_copy(model).double())
+def _copy(model: nn.Module, setting: Setting) -> nn.Module:
+    return lean_copy(model).to(setting.dtype)
+
+
+def _reference(model: nn.Module, plan: Plan) -> tuple[Setting, Trail]:
+    """The outputs of the silenced copy, with the first setting with which it runs.
+
+    Raises:
+        ProofError: If the model runs with no setting.
+    """
+    failures: list[tuple[Setting, passes.StoppedError]] = []
+    for setting in passes.settings(model, plan):
+        silenced = _copy(model, setting)
+        silence_removed(silenced, plan)
+        try:
+            return setting, passes.run(silenced, setting)
+        except passes.StoppedError as e:
+            failures.append((setting, e))
+    setting, stopped = next((f for f in failures if f[0].dtype == torch.float32), failures[0])
+    raise ProofError(
+        f"The cut cannot be proved, because the model itself does not run on an image of {setting}. "
+        f"{foreign.shown(model, stopped.where)} stops with {foreign.said(stopped.__cause__)}. The model is "
+        "unchanged. Correct the block, plan with the image size with which the model runs (imgsz=...), or cut without "
+        "the proof (proof: false in the recipe)."
+    ) from stopped
+
+
+class RefutedError(ProofError):
+    """A proof that found a difference.
+
+    Attributes:
+        suspects: blocks of users that may be the cause, the most likely first.
+        why: what was found, without the advice.
+    """
+
+    def __init__(self, message: str, suspects: Sequence[str], why: str) -> None:
+        super().__init__(message)
+        self.suspects, self.why = tuple(suspects), why
+
+
+def _refutation(
+    model: nn.Module,
+    reference: Trail,
+    place: tuple[str, str],
+    gap: tuple[float, float],
+    stopped: passes.StoppedError | None,
+) -> RefutedError:
+    """The error for the first layer that differs.
+
+    Args:
+        model: the model before the cut.
+        reference: what the silenced copy computed.
+        place: mode and name of the layer.
+        gap: the difference, and the difference that is allowed.
+        stopped: the error of the pruned copy, if it did not reach the layer.
+    """
+    mode, name = place
+    does, differs = "does not compute what silencing its channels computes", f"'{name}'"
+    if stopped:
+        does = f"does not run ({foreign.shown(model, stopped.where)}: {foreign.said(stopped.__cause__)})"
+    if mode != passes.TRAINING:
+        differs += f" in {mode} mode"
+    at = stopped.where if stopped else name
+    block = foreign.block_around(model, name) if name in dict(model.named_modules()) else ""
+    owner = f" It belongs to the block {foreign.shown(model, block)}." if block not in ("", name) else ""
+    return RefutedError(
+        f"The pruned model {does}. The first layer that differs is {differs}, by {gap[0]:.1e} (allowed {gap[1]:.0e})."
+        f"{owner} The model is unchanged. If the layer belongs to a block of your own, protect the block (protect: in "
+        "the recipe) or correct its rule.",
+        _suspects(model, stopped.trail.ended if stopped else reference.ended, (mode, name), at),
+        foreign.said(stopped.__cause__) if stopped else f"{differs} differs after a cut",
+    )
+
+
+def _suspects(model: nn.Module, ended: Sequence[tuple[str, str]], place: tuple[str, str], at: str) -> list[str]:
+    """Blocks of users that ran before a layer, the last first; blocks inside of a block come before it."""
+    modules = dict(model.named_modules())
+    before = ended[: ended.index(place)] if place in ended else ended
+    names = [name for mode, name in reversed(before) if mode == place[0] and foreign.is_foreign(modules[name])]
+    if at in modules:
+        names.insert(0, foreign.block_around(model, at))
+    names = [name for name in dict.fromkeys(names) if foreign.is_foreign(modules[name])]
+    order: list[str] = []
+    for name in names:
+        order += [inner for inner in names if inner.startswith(f"{name}.") and inner not in order]
+        order += [name] if name not in order else []
+    return order
 
 
 def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -> Tensor:
@@ -107,86 +190,16 @@ def _as_cut(reference: Tensor, name: str, layer: nn.Module | None, plan: Plan) -
     return reference[:, list(keep)] if keep else reference
 
 
-def _image(model: nn.Module) -> Tensor:
-    stride = probes.stride(model)
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, probes.image_channels(model) or 3, 2 * stride, 3 * stride)
-    return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
-class _StoppedError(Exception):
-    """A forward pass failed. The exception has the outputs of all layers that ran before."""
-
-    def __init__(self, outputs: dict[str, Tensor], where: str) -> None:
-        super().__init__()
-        self.outputs, self.where = outputs, where
-
-
-class _Leaky(TorchFunctionMode):
-    """Replaces activations that are 0 over a range by leaky ones, so that channels in this range are compared too."""
-
-    LEAKY = frozenset({"relu", "relu_", "relu6", "hardtanh", "hardtanh_"})
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.LEAKY and args:
-            return nn.functional.leaky_relu(args[0], 0.1)
-        return func(*args, **(kwargs or {}))
-
-
-def _outputs(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Outputs of layers by name, in the order in which the layers run, then the outputs of the model itself.
-
-    Channels are in dimension 1.
-    """
-    layer_outputs: dict[str, Tensor] = {}
-
-    def keep(name: str, layer: nn.Module, out: Tensor) -> None:
-        if name not in layer_outputs:
-            layer_outputs[name] = (out.movedim(-1, 1) if isinstance(layer, nn.Linear) else out).clone()
-
-    running: list[str] = []
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    hooks = [m.register_forward_pre_hook(lambda _, __, name=n: running.append(name)) for n, m in model.named_modules()]
-    hooks += [
-        layer.register_forward_hook(lambda layer, _, out, name=name: keep(name, layer, out))
-        for name, layer in model.named_modules()
-        if isinstance(layer, LAYERS)
-    ]
-    hooks += [m.register_forward_hook(leave) for m in model.modules()]
-    finals: dict[str, Tensor] = {}
-    default = torch.get_default_dtype()
-    try:
-        for number, probe in enumerate(probes.probes(model)):
-            if number:  # passes with prompts use Python numbers, which overflow in float32
-                torch.set_default_dtype(image.dtype)
-            with _Leaky():
-                out = list(probes.outputs(probe(model, image)))
-            finals |= {f"{OUTPUT}{number}.{i}": t for i, t in enumerate(out)}
-    except (RuntimeError, ValueError) as e:
-        raise _StoppedError(layer_outputs, running[-1] if running else "") from e
-    finally:
-        torch.set_default_dtype(default)
-        for hook in hooks:
-            hook.remove()
-    return layer_outputs | finals
-
-
-def _final(outputs: dict[str, Tensor]) -> list[Tensor]:
-    return [t for name, t in outputs.items() if name.startswith(OUTPUT)]
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
+def _difference(a: Tensor, b: Tensor, exact: bool) -> float:
     """Largest difference, relative to how much `a` varies over positions.
 
-    It is not relative to `a` itself, because a large constant bias would hide a wrong channel.
+    It is not relative to `a` itself, because a large constant bias would hide a wrong channel. In float32 (not
+    `exact`), the rounding of such a bias counts as well.
     """
     if a.shape != b.shape:
         return math.inf
-    varies = torch.zeros((), dtype=a.dtype)
+    varies, floor = torch.zeros((), dtype=a.dtype), 1e-4 if exact else 1e-2
     if a.ndim > 2:
         varies = (a.flatten(2) - a.flatten(2).mean(-1, keepdim=True)).abs().max()
-    gap = float((a - b).abs().max() / torch.maximum(varies, 1e-4 * a.abs().max()).clamp_min(1e-300))
+    gap = float((a - b).abs().max() / torch.maximum(varies, floor * a.abs().max()).clamp_min(torch.finfo(a.dtype).tiny))
     return gap if gap == gap else math.inf

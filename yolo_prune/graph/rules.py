@@ -63,6 +63,8 @@ def read_as_is(*classes: type[nn.Module]) -> None:
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule for a module: the rule of its class, or of the class from which it inherits `forward`."""
     cls = type(module)
+    if "forward" in vars(module):  # the module chose another forward
+        return None
     for base in cls.__mro__:
         if base in RULES and getattr(cls, "forward", None) is getattr(base, "forward", None):
             return RULES[base]

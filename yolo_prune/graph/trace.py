@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from yolo_prune.env.image_size import ImageSize, height_width, stored_size
 from yolo_prune.errors import RecipeError, UnsupportedModelError
-from yolo_prune.graph import probes, rules
+from yolo_prune.graph import foreign, probes, rules
 from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Labels
+from yolo_prune.graph.opaque import Opaque, may_be_opaque
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
 from yolo_prune.graph.structure import Graph, Rows, output_dimension
 from yolo_prune.graph.tracer import Tracer
@@ -23,6 +24,15 @@ from yolo_prune.graph.twin import weightless
 UNSEEN = "does not run in a forward pass"
 FROZEN = "frozen in this run"
 PROTECT = "recipe: protect"
+COMPILED = "compiled by torch.jit; to prune it, use the module from before torch.jit.script"
+
+
+class _StoppedError(Exception):
+    """A forward pass failed in the module with the name `where`."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
 
 
 def trace(
@@ -32,6 +42,7 @@ def trace(
     *,
     imgsz: ImageSize = 640,
     heads: str = "dims",
+    opaque: Mapping[str, str] | None = None,
 ) -> Graph:
     """Find the groups of coupled channels of an Ultralytics model, and the cost of its channels.
 
@@ -45,6 +56,8 @@ def trace(
         frozen: names of modules that are not trained in this run; these are not pruned either.
         imgsz: image size in pixels for which MACs are counted.
         heads: "dims" removes channels in the heads of attentions, "heads" removes whole heads.
+        opaque: `{module name: reason}` of blocks that are not traced. They keep all their channels and everything that
+            they read. A foreign block that cannot be traced becomes opaque as well.
 
     Raises:
         UnsupportedModelError: If the model is fused, or cannot run without its weights.
@@ -55,22 +68,50 @@ def trace(
 
     _refuse_deployed(model)
     imgsz = stored_size(imgsz, multiple=probes.stride(model))
-    channels = probes.image_channels(model)
-    if channels is None:
+    if probes.image_channels(model) is None:
         raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
     protected_modules = dict.fromkeys(frozen, FROZEN) | _protected_modules(model, protect)
-    twin = weightless(model)
+    hidden = {p: COMPILED for p, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    hidden |= opaque or {}
+    while True:  # every time, one more block is opaque
+        try:
+            return _graph(model, protected_modules, hidden, imgsz, heads)
+        except _StoppedError as stopped:
+            path, error = foreign.block_around(model, stopped.where), stopped.__cause__
+            if path in hidden or not may_be_opaque(model, path):
+                raise UnsupportedModelError(
+                    f"{foreign.shown(model, path)} cannot be traced: {foreign.said(error)}. If the forward of a block "
+                    "depends on the values of its input, give the forward another path for inputs on the 'meta' device."
+                ) from error
+            hidden[path] = (
+                f"{foreign.shown(model, path)} cannot be traced: {foreign.said(error)}. To prune it, give its forward "
+                "a path for inputs on the 'meta' device"
+            )
+
+
+def _graph(
+    model: nn.Module, protected_modules: Mapping[str, str], opaque: Mapping[str, str], imgsz: ImageSize, heads: str
+) -> Graph:
+    """The graph of a model in which some blocks are opaque (`{path: reason}`).
+
+    Raises:
+        _StoppedError: If a forward pass raises an error.
+    """
+    twin = weightless(model, lambda path, module: Opaque(module, opaque[path]) if path in opaque else None)
     stated = rules.gather(twin, heads)
-    labels = Labels(_labelled(twin))
-    tracer = Tracer(labels, rules.trusts, stated.reasons, stated.spare)
+    unseen = {f"{path}.{name}": t for path in opaque for name, t in _labelled(model.get_submodule(path)).items()}
+    labels = Labels(_labelled(twin) | {name: torch.empty_like(t, device="meta") for name, t in unseen.items()})
+    tracer = Tracer(labels, rules.trusts, {**stated.reasons, **opaque}, stated.spare)
     known = {rows.tensor for rows, _ in stated.fixed}
-    deployed = _run(tracer, twin, torch.empty(1, channels, *height_width(imgsz), device="meta"), known)
+    image = torch.empty(1, probes.image_channels(model) or 3, *height_width(imgsz), device="meta")
+    deployed = _run(tracer, twin, image, known) | unseen.keys() & dict(model.named_parameters()).keys()
     _add_facts(labels, stated)
     tensors = dict.fromkeys(tensor for tensor, _ in labels.spaces)
     _pin(labels, {t: why for t in tensors if (why := _protection(t, protected_modules))}, REQUESTED)
+    _pin(labels, {t: why for t in tensors if (why := _protection(t, opaque))}, RULE)
     _pin(labels, {t: UNSEEN for t in tensors if t not in tracer.ran}, TRACED)
-    _pin(labels, {t: f"shared with {other.rpartition('.')[0]}" for t, other in _tied(twin)}, RULE)
-    sets = channel_sets(labels, _outputs(twin))
+    _pin(labels, {t: f"shared with {other.rpartition('.')[0]}" for t, other in _tied(model)}, RULE)
+    sets = channel_sets(labels, _outputs(model))
     groups = groups_of(sets, labels)
     work, fixed = _work(tracer, sets)
     spare = tuple(stated.spare)
@@ -117,17 +158,17 @@ def _refuse_deployed(model: nn.Module) -> None:
         )
 
 
-def _labelled(twin: nn.Module) -> dict[str, Tensor]:
+def _labelled(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that a cut makes smaller: parameters, and the statistics of batch norms."""
-    parameters = dict(twin.named_parameters())
-    statistics = {n: b for n, b in twin.named_buffers() if n.endswith(("running_mean", "running_var"))}
-    return {n: t for n, t in twin.state_dict(keep_vars=True).items() if n in parameters or n in statistics}
+    parameters = dict(module.named_parameters())
+    statistics = {n: b for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))}
+    return {n: t for n, t in module.state_dict(keep_vars=True).items() if n in parameters or n in statistics}
 
 
-def _tied(twin: nn.Module) -> Iterator[tuple[str, str]]:
+def _tied(model: nn.Module) -> Iterator[tuple[str, str]]:
     """`(tensor, other)`: two names of a parameter that two layers share. A cut would make two parameters of it."""
     seen: dict[int, str] = {}
-    for path, module in twin.named_modules():
+    for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
             name = f"{path}.{key}" if path else key
             if parameter is not None and (first := seen.setdefault(id(parameter), name)) != name:
@@ -139,7 +180,13 @@ def _run(tracer: Tracer, twin: nn.Module, image: Tensor, known: set[str]) -> set
 
     Returns:
         Names of the parameters that run in deployment.
+
+    Raises:
+        _StoppedError: If a forward pass raises an error.
     """
+    for module in twin.modules():
+        if isinstance(module, Opaque):
+            module.tracer = tracer
     try:
         with tracer.running(twin):
             twin.eval()
@@ -152,12 +199,8 @@ def _run(tracer: Tracer, twin: nn.Module, image: Tensor, known: set[str]) -> set
                 probes.batch_norm_off(twin)
                 for probe in probes.probes(twin):
                     tracer.outputs(probe(twin, image))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, AssertionError) as e:
-        where = tracer.failed or "the model"
-        raise UnsupportedModelError(
-            f"'{where}' cannot be traced: {type(e).__name__}: {e}. If the forward of a block depends on the values of "
-            "its input, give the forward another path for inputs on the 'meta' device."
-        ) from e
+    except Exception as e:  # a block may be the user's code
+        raise _StoppedError(tracer.failed) from e
     return deployed
 
 
@@ -192,10 +235,10 @@ def _protection(tensor: str, protected_modules: Mapping[str, str]) -> str | None
     )
 
 
-def _outputs(twin: nn.Module) -> dict[tuple[str, int], str]:
+def _outputs(model: nn.Module) -> dict[tuple[str, int], str]:
     """`{(tensor, dimension): layer}` for the output channels of all layers."""
     producers = {}
-    for name, layer in twin.named_modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.Embedding):
             producers[f"{name}.weight", output_dimension(layer)] = name
         elif isinstance(layer, nn.MultiheadAttention):

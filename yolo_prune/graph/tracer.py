@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from yolo_prune.graph import probes
 from yolo_prune.graph.labels import OUTPUT, TRACED, Ids, Labels, Tag, collapse, tag_of, varying
@@ -66,6 +67,7 @@ class Tracer:
         self.failed = ""
         self._trusts, self._reasons, self._spare = trusts, reasons, tuple(spare)
         self._stack: list[tuple[str, nn.Module, Any]] = []
+        self._paused = False
         labels.explain = self.explain
 
     @contextmanager
@@ -96,6 +98,24 @@ class Tracer:
             torch.backends.mha.set_fastpath_enabled(fast)
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Follow nothing that runs inside this context."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def follows(self) -> bool:
+        """Whether operations are followed."""
+        return not self._paused
+
+    def count_fixed(self, macs: float) -> None:
+        """Count MACs that do not depend on any width."""
+        self._count(None, None, macs)
 
     @property
     def where(self) -> str:
@@ -169,11 +189,51 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tracer = tracer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.tracer.follows:
+            return func(*args, **kwargs)
+        args, kwargs, written = _on_one_device(func, args, kwargs)
         out = _shortcut(func, args)
         if out is None:
-            out = func(*args, **(kwargs or {}))
-        self.tracer.operation(func, args, kwargs or {}, out)
-        return out
+            out = func(*args, **kwargs)
+        self.tracer.operation(func, args, kwargs, out)
+        if written is None:
+            return out
+        for tensor in _tensors(args, kwargs):  # the code goes on with the tensor on the CPU, which has no labels
+            self.tracer.pin(tensor, "is written into a tensor of fixed width")
+        return written
+
+
+def _on_one_device(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], Tensor | None]:
+    """The arguments of an operation, with all tensors on the meta device if one is.
+
+    A forward may make constants on the CPU. The twin runs on the meta device, as another model runs on a GPU.
+
+    Returns:
+        The arguments, and the tensor outside of the meta device into which the operation writes (or None).
+    """
+    if func._schema.name == "aten::_to_copy" and args[0].is_meta and kwargs.get("device") is not None:
+        return args, {**kwargs, "device": torch.device("meta"), "non_blocking": False}, None
+    tensors = _tensors(args, kwargs)
+    if all(t.is_meta == tensors[0].is_meta for t in tensors):
+        return args, kwargs, None
+    writes = isinstance(args[0], Tensor) and not args[0].is_meta and func._schema.is_mutable
+    written = args[0] if writes else None
+    return *tree_map(_to_meta, (args, kwargs)), written
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(v for v in value if isinstance(v, Tensor))
+    return found
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
 
 
 def _shortcut(func: Any, args: Any) -> Any:
@@ -201,8 +261,12 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if not self.tracer.follows:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "type" and args[0].is_meta:
+            return _type(*args, **kwargs)
+        out = func(*args, **kwargs)
         tag = tag_of(args[0]) if args else None
         if not tag or not tag.planes:
             return out
@@ -221,6 +285,15 @@ class _Functions(TorchFunctionMode):
             for tensor in args[:2]:
                 self.tracer.pin(tensor, "sets the scale of an attention")
         return out
+
+
+def _type(tensor: Tensor, dtype: Any = None, non_blocking: bool = False) -> Any:
+    """`tensor.type(...)`, which knows no names for types on the meta device: the type as it is on the CPU."""
+    if dtype is None:
+        return torch.empty(0, dtype=tensor.dtype).type()
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.rpartition(".")[2])
+    return tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype.dtype)
 
 
 def _loses_labels(tag: Tag, out: Any) -> bool:

@@ -127,7 +127,7 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self.IGNORED_LAYERS_IN_TRACING.extend(ignored_layers or ())
         self.ignored_params = list(ignored_params or ())
         self.unwrapped_parameters: list[Any] = []
-        self._widths = api.dense_widths(self.model)
+        self._widths = api.dense_widths(self.model, imgsz)
         self._cuts: Plan | None = None
         self._layers = dict(self.model.named_modules())
         self._module2name = {layer: name for name, layer in self._layers.items()}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from yolo_prune import criteria
 from yolo_prune.criteria.base import ModelReader, Observer
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.cut.plan import Attributes, GroupWidth, Keep, Plan, Protected, Scale, Shapes
+from yolo_prune.cut.proof import RefutedError, prove
 from yolo_prune.cut.record import read_record
 from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.env.image_size import ImageSize
-from yolo_prune.errors import NothingToRemoveError, RecipeError, TargetError
-from yolo_prune.graph import Graph, Rows, has_heads, named, trace
-from yolo_prune.graph.structure import ChannelSet
+from yolo_prune.errors import NothingToRemoveError, ProofError, RecipeError, TargetError
+from yolo_prune.graph import Graph, Rows, foreign, has_heads, named, trace
+from yolo_prune.graph.opaque import may_be_opaque
+from yolo_prune.graph.structure import ChannelSet, Group
 from yolo_prune.planning import allocation
 from yolo_prune.planning.cost import Cost, Timing, cost_of
 from yolo_prune.planning.limits import Limits
@@ -100,8 +102,16 @@ def looks(recipe: Recipe) -> dict[str, int]:
 
 
 def survey(model: nn.Module, recipe: Recipe, imgsz: ImageSize, frozen: Sequence[str] = ()) -> Graph:
-    """Trace a model with the settings of a recipe."""
-    return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention)
+    """Trace a model with the settings of a recipe. Blocks of users are tried out, unless the recipe has `proof: false`.
+
+    A block whose cut is refuted is opaque: it keeps its channels, and the reason is in the graph.
+    """
+
+    def traced(opaque: Mapping[str, str]) -> Graph:
+        return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention, opaque=opaque)
+
+    graph = traced({})
+    return tried_out(model, graph, traced, recipe.channels.round_to or ROUND_TO) if recipe.proof else graph
 
 
 @dataclass(frozen=True)
@@ -399,10 +409,77 @@ def protected_parts(graph: Graph) -> tuple[Protected, ...]:
     return tuple(Protected(tuple(layers), reason) for reason, layers in reasons.items())
 
 
-def widths(model: nn.Module, graph: Graph | None = None) -> dict[str, int]:
-    """`{set name: channels}` of a model, for both values of `channels.attention`."""
-    channels = (graph or trace(model)).widths
-    return {**trace(model, heads="heads").widths, **channels} if has_heads(model) else channels
+TRIALS = 8
+"""Largest number of classes of blocks that are found to be opaque; each needs one more proof."""
+
+
+def tried_out(
+    model: nn.Module, graph: Graph, traced: Callable[[Mapping[str, str]], Graph], step: int = ROUND_TO
+) -> Graph:
+    """The graph of a model in which every block of a user that cannot be cut is opaque.
+
+    About half of all free channels are cut from a copy, and the cut is proved. If it is refuted, the block that is the
+    most likely cause becomes opaque, with all other blocks of its class.
+
+    Args:
+        model: the model; it is not changed.
+        graph: its graph.
+        traced: `({block: reason}) -> graph`: traces the model with opaque blocks.
+        step: widths are multiples of it.
+
+    Returns:
+        The graph with opaque blocks; `graph` if no set of opaque blocks makes the proof hold.
+    """
+    if not any(map(foreign.is_foreign, model.modules())):
+        return graph
+    opaque, tried = dict[str, str](), graph
+    for _ in range(TRIALS):
+        kept = {name: k for g in tried.groups if not g.protected for name, k in about_half(g, step).items()}
+        trial_plan = build_plan(tried, cost_of(model, tried), kept, {})
+        if not trial_plan.keep:
+            return tried
+        try:
+            prove(model, trial_plan)
+            return tried
+        except RefutedError as e:
+            cause = next((s for s in e.suspects if s not in opaque and may_be_opaque(model, s)), None)
+            why = e.why
+        except ProofError:  # the model itself does not run
+            return graph
+        if cause is None:
+            return graph
+        kind = type(model.get_submodule(cause))
+        for path, module in model.named_modules():
+            if type(module) is kind and may_be_opaque(model, path):
+                opaque[path] = (
+                    f"'{path}' ({kind.__name__}) does not work with fewer channels: {why}. To prune it, state its rule "
+                    "(register_block)"
+                )
+        tried = traced(opaque)
+    return graph
+
+
+def about_half(group: Group, step: int) -> dict[str, tuple[int, ...]]:
+    """`{set: kept channels}`: at most half. Large widths are odd multiples of `step`: no special number."""
+    count = group.grain // 2
+    if group.grain > 2 * step:
+        count = count // step * step
+        count -= step if count // step % 2 == 0 else 0
+    return {s.name: tuple(range(s.size))[1::2][: count * s.size // group.grain] for s in group.sets} if count else {}
+
+
+def widths(model: nn.Module, graph: Graph | None = None, imgsz: ImageSize = 640) -> dict[str, int]:
+    """`{set name: channels}` of a model, for both values of `channels.attention`.
+
+    Args:
+        model: the model.
+        graph: the graph of the model; None: the model is traced.
+        imgsz: image size in pixels for the trace. With `graph`, the image size of the graph is used.
+    """
+    graph = graph or trace(model, imgsz=imgsz)
+    return (
+        {**trace(model, imgsz=graph.imgsz, heads="heads").widths, **graph.widths} if has_heads(model) else graph.widths
+    )
 
 
 def present_cost(model: nn.Module, imgsz: ImageSize) -> tuple[float, int]:

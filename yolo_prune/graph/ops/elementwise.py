@@ -79,14 +79,14 @@ def _meets_fixed(call: Call, tensor: Tensor, plane: Tensor, tensors: list[Tensor
 
 def _stays_silent(call: Call, tags: list[Tag]) -> bool:
     """Whether a silenced channel is still 0 after an elementwise operation."""
-    labelled = [t for t in tags if t.planes]
-    silent = [t.silent for t in labelled]
+    silent = [t.silent for t in tags if _has_channels(t)]
     if call.name in ("mul", "bitwise_and", "logical_and"):
         return any(silent)
     if call.name == "div":
-        return bool(tags) and tags[0].silent and not (len(tags) > 1 and tags[1].planes)
+        dead = len(tags) > 1 and _has_channels(tags[1]) and tags[1].silent  # 0 / 0
+        return bool(tags) and tags[0].silent and not dead
     if call.name in ("add", "sub", "maximum", "minimum"):
-        plain = [a for a in call.args[:2] if not (tag_of(a) or Tag()).planes]
+        plain = [a for a in call.args[:2] if not _has_channels(tag_of(a) or Tag())]
         return all(silent) and all(not isinstance(a, Tensor) and a == 0 for a in plain)
     if call.name == "pow":
         return all(silent) and isinstance(call.args[1], int | float) and call.args[1] > 0
@@ -95,3 +95,8 @@ def _stays_silent(call: Call, tags: list[Tag]) -> bool:
     if call.name in ("copy", "_prelu_kernel"):
         return all(silent)
     return False
+
+
+def _has_channels(tag: Tag) -> bool:
+    """Whether a tensor has labels that differ. A parameter with one value, for example, has none: it is a constant."""
+    return any(map(varying, tag.planes))

@@ -70,7 +70,8 @@ def _channels(call: Call, tag: Tag, size: int) -> Tensor:
         planes = []
     if not planes:
         return torch.full((size,), NONE)
-    return planes[0][0].flatten(1)[:, 0]
+    labels = planes[0][0]
+    return labels.flatten(1)[:, 0] if labels.ndim > 1 else labels  # without positions: (batch, channels)
 
 
 @effect("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm")
