@@ -128,6 +128,23 @@ def test_an_argument_without_effect_is_refused(option: str, value: Any, said: st
         pruner_of("base", models.build("yolov8-tiny"), **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"importance": "magnitude"}, "importance='magnitude': must be an importance"),
+        ({"importance": Magnitude}, "must be an importance, such as"),
+        ({"pruning_ratio": 50}, "pruning_ratio=50: must be a number from 0 to below 1"),
+        ({"iterative_steps": 0}, "iterative_steps=0: must be a whole number of at least 1"),
+        ({"ignored_layers": ["model.0"]}, "ignored_layers: 'model.0' is no module or parameter of this model"),
+        ({"ignored_layers": [nn.Linear(1, 1)]}, "ignored_layers: a Linear is no module or parameter of this model"),
+        ({"heads": "whole"}, "heads='whole': must be 'dims' or 'heads'"),
+    ],
+)
+def test_what_torch_pruning_does_not_check_is_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        pruners.MetaPruner(models.build("yolo26-tiny"), IMAGE, **{"importance": Magnitude(), **given})
+
+
 def test_group_lasso_adds_what_the_formula_says() -> None:
     model = models.build("yolov8-tiny")
     pruner = pruner_of("bn group lasso", model)

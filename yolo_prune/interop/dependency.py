@@ -24,7 +24,7 @@ from yolo_prune.cut import surgery
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import read_record
 from yolo_prune.env.image_size import ImageSize, image_size
-from yolo_prune.errors import PlanError
+from yolo_prune.errors import ArgumentError, PlanError
 from yolo_prune.graph import ChannelSet, Graph, trace
 from yolo_prune.graph.pruning_group import Part, group_item, kind_of, members
 from yolo_prune.graph.structure import Group as Coupled
@@ -137,6 +137,8 @@ class DependencyGraph(tp.DependencyGraph):  # type: ignore[misc]
         self._places: dict[str, list[tuple[Part, tuple[tuple[int, ...], ...]]]] = {}
         self._grouped: set[str] = set()  # sets whose indices depend on the number of inputs per group
         self._record = read_record(self.model)
+        if heads not in ("dims", "heads"):
+            raise ArgumentError(f"heads={heads!r}: must be 'dims' or 'heads'.")
         self._read(trace(self.model, imgsz=imgsz, heads=heads))
         return self
 

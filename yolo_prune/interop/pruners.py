@@ -33,6 +33,7 @@ class _OnOurGraph:
         given = inspect.signature(construct).bind(model, example_inputs, importance, *args, **options).arguments
         _refuse(given)
         self._model = api.module_of(model)
+        _check(given, self._model)
         ignored = [p for p in given.get("ignored_layers") or () if isinstance(p, nn.Parameter)]
         self._graph = DependencyGraph().build_dependency(model, example_inputs, heads=heads, ignored_params=ignored)
         # New dicts: the defaults of torch-pruning are shared by all pruners of a process.
@@ -63,6 +64,9 @@ class _OnOurGraph:
 
 class BasePruner(_OnOurGraph, tp.BasePruner):  # type: ignore[misc]  # torch-pruning has no types
     """torch-pruning's `BasePruner` on our graph."""
+
+
+MetaPruner = MagnitudePruner = BasePruner  # older names, as in torch-pruning
 
 
 class _OfWeights(_OnOurGraph):
@@ -148,3 +152,24 @@ def _refuse(given: dict[str, Any]) -> None:
                     else "Pass heads='heads' instead, so that groups consist of whole heads."
                 )
             )
+
+
+def _check(given: dict[str, Any], model: nn.Module) -> None:
+    """Check arguments that torch-pruning does not check.
+
+    Raises:
+        ArgumentError: For the first argument that is wrong.
+    """
+    importance, ratio, steps = given["importance"], given.get("pruning_ratio", 0.5), given.get("iterative_steps", 1)
+    if isinstance(importance, type) or not callable(importance):
+        raise ArgumentError(
+            f"importance={importance!r}: must be an importance, such as tp.importance.GroupMagnitudeImportance()."
+        )
+    if isinstance(ratio, int | float) and not 0 <= ratio < 1:
+        raise ArgumentError(f"pruning_ratio={ratio}: must be a number from 0 to below 1.")
+    if isinstance(steps, int) and steps < 1:
+        raise ArgumentError(f"iterative_steps={steps}: must be a whole number of at least 1.")
+    own = {id(part) for part in (*model.modules(), *model.parameters())}
+    if others := [part for part in given.get("ignored_layers") or () if id(part) not in own]:
+        what = repr(others[0]) if isinstance(others[0], str) else f"a {type(others[0]).__name__}"
+        raise ArgumentError(f"ignored_layers: {what} is no module or parameter of this model. Take it from this model.")

@@ -18,7 +18,7 @@ from ultralytics.utils import checks as ultralytics_checks
 from ultralytics.utils.files import get_latest_run
 
 from yolo_prune import _keys, criteria
-from yolo_prune.cut.record import Record, close_record, forget_lost_zeros, is_pruned, read_record
+from yolo_prune.cut.record import Record, close_record, composed_plan, forget_lost_zeros, is_pruned, read_record
 from yolo_prune.env import versions
 from yolo_prune.env.log import PREFIX
 from yolo_prune.env.releases import load_checkpoint, load_yaml
@@ -233,6 +233,8 @@ def _keep_structure(model: Model, request: Request) -> Launch | None:
     close_record(model.model)
     if not is_pruned(model.model):
         return None
+    if (plan := composed_plan(model.model)) and plan.masks:
+        LOGGER.info(f"{PREFIX}{sum(mask.zeros for mask in plan.masks.values()):,} zeros stay zero")
     epochs = request.settings["epochs"]
     if isinstance(epochs, int) and not request.explicit & {"optimizer", "lr0", "time"}:
         better = as_arguments(not_chosen(request.explicit, fine_tuning(epochs)))

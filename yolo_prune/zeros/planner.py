@@ -103,6 +103,11 @@ def plan_for(
             f"sparsity: {1 - forecast.present('weights'):.3f} of the weights are zero already, so an amount of "
             f"{amount:g} leaves nothing to remove. Set a larger amount."
         )
+    if dead := [name.removesuffix(".weight") for name, mask in masks.items() if not mask.any()]:
+        LOGGER.warning(
+            f"All weights of {', '.join(dead)} are zero: their outputs no longer depend on the image. To keep some, "
+            "give these layers an amount of their own in sparsity.layers, or name them in protect."
+        )
     for layer in layers:
         if layer.merged:
             masks[f"{layer.merged[0]}.weight"] = layer.centre(masks[layer.tensor])
