@@ -425,7 +425,13 @@ class Recipe(_Part):
 
     @property
     def searches(self) -> bool:
-        """Whether the run searches for the size of the model."""
+        """Whether the run searches for the size of the model.
+
+        Example:
+            >>> import yolo_prune
+            >>> yolo_prune.load_recipe("smallest").searches
+            True
+        """
         return self.keep is None
 
     def zeros(self, keep: float, start: float) -> float:
