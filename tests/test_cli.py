@@ -59,6 +59,7 @@ def test_a_reader_that_leaves_early_is_no_error(clean_cwd: Path) -> None:
         (["plan", "modle=x.pt"], "'modle' is not an argument of 'plan'. Did you mean 'model'?"),
         (["plan", "model=x.pt", "latency=0.7"], "Did you mean 'recipe.target.latency'?"),
         (["plan", "model=x.pt", "target.flops=0.7"], "Did you mean 'recipe.target.flops'?"),
+        (["apply", "model=x.pt", "amount=0.7"], "Did you mean 'recipe.sparsity.amount'?"),
         (["plan", "x.pt"], "'x.pt' is not of the form key=value. Usage: yolo-prune plan"),
         (["plan", "model=yolo11n.yaml", "imgsz=100"], "imgsz=100: must be a multiple of 32"),
         (["plan", "model=yolo11n.yaml", "recipe=ege"], "Did you mean 'edge'?"),

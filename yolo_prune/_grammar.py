@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, get_args
 
 from yolo_prune.env import outputs
 from yolo_prune.errors import PruneError
@@ -250,7 +250,14 @@ def _recipe_fields(key: str) -> list[str]:
     from yolo_prune.recipe.schema import Recipe
 
     last = key.rpartition(".")[2]
-    sections = {name: getattr(part.annotation, "model_fields", {}) for name, part in Recipe.model_fields.items()}
+    sections = {
+        name: {
+            field
+            for kind in (part.annotation, *get_args(part.annotation))  # a section may be `Target | None`
+            for field in getattr(kind, "model_fields", ())
+        }
+        for name, part in Recipe.model_fields.items()
+    }
     return [f"recipe.{name}.{last}" for name, fields in sections.items() if last in fields] + (
         [f"recipe.{last}"] if last in sections else []
     )
