@@ -216,8 +216,8 @@ def _cards(report: Report, measurement: Measurement | None) -> list[Card]:
         shown = after if after is not None else before
         cards.append(Card(label, number(shown, scale), unit, _before(before, after, scale), note, kept))
     if pruned.zeros is not None:
-        cards.append(Card("Zero weights", percent(pruned.zeros, 1), "", "", "", None))
-        cards.append(Card("Compressed", number(pruned.zipped_mb), "MB", "", "", None))
+        zipped = "" if pruned.zipped_mb is None else f"{number(pruned.zipped_mb)} MB zipped"
+        cards.append(Card("Zero weights", percent(pruned.zeros, 1), "", "0 %", zipped, None))
     return cards
 
 
