@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,7 +47,8 @@ class Census:
 def census(model: nn.Module) -> Census:
     """Count the zeros in the weights of convolutions and linear layers, without the fixed layer of DFL."""
     layers, counted, zeros, ready = {}, 0, 0, []
-    for name, layer, weight in _weights(model):
+    for name, layer in weighted_layers(model):
+        weight = layer.weight.detach()
         none = int((weight == 0).sum())
         layers[name] = none / weight.numel()
         counted, zeros = counted + weight.numel(), zeros + none
@@ -55,7 +57,8 @@ def census(model: nn.Module) -> Census:
     return Census(counted, zeros, layers, tuple(ready))
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def weighted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """`(name, layer)` of the convolutions and linear layers, without the fixed layer of DFL; shared weights once."""
     seen = set[int]()
     for name, layer in model.named_modules():
         if (
@@ -64,7 +67,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             and id(layer.weight) not in seen
         ):
             seen.add(id(layer.weight))
-            yield name, layer, layer.weight.detach()
+            yield name, layer
 
 
 def fits_sparse_cores(layer: nn.Module) -> bool:

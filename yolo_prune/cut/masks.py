@@ -99,15 +99,18 @@ class Masked:
             model: the model. A tensor that it does not have is left out: fusing for inference removes some.
             masks: the masks.
         """
-        state = model.state_dict(keep_vars=True)
+        self._model, layers = model, dict(model.named_modules(remove_duplicate=False))
+        places = [(layers.get(name.rpartition(".")[0]), name.rpartition(".")[2], mask) for name, mask in masks.items()]
+        self._places = [(layer, key) for layer, key, _ in places if hasattr(layer, key)]
         self.gone: dict[Tensor, Tensor] = {
-            state[name]: (~mask.kept).to(state[name].device) for name, mask in masks.items() if name in state
+            getattr(layer, key): (~mask.kept).to(getattr(layer, key).device)
+            for layer, key, mask in places
+            if hasattr(layer, key)
         }
 
-    def current(self, model: nn.Module, masks: Masks) -> bool:
-        """Whether the masked parameters still are those of the model."""
-        state = model.state_dict(keep_vars=True)
-        return self.gone.keys() == {state[name] for name in masks if name in state}
+    def current(self, model: nn.Module) -> bool:
+        """Whether this is the model, and the masked parameters still are its own. It is asked at every step."""
+        return model is self._model and all(getattr(layer, key) in self.gone for layer, key in self._places)
 
     @torch.no_grad()
     def hold_gradients(self) -> None:

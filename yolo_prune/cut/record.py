@@ -141,10 +141,11 @@ def _fitting(model: nn.Module, record: Record, plan: Plan) -> Record | None:
 
 def forget_lost_zeros(model: nn.Module) -> bool:
     """Delete the masks from a record whose zeros are not zero any more. Returns whether there were any."""
-    stored, true = stored_record(model), read_record(model)
-    if stored is None or stored.plan is None or not stored.plan.masks or not _fits(model, stored.plan):
+    stored = stored_record(model)
+    if stored is None or stored.plan is None or not _fits(model, stored.plan):
         return False
-    if true is not None and true.plan is not None and true.plan.masks:
+    true = _fitting(model, stored, stored.plan)
+    if true is stored:
         return False
     if true is None:
         delete_record(model)

@@ -11,6 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ReadableLayer = nn.Conv2d | nn.Linear
+POSITIONS = 8000
+"""Positions, of all images together, at which a layer is read, for the refit and for scores.
+
+This value is a choice: memory and time grow in proportion.
+"""
+PER_COLUMN = 3
+"""Minimum number of positions per weight of an output.
+
+This value is a choice: with one position per weight, the fit would be exact at every position, noise included, and only
+the ridge would limit it. With a few positions per weight, the noise is averaged.
+"""
 
 
 def readable(layer: nn.Module) -> TypeGuard[ReadableLayer]:
@@ -66,6 +77,19 @@ def positions(name: str, output: Tensor, layer: nn.Module, count: int) -> Tensor
         return torch.arange(spots, device=output.device).expand(images, -1)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.stack([torch.randperm(spots, generator=generator)[:count] for _ in range(images)]).to(output.device)
+
+
+def sample(name: str, output: Tensor, layer: nn.Module) -> Tensor:
+    """The `positions` at which a layer is read, for the refit and for scores: `(images, positions)`.
+
+    Args:
+        name: name of the layer.
+        output: output of the layer; for a layer that `upsamples`, a value with one pixel for each of its patches.
+        layer: the layer.
+    """
+    columns = 0 if upsamples(layer) else layer.weight[0].numel()  # type: ignore[index]
+    count = max(POSITIONS, PER_COLUMN * columns)
+    return positions(name, output, layer, max(1, count // len(output)))
 
 
 def read(layer: ReadableLayer, value: Tensor, where: Tensor, width: int) -> Tensor:

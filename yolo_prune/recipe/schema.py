@@ -372,17 +372,11 @@ class Recipe(_Part):
                 "sparsity: target.max_drop searches for a size, and zeros would change the fitness that it looks at; "
                 "leave sparsity out, and add zeros to the result in a second run"
             )
-        if self.target is None:
-            if self.guard.on_breach == "stop" and self.guard.max_drop is None:
-                raise ValueError(
-                    "guard.on_breach: stop needs a limit; add guard.max_drop, or leave guard.on_breach out"
-                )
-            return self
-        if self.target.max_drop is not None and self.guard.max_drop is not None:
+        if self.searches and self.guard.max_drop is not None:
             raise ValueError("guard.max_drop: target.max_drop already sets a limit; leave one of the two out")
         if self.guard.on_breach == "stop" and self.guard.max_drop is None:
             raise ValueError("guard.on_breach: stop needs a limit; add guard.max_drop, or leave guard.on_breach out")
-        if self.target.max_drop is not None and self.schedule.curve == "one-shot":
+        if self.searches and self.schedule.curve == "one-shot":
             raise ValueError(
                 "schedule.curve: one-shot is a single cut, but target.max_drop needs several; leave schedule.curve out"
             )

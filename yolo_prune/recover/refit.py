@@ -18,17 +18,6 @@ from yolo_prune.data import layer_samples
 from yolo_prune.data.layer_samples import ReadableLayer
 from yolo_prune.recover.scope import inside, modes_kept, with_less_memory
 
-POSITIONS = 8000
-"""Positions, of all images together, to which a layer is fitted.
-
-This value is a choice: memory and time grow in proportion.
-"""
-PER_COLUMN = 3
-"""Minimum number of positions per unknown weight of an output.
-
-This value is a choice: with one position per weight, the fit would be exact at every position, noise included, and only
-the ridge would limit it. With a few positions per weight, the noise is averaged.
-"""
 RIDGE = 0.01
 """Penalty on the distance to the old weights, as a fraction of the mean variance of the layer's inputs.
 
@@ -142,9 +131,7 @@ class _Targets:
 
     def _store(self, name: str, layer: ReadableLayer, given: tuple[Tensor, ...], output: Tensor) -> None:
         self._calls[name] += 1
-        columns = layer.weight[0].numel()
-        count = max(POSITIONS, PER_COLUMN * columns)
-        where = layer_samples.positions(name, output, layer, max(1, count // len(output)))
+        where = layer_samples.sample(name, output, layer)
         wanted = layer_samples.written(layer, output, where).flatten(0, 1)
         if factors := self.plan.scale.get(f"{name}.weight"):
             factor = [factors.get(i, 1.0) for i in range(len(wanted))]
@@ -160,7 +147,7 @@ class _Targets:
         if kept := self.plan.keep.get(f"{name}.weight", {}).get(1):
             output = output[:, list(kept)]
         pixels = F.pixel_unshuffle(output, layer.stride[0])
-        where = layer_samples.positions(name, pixels, layer, max(1, POSITIONS // len(output)))
+        where = layer_samples.sample(name, pixels, layer)
         self.wanted[name] = where, layer_samples.written(layer, pixels, where)[0]
 
 

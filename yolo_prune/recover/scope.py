@@ -26,7 +26,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def with_less_memory(images: Tensor, work: Callable[[Tensor], object], undo: Callable[[], object] = bool) -> int:
+def with_less_memory(images: Tensor, work: Callable[[Tensor], object], undo: Callable[[], object] | None = None) -> int:
     """Do something with images. If the memory is too small, do it again with half of the images, and so on.
 
     Args:
@@ -45,7 +45,8 @@ def with_less_memory(images: Tensor, work: Callable[[Tensor], object], undo: Cal
             work(images)
             return len(images)
         except (RuntimeError, MemoryError) as e:
-            undo()
+            if undo:
+                undo()
             if len(images) == 1 or not _out_of_memory(e):
                 raise
             del e

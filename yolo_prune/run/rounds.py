@@ -280,13 +280,13 @@ def _decide_zeros(
 def _zeros_alone(run: RunState, keep: float, record: Record, ema: nn.Module, graph: Graph) -> Decision | None:
     """The decision of a round with no channel to remove: zeros may be missing. Returns None if none is."""
     recipe = run.recipe
-    if recipe.sparsity is None:
+    if recipe.sparsity is None or recipe.metric == "latency":
         return None
     missing = recipe.zeros(keep, record.start) - zeros.share_of(ema, recipe, run.frozen)
     if missing < FEW:
         return None
     plan = Plan({}, {}, {}, forecast=planner.standing(ema, graph))
-    return Decision(keep, plan, None, None) if recipe.metric != "latency" else None
+    return Decision(keep, plan, None, None)
 
 
 FEW = 1e-3

@@ -63,7 +63,7 @@ class KeptZeros:
         if stored is not self._record:
             record = stored_record(model)
             self._record, self._masks = stored, record.plan.masks if record and record.plan else {}
-        elif self._live.current(model, self._masks) and self._average.current(average, self._masks):
+        elif self._live.current(model) and self._average.current(average):
             return
         self._live, self._average = Masked(model, self._masks), Masked(average, self._masks)
 

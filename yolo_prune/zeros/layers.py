@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.block import RepVGGDW
 from ultralytics.nn.modules.conv import RepConv
 
+from yolo_prune.cut.census import weighted_layers
 from yolo_prune.data import layer_samples
 from yolo_prune.graph import named
 from yolo_prune.recover.scope import inside
@@ -85,21 +86,16 @@ def find(
     protected = {name for p in protect for name in named(model, p, "protect")}
     merged = _merged(model)
     small = {name for name, _ in merged.values()}
-    layers, skipped, seen = [], dict[str, list[str]](), set[int]()
-    for name, layer in model.named_modules():
-        if not _has_weights(layer) or name in small or ".dfl" in name or id(layer.weight) in seen:
+    layers, skipped = [], dict[str, list[str]]()
+    for name, layer in weighted_layers(model):
+        if name in small:
             continue
-        seen.add(id(layer.weight))
         reason = _reason((name, merged.get(name, (name,))[0]), layer, pattern, protected, frozen, from_inputs)
         if reason:
             skipped.setdefault(reason, []).append(name)
         else:
             layers.append(SparseLayer(name, layer, merged.get(name)))
     return Found(layers, skipped)
-
-
-def _has_weights(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
 
 
 def _reason(

@@ -61,11 +61,6 @@ class Pattern:
         kept, of = text.split(":")
         return cls(int(kept), int(of))
 
-    @property
-    def amount(self) -> float | None:
-        """The fraction of weights that are zero; None if the pattern does not fix it."""
-        return 1 - self.kept / self.of if self.of else None
-
     def misfit(self, layer: nn.Module) -> str:
         """Why a layer cannot have this pattern; empty if it can."""
         asked = f"{self.kept}:{self.of}"

@@ -19,14 +19,6 @@ DAMPING = 0.01
 """Added to the diagonal of the inputs' second moment before it is inverted, as a fraction of its mean (SparseGPT)."""
 TINY = 1e-12
 """Also added: inputs that are all 0 then have an inverse. Far below any real variance."""
-POSITIONS = 8000
-"""Positions, of all images together, at which the inputs of a layer are read.
-
-This value is a choice: it is that of the refit, so that both see the same positions.
-"""
-PER_COLUMN = 3
-"""Minimum number of positions per input of an output; as in the refit."""
-
 FROM_INPUTS = ("wanda", "obs")
 """The scores that look at inputs of layers, and so need images."""
 
@@ -124,11 +116,10 @@ def _observe(
 def _samples(name: str, layer: Any, value: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs and outputs of a layer at a sample of positions: `(groups, columns or outputs, samples)`."""
     if layer_samples.upsamples(layer):
-        where = layer_samples.positions(name, value, layer, max(1, POSITIONS // len(value)))
+        where = layer_samples.sample(name, value, layer)
         pixels = torch.nn.functional.pixel_unshuffle(output, layer.stride[0])
         return layer_samples.written(layer, value, where), layer_samples.written(layer, pixels, where)
-    columns = layer.weight[0].numel()
-    where = layer_samples.positions(name, output, layer, max(1, max(POSITIONS, PER_COLUMN * columns) // len(output)))
+    where = layer_samples.sample(name, output, layer)
     read = layer_samples.read(layer, value, where, layer_samples.width(layer, value))
     return read, layer_samples.written(layer, output, where)
 
