@@ -251,22 +251,32 @@ def where() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
 
 
-def main() -> None:
-    """Print a table, row by row."""
+def tabulate(
+    kinds: Mapping[str, Any], defaults: Mapping[str, str], table: Path, measured: str, usage: str | None
+) -> None:
+    """Print a table and append it to a file, row by row.
+
+    Args:
+        kinds: `{first argument: function that yields rows}`.
+        defaults: of the arguments.
+        table: the file.
+        measured: head of the second column.
+        usage: what is printed if the arguments are wrong.
+    """
     kind, *rest = sys.argv[1:] or ["help"]
-    if kind not in KINDS or not all("=" in a for a in rest):
-        sys.exit(__doc__)
-    rows = KINDS[kind]({**DEFAULTS, **dict(a.split("=", 1) for a in rest)})
-    with TABLE.open("a", encoding="utf-8") as table:
-        print(f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {where()}\n", file=table)
-        for line in ("| | FLOPs kept | val | test | seconds |", "|---|---|---|---|---|"):
-            print(line, file=table)
+    if kind not in kinds or not all("=" in a for a in rest):
+        sys.exit(usage)
+    rows = kinds[kind]({**defaults, **dict(a.split("=", 1) for a in rest)})
+    with table.open("a", encoding="utf-8") as file:
+        print(f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {where()}\n", file=file)
+        for line in (f"| | {measured} | val | test | seconds |", "|---|---|---|---|---|"):
+            print(line, file=file)
         for row in rows:
             cells = [f"{c:.4f}" if isinstance(c, float) else str(c) for c in row[:-1]]
             line = f"| {' | '.join(cells)} | {row[-1]:.0f} |"
-            print(line, file=table, flush=True)
+            print(line, file=file, flush=True)
             print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tabulate(KINDS, DEFAULTS, TABLE, "FLOPs kept", __doc__)

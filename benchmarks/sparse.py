@@ -13,14 +13,12 @@ the delivered file. Every row is printed and appended to `benchmarks/sparse.md` 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import accuracy
-import torch
 from torch import nn
 from torch.nn.utils import prune
 from ultralytics import YOLO
@@ -130,22 +128,5 @@ def row(ask: dict[str, str], name: str, recipe: Any, fields: Mapping[str, Any] |
 KINDS = {"one-shot": one_shot, "trained": trained, "lottery": lottery}
 
 
-def main() -> None:
-    """Print a table, row by row."""
-    kind, *rest = sys.argv[1:] or ["help"]
-    if kind not in KINDS or not all("=" in a for a in rest):
-        sys.exit(__doc__)
-    rows = KINDS[kind]({**DEFAULTS, **dict(a.split("=", 1) for a in rest)})
-    with TABLE.open("a", encoding="utf-8") as table:
-        print(f"\n`{' '.join(sys.argv)}` with torch {torch.__version__} on {accuracy.where()}\n", file=table)
-        for line in ("| | zeros | val | test | seconds |", "|---|---|---|---|---|"):
-            print(line, file=table)
-        for cells in rows:
-            shown = [f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells[:-1]]
-            line = f"| {' | '.join(shown)} | {cells[-1]:.0f} |"
-            print(line, file=table, flush=True)
-            print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    accuracy.tabulate(KINDS, DEFAULTS, TABLE, "zeros", __doc__)

@@ -466,7 +466,8 @@ def test_an_export_keeps_the_zeros(folder: Path, sparse: Path) -> None:
     assert 0 <= sum(int((k == 0).sum()) for k in kernels) - counted.zeros <= 3  # a product may underflow
 
 
-def test_a_round_with_too_many_zeros_is_undone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fitness_falls_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fitness is the share of weights that are not zero, so a limit of 0.3 means at most 30 % zeros."""
 
     def validate(self: Any, trainer: Any = None, model: Any = None) -> Any:
@@ -475,6 +476,10 @@ def test_a_round_with_too_many_zeros_is_undone(folder: Path, monkeypatch: pytest
 
     stock = BaseValidator.__call__
     monkeypatch.setattr(BaseValidator, "__call__", validate)
+
+
+@pytest.mark.usefixtures("fitness_falls_with_zeros")
+def test_a_round_with_too_many_zeros_is_undone(folder: Path) -> None:
     recipe = {
         "sparsity": {"amount": 0.8},
         "schedule": {"rounds": 3, "interval": 1, "curve": "linear"},
@@ -538,13 +543,8 @@ def test_a_run_with_cuts_and_zeros_records_both_sizes(folder: Path) -> None:
     assert {reason for reason in (p.reason for p in plan.protected)} >= {p.reason for p in report.protected}
 
 
-def test_a_guard_halves_the_step_of_a_run_with_cuts_and_zeros(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def validate(self: Any, trainer: Any = None, model: Any = None) -> Any:
-        found = stock(self, trainer, model)
-        return {**found, "fitness": 1 - share(trainer.ema.ema)} if trainer and found else found
-
-    stock = BaseValidator.__call__
-    monkeypatch.setattr(BaseValidator, "__call__", validate)
+@pytest.mark.usefixtures("fitness_falls_with_zeros")
+def test_a_guard_halves_the_step_of_a_run_with_cuts_and_zeros(folder: Path) -> None:
     recipe = {
         **BOTH,
         "schedule": {"rounds": 3, "interval": 1, "curve": "linear"},

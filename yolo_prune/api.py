@@ -17,7 +17,7 @@ from yolo_prune import _startup, recipe, recover
 from yolo_prune.cut import proof, surgery
 from yolo_prune.cut import record as records
 from yolo_prune.cut.census import census, compressed_mb
-from yolo_prune.cut.copies import bare_copy, make_ordinary, size_mb
+from yolo_prune.cut.copies import bare_copy, checkpoint_bytes, make_ordinary
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
 from yolo_prune.data import datasets
@@ -278,7 +278,8 @@ def describe(model: Model | nn.Module | str | Path) -> str:
 def _zeros_of(module: nn.Module) -> list[str]:
     """The lines of `describe` on zeros."""
     counted = census(module)
-    mb, zipped = size_mb(module), compressed_mb(module)
+    content = checkpoint_bytes(module)
+    mb, zipped = len(content) / 1e6, compressed_mb(content)
     return [
         f"{'zeros':12}{'':12}{counted.zeros:12,}{counted.share:10.1%}   of the {counted.weights:,} weights of layers",
         f"{'MB':12}{'':12}{mb:12.2f}{'':10}   as a checkpoint; {zipped:.2f} if it is compressed",

@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from yolo_prune.cut.copies import checkpoint_bytes
-
 LEVEL = 6  # of compression; the default of zip programs
 SPARSE_CORES = (16, 8)
 """Inputs and outputs of a layer are multiples of these numbers, if sparse tensor cores of NVIDIA can use its 2:4 zeros.
@@ -84,12 +82,12 @@ def is_two_of_four(weight: Tensor) -> bool:
     return bool((fours.sum(1) <= 2).all())
 
 
-def compressed_mb(model: nn.Module) -> float:
-    """Size of the model's checkpoint in megabytes, in half precision, when compressed (zlib, as in zip files)."""
-    return len(zlib.compress(checkpoint_bytes(model), LEVEL)) / 1e6
+def compressed_mb(content: bytes) -> float:
+    """Size in megabytes of the content of a file when it is compressed (zlib, as in zip files)."""
+    return len(zlib.compress(content, LEVEL)) / 1e6
 
 
 def compressed_file_mb(path: Path) -> float:
     """Size in megabytes of a file or a folder, when each file is compressed."""
     files = [file for file in (path, *path.rglob("*")) if file.is_file()]
-    return sum(len(zlib.compress(file.read_bytes(), LEVEL)) for file in files) / 1e6
+    return sum(compressed_mb(file.read_bytes()) for file in files)

@@ -9,7 +9,7 @@ from torch import nn
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from yolo_prune.cut.census import census, compressed_mb
-from yolo_prune.cut.copies import size_mb
+from yolo_prune.cut.copies import checkpoint_bytes, size_mb
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts
 from yolo_prune.env import ranks
@@ -221,9 +221,10 @@ def complete(trainer: PruningTrainer, run: RunState, model: nn.Module, plan: Pla
     flops, params = planner.present_cost(model, run.imgsz(trainer))
     fitness = float(trainer.validator.metrics.fitness) if live.labelled(trainer) else None
     classes = class_ap(trainer.validator.metrics)
-    report.pruned = Figures(flops=flops, params=params, size_mb=size_mb(model), fitness=fitness, classes=classes)
+    content = checkpoint_bytes(model)
+    report.pruned = Figures(flops=flops, params=params, size_mb=len(content) / 1e6, fitness=fitness, classes=classes)
     if plan.masks:
-        report.pruned.zeros, report.pruned.zipped_mb = census(model).share, compressed_mb(model)
+        report.pruned.zeros, report.pruned.zipped_mb = census(model).share, compressed_mb(content)
     if report.timed:
         report.dense.latency_ms, report.pruned.latency_ms = report.timed.dense_ms, report.timed.ms
     close_rounds(report, fitness)
