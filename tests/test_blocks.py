@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import yolo_prune
 from yolo_prune.cut import passes, surgery
 from yolo_prune.cut.copies import bare_copy
+from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.proof import prove
 from yolo_prune.errors import ProofError, UnsupportedModelError
 from yolo_prune.graph import rules, trace
@@ -588,3 +589,55 @@ def test_an_attribute_that_cannot_be_copied_is_named() -> None:
             UnsupportedModelError, match=r"'model\.2\.1\.lock' cannot be copied: TypeError: .*__deepcopy__"
         ):
             look(model_with(Locked))
+
+
+def test_what_is_protected_is_not_traced() -> None:
+    """Its code sees real images, as in a run, and the reason is the recipe."""
+    for block in (KnowsItsWidth, Broken, LooksAtValues):
+        model = model_with(Around)
+        model.model[2][1].inner = block().double()
+        if block is Broken:
+            with pytest.raises(
+                UnsupportedModelError, match=r"'model\.2\.1\.inner' \(Broken\) cannot be traced: KeyError"
+            ):
+                surveyed(model, protect=["model.2.1.inner"])
+            continue
+        graph = surveyed(model, protect=["model.2.1.inner"])
+        reasons = {name: g.protected for g in graph.groups for name in g.layers}
+        assert reasons["model.2.1.a"] == reasons["model.2.1.inner.b"] == "recipe: protect 'model.2.1.inner'"
+        assert reasons["model.2.1.b"] is None
+        assert graph.opaque == {}
+    assert trace(model_with(RefusesToBeTraced), imgsz=64, protect=["model.2.1.a"]).opaque
+    assert not trace(model_with(RefusesToBeTraced), imgsz=64, protect=["model.2.1"]).opaque
+
+
+class RefusesToBeTraced(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        assert not x.is_meta
+        return self.b(self.a(x))
+
+
+class Straight(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_opaque_blocks_are_named_in_the_plan_and_stay_opaque_in_later_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with(KnowsItsWidth).float()
+    first = yolo_prune.plan(model, models.recipe(target_flops=0.8), imgsz=64)
+    assert first.opaque.keys() == {"model.2.1"}
+    assert Plan.from_dict(first.to_dict()).opaque == first.opaque
+    yolo_prune.apply(model, first)
+    monkeypatch.setattr(KnowsItsWidth, "forward", Straight.forward)  # from now on it could be cut
+    second = yolo_prune.plan(model, models.recipe(target_flops=0.6), imgsz=64)
+    assert second.opaque == first.opaque == first.then(second).opaque == first.then(second).since(first).opaque
+    assert not any(name.startswith("model.2.1.") for name in second.keep)
+    monkeypatch.setitem(rules.RULES, KnowsItsWidth, lambda block, facts: None)
+    assert not yolo_prune.plan(model, models.recipe(target_flops=0.6), imgsz=64).opaque
+
+
+def test_after_some_trials_all_blocks_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "TRIALS", 1)
+    model = model_with(KnowsItsWidth)
+    model.model[2].append(KeepsAList().double())
+    assert surveyed(model).opaque.keys() == {"model.2.1", "model.2.2"}

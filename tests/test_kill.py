@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 import small_data
 import torch
+import yaml
+from own_blocks import register, with_blocks
 from small_runs import NEW, RECIPES, RUNS
+from ultralytics import YOLO
 
 from yolo_prune.cut.record import read_record
 from yolo_prune.env.releases import load_checkpoint
@@ -66,7 +69,7 @@ class Zygote:
         command = [sys.executable, "-u", str(Path(__file__).parent / "zygote.py")]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
 
-    def train(self, name: str, kill: tuple[str, int] | None, **settings: Any) -> int:
+    def train(self, name: str, kill: tuple[str, int] | None, dense: str = "dense.pt", **settings: Any) -> int:
         """Start a run, or resume it where there is something to resume; returns the child's wait status."""
         last = self.folder / name / "weights/last.pt"
         arguments = (
@@ -81,7 +84,7 @@ class Zygote:
                 "exist_ok": True,
             }
         )
-        model = last if last.exists() else self.folder / "dense.pt"
+        model = last if last.exists() else self.folder / dense
         order = {"model": str(model), "train": arguments, "kill": kill, "log": str(self.folder / f"{name}.log")}
         assert self.process.stdin
         assert self.process.stdout
@@ -310,3 +313,30 @@ def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
         assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('rewinding')}"
     assert zygote.train("rewinding", None, **settings) == 0, zygote.log("rewinding")
     assert_same_run(zygote.folder / "rewinding", zygote.folder / "rewound", rounds=2)
+
+
+@pytest.mark.long
+def test_a_run_over_blocks_of_users_is_resumed_to_the_bit(zygote: Zygote) -> None:
+    """By chance they leave branches out, add constants, refuse images and widths; one of them stays as it is."""
+    register()
+    names = zygote.folder / "blocks.yaml"
+    names.write_text(yaml.safe_dump({**with_blocks(), "nc": 5}))
+    torch.manual_seed(0)
+    YOLO(names).save(zygote.folder / "blocks.pt")
+    recipe = {**RUN["recipe"], "sparsity": None, "schedule": {"rounds": 2, "start": 1, "interval": 2}}
+    settings: dict[str, Any] = {"dense": "blocks.pt", "epochs": 5, "recipe": recipe}
+    assert zygote.train("own", None, **settings) == 0, zygote.log("own")
+    for kill in (("in a batch", 8), ("writing round1.pt", 1), ("written last.pt", 1), ("in a batch", 3)):
+        status = zygote.train("owned", kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('owned')}"
+    assert zygote.train("owned", None, **settings) == 0, zygote.log("owned")
+    assert_same_run(zygote.folder / "owned", zygote.folder / "own", rounds=2)
+    best = load_checkpoint(zygote.folder / "owned/weights/best.pt")[0]
+    plan = read_record(best).plan
+    assert plan.opaque.keys() == {"model.11"}
+    assert plan.opaque["model.11"].startswith(
+        "'model.11' (KnowsItsWidth) does not work with fewer channels: ValueError"
+    )
+    widths = {type(block).__name__: block.a.out_channels for block in best.model[7:12] if hasattr(block, "a")}
+    assert widths.pop("KnowsItsWidth") == 128
+    assert widths["DropPath"] < 128

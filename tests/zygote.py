@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import own_blocks
 import torch
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
@@ -132,6 +133,7 @@ def fitness_of_the_weights() -> None:
 def run(order: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     fitness_of_the_weights()
+    own_blocks.register()
     if order["kill"]:
         prepare_death(*order["kill"])
     YOLO(order["model"]).train(**order["train"])

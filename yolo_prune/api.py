@@ -78,7 +78,7 @@ def plan(
         model = open_model(model)
     known, asked = asked, asked if data else zeros.rehearsal(planner.rehearsal(asked))
     module, size = module_of(model), _size(model, imgsz)
-    graph = planner.survey(module, asked, size)
+    graph = planner.survey(module, asked, size, progress=log.bar("trying out blocks"))
     trial = search.trial(module, graph, asked, size) if asked.metric == "latency" else None
     if not data:
         _warn_of_stand_ins(known)

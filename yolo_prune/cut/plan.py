@@ -73,6 +73,8 @@ class Plan:
             divides by a power of a width.
         masks: `{tensor name: mask}` of the tensors in which single weights become zero. Their shapes are those after
             the plan is applied.
+        opaque: `{module name: reason}` of blocks that were not traced and keep all their channels. Later cuts of the
+            model do not trace them either.
 
     Example:
         >>> import yolo_prune
@@ -91,6 +93,7 @@ class Plan:
     forecast: Forecast | None = None
     scale: Scale = field(default_factory=dict)
     masks: dict[str, Mask] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
     _hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -192,7 +195,8 @@ class Plan:
         for name, mask in later.masks.items():
             masks[name] = masks[name] & mask if name in masks else mask
         protected = later.protected if later.keep else tuple(dict.fromkeys((*self.protected, *later.protected)))
-        return Plan(keep, attributes, shapes, tuple(groups.values()), protected, forecast, scale, masks)
+        opaque = self.opaque | later.opaque
+        return Plan(keep, attributes, shapes, tuple(groups.values()), protected, forecast, scale, masks, opaque)
 
     def since(self, earlier: Plan) -> Plan:
         """Undo `then`: the rest of this plan for a model to which `earlier` was already applied.
@@ -234,7 +238,7 @@ class Plan:
         widths = {g.name: g.after for g in earlier.groups}
         groups = [replace(g, before=widths.get(g.name, g.before)) for g in self.groups]
         narrower = tuple(g for g in groups if g.after < g.before)
-        return Plan(keep, self.attributes, shapes, narrower, self.protected, scale=scale, masks=self.masks)
+        return replace(self, keep=keep, shapes=shapes, groups=narrower, forecast=None, scale=scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dict, list, str, numbers), as `from_dict` reads it.
@@ -257,6 +261,8 @@ class Plan:
             data["scale"] = {n: _to_runs(v) for n, v in sorted(self.scale.items())}
         if self.masks:
             data["masks"] = {name: mask.to_dict() for name, mask in sorted(self.masks.items())}
+        if self.opaque:
+            data["opaque"] = dict(sorted(self.opaque.items()))
         if self.forecast:
             data["forecast"] = self.forecast.to_dict()
         return data
@@ -295,6 +301,7 @@ class Plan:
                 forecast=Forecast.from_dict(data["forecast"]) if data.get("forecast") else None,
                 scale={n: _from_runs(v) for n, v in data.get("scale", {}).items()},
                 masks={n: Mask.from_dict(m) for n, m in data.get("masks", {}).items()},
+                opaque={str(n): str(why) for n, why in data.get("opaque", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(

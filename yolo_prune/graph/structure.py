@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
@@ -133,6 +133,7 @@ class Graph:
         fixed_work: MACs that do not depend on any width.
         deployed: names of the parameters that run in deployment.
         imgsz: image size in pixels.
+        opaque: `{module name: reason}` of the blocks that are not traced, without those that the recipe protects.
     """
 
     groups: tuple[Group, ...]
@@ -142,6 +143,7 @@ class Graph:
     fixed_work: float
     deployed: frozenset[str]
     imgsz: ImageSize
+    opaque: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -52,7 +53,7 @@ def trace(
 
     Args:
         model: the module in `YOLO(...).model`.
-        protect: names or globs of modules that must not be pruned.
+        protect: names or globs of modules that must not be pruned. Foreign blocks among them are not traced.
         frozen: names of modules that are not trained in this run; these are not pruned either.
         imgsz: image size in pixels for which MACs are counted.
         heads: "dims" removes channels in the heads of attentions, "heads" removes whole heads.
@@ -70,15 +71,17 @@ def trace(
     imgsz = stored_size(imgsz, multiple=probes.stride(model))
     if probes.image_channels(model) is None:
         raise UnsupportedModelError("The model has no convolution; there is nothing to prune.")
-    protected_modules = dict.fromkeys(frozen, FROZEN) | _protected_modules(model, protect)
+    asked = _protected_modules(model, protect)
+    protected_modules, closed = dict.fromkeys(frozen, FROZEN) | asked, _closed(model, asked)
     hidden = {p: COMPILED for p, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
     hidden |= opaque or {}
     while True:  # every time, one more block is opaque
         try:
-            return _graph(model, protected_modules, hidden, imgsz, heads)
+            graph = _graph(model, protected_modules, hidden | closed, imgsz, heads)
+            return replace(graph, opaque=hidden)
         except _StoppedError as stopped:
             path, error = foreign.block_around(model, stopped.where), stopped.__cause__
-            if path in hidden or not may_be_opaque(model, path):
+            if path in hidden | closed or not may_be_opaque(model, path):
                 raise UnsupportedModelError(
                     f"{foreign.shown(model, path)} cannot be traced: {foreign.said(error)}. If the forward of a block "
                     "depends on the values of its input, give the forward another path for inputs on the 'meta' device."
@@ -270,6 +273,14 @@ def _protected_modules(model: nn.Module, protect: Sequence[str]) -> dict[str, st
     for pattern in protect:
         reasons.update(dict.fromkeys(named(model, pattern, "protect"), f"{PROTECT} '{pattern}'"))
     return reasons
+
+
+def _closed(model: nn.Module, asked: Mapping[str, str]) -> dict[str, str]:
+    """`{module name: reason}` of the protected modules that are not traced.
+
+    Stock blocks are traced: to protect their weights is enough, and none of them can stop the trace.
+    """
+    return {path: why for path, why in asked.items() if may_be_opaque(model, path)}
 
 
 def _work(tracer: Tracer, all_sets: Sets) -> tuple[dict[str, float], float]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count as count_up
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from yolo_prune.criteria.base import ModelReader, Observer
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.cut.plan import Attributes, GroupWidth, Keep, Plan, Protected, Scale, Shapes
 from yolo_prune.cut.proof import RefutedError, prove
-from yolo_prune.cut.record import read_record
+from yolo_prune.cut.record import composed_plan, read_record
 from yolo_prune.data.calibration import Calibration, Progress
 from yolo_prune.env.image_size import ImageSize
 from yolo_prune.errors import NothingToRemoveError, ProofError, RecipeError, TargetError
-from yolo_prune.graph import Graph, Rows, foreign, has_heads, named, trace
+from yolo_prune.graph import Graph, Rows, has_heads, named, rules, trace
 from yolo_prune.graph.opaque import may_be_opaque
 from yolo_prune.graph.structure import ChannelSet, Group
 from yolo_prune.planning import allocation
@@ -101,17 +102,29 @@ def looks(recipe: Recipe) -> dict[str, int]:
     return {key: count for key, count in counts.items() if count}
 
 
-def survey(model: nn.Module, recipe: Recipe, imgsz: ImageSize, frozen: Sequence[str] = ()) -> Graph:
+def survey(
+    model: nn.Module, recipe: Recipe, imgsz: ImageSize, frozen: Sequence[str] = (), progress: Progress = iter
+) -> Graph:
     """Trace a model with the settings of a recipe. Blocks of users are tried out, unless the recipe has `proof: false`.
 
-    A block whose cut is refuted is opaque: it keeps its channels, and the reason is in the graph.
+    A block whose cut is refuted is opaque: it keeps its channels, and the reason is in the graph. Blocks that were
+    opaque in earlier cuts of the model are opaque again.
     """
+    known = opaque_before(model)
 
     def traced(opaque: Mapping[str, str]) -> Graph:
-        return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention, opaque=opaque)
+        hidden = {**known, **opaque}
+        return trace(model, recipe.protect, frozen, imgsz=imgsz, heads=recipe.channels.attention, opaque=hidden)
 
     graph = traced({})
-    return tried_out(model, graph, traced, recipe.channels.round_to or ROUND_TO) if recipe.proof else graph
+    return tried_out(model, graph, traced, recipe.channels.round_to or ROUND_TO, progress) if recipe.proof else graph
+
+
+def opaque_before(model: nn.Module) -> dict[str, str]:
+    """`{module name: reason}` of the blocks that were opaque in earlier cuts, and for which there is no rule yet."""
+    earlier, modules = composed_plan(model), dict(model.named_modules())
+    known = earlier.opaque if earlier else {}
+    return {path: why for path, why in known.items() if path in modules and rules.rule_of(modules[path]) is None}
 
 
 @dataclass(frozen=True)
@@ -376,7 +389,8 @@ def build_plan(graph: Graph, cost: Cost, kept: Mapping[str, tuple[int, ...]], de
             kept_rows = (i for i in range(fold.rows.start, fold.rows.stop) if i not in gone)
             scale.setdefault(fold.rows.tensor, {}).update(dict.fromkeys(kept_rows, factor))
     shapes = {t: cost.shapes[t] for t in (*keep, *scale)}
-    plan = Plan(keep, attributes, shapes, tuple(narrower), protected_parts(graph), scale=scale)
+    parts, opaque = protected_parts(graph), dict(graph.opaque)
+    plan = Plan(keep, attributes, shapes, tuple(narrower), parts, scale=scale, opaque=opaque)
     after = {t: plan.shape_after(t) for t in keep}
     forecast = Forecast(
         imgsz=cost.imgsz,
@@ -410,11 +424,15 @@ def protected_parts(graph: Graph) -> tuple[Protected, ...]:
 
 
 TRIALS = 8
-"""Largest number of classes of blocks that are found to be opaque; each needs one more proof."""
+"""Number of trials that each find one class of blocks. After them, all blocks of users are opaque."""
 
 
 def tried_out(
-    model: nn.Module, graph: Graph, traced: Callable[[Mapping[str, str]], Graph], step: int = ROUND_TO
+    model: nn.Module,
+    graph: Graph,
+    traced: Callable[[Mapping[str, str]], Graph],
+    step: int = ROUND_TO,
+    progress: Progress = iter,
 ) -> Graph:
     """The graph of a model in which every block of a user that cannot be cut is opaque.
 
@@ -426,14 +444,16 @@ def tried_out(
         graph: its graph.
         traced: `({block: reason}) -> graph`: traces the model with opaque blocks.
         step: widths are multiples of it.
+        progress: wraps the trials to show a progress bar.
 
     Returns:
         The graph with opaque blocks; `graph` if no set of opaque blocks makes the proof hold.
     """
-    if not any(map(foreign.is_foreign, model.modules())):
+    blocks = {path: module for path, module in model.named_modules() if may_be_opaque(model, path)}
+    if not blocks:
         return graph
     opaque, tried = dict[str, str](), graph
-    for _ in range(TRIALS):
+    for trial in progress(count_up(1)):
         kept = {name: k for g in tried.groups if not g.protected for name, k in about_half(g, step).items()}
         trial_plan = build_plan(tried, cost_of(model, tried), kept, {})
         if not trial_plan.keep:
@@ -442,18 +462,18 @@ def tried_out(
             prove(model, trial_plan)
             return tried
         except RefutedError as e:
-            cause = next((s for s in e.suspects if s not in opaque and may_be_opaque(model, s)), None)
+            cause = next((s for s in e.suspects if s in blocks and s not in {**tried.opaque, **opaque}), None)
             why = e.why
         except ProofError:  # the model itself does not run
             return graph
         if cause is None:
             return graph
-        kind = type(model.get_submodule(cause))
-        for path, module in model.named_modules():
-            if type(module) is kind and may_be_opaque(model, path):
-                opaque[path] = (
-                    f"'{path}' ({kind.__name__}) does not work with fewer channels: {why}. To prune it, state its rule "
-                    "(register_block)"
+        for path, block in blocks.items():
+            if type(block) is type(blocks[cause]) or trial >= TRIALS:
+                opaque.setdefault(
+                    path,
+                    f"'{path}' ({type(block).__name__}) does not work with fewer channels: {why}. To prune it, state "
+                    "its rule (register_block)",
                 )
         tried = traced(opaque)
     return graph

@@ -20,6 +20,7 @@ from yolo_prune.cut.masks import Masks
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import composed_plan, is_pruned, is_rebuilt
 from yolo_prune.data import datasets
+from yolo_prune.env import log
 from yolo_prune.env.releases import load_checkpoint, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.graph.probes import stride
@@ -133,7 +134,7 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
     frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
     names = [f"model.{layer}" for layer in frozen]
     try:
-        graph = planner.survey(module, recipe, size, names)
+        graph = planner.survey(module, recipe, size, names, log.bar("trying out blocks"))
         present = zeros.trial(module, graph, recipe, size, names).present
     except NothingToRemoveError as e:
         raise RunError(f"{e} Or train without callbacks=prune: a pruned model keeps its structure.") from e
