@@ -41,9 +41,11 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def integrations(session: nox.Session) -> None:
-    """Experiment trackers and quantization-aware training, none of which is a dependency."""
-    session.install(".[test]", "tensorboard", "mlflow", "wandb", "nvidia-modelopt", "huggingface_hub")
-    session.run("python", "-m", "pytest", "-q", "tests/test_further.py")
+    """Experiment trackers, quantization-aware training and OpenVINO, none of which is a dependency."""
+    session.install(
+        ".[test]", "tensorboard", "mlflow", "wandb", "nvidia-modelopt", "huggingface_hub", "openvino", "nncf"
+    )
+    session.run("python", "-m", "pytest", "-q", "tests/test_further.py", "tests/test_zeros.py")
 
 
 LOWEST = (

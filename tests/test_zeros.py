@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -464,6 +465,29 @@ def test_an_export_keeps_the_zeros(folder: Path, sparse: Path) -> None:
     sizes = sorted(k.size for k in kernels if k.size > 16)  # not the fixed layer of DFL
     assert sum(sizes) == counted.weights  # every layer, with its batch norm folded into it
     assert 0 <= sum(int((k == 0).sum()) for k in kernels) - counted.zeros <= 3  # a product may underflow
+
+
+@pytest.mark.parametrize("quantize", [32, 16, 8])
+def test_an_openvino_export_keeps_the_zeros(folder: Path, sparse: Path, tmp_path: Path, quantize: int) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs openvino: pip install openvino nncf")
+    if quantize == 8:
+        pytest.importorskip("nncf", reason="needs nncf: pip install openvino nncf")
+    counted, model = census(load_checkpoint(sparse)[0]), YOLO(shutil.copy(sparse, tmp_path / "sparse.pt"))
+    data = str(folder / "scenes/scenes.yaml")
+    made = model.export(format="openvino", imgsz=32, quantize=quantize, data=data, fraction=1.0, verbose=False)
+    kernels = []
+    for node in openvino.Core().read_model(next(Path(made).glob("*.xml"))).get_ordered_ops():
+        if node.get_type_name() in ("Convolution", "GroupConvolution"):
+            source = node.input_value(1).get_node()
+            while source.get_type_name() != "Constant":  # in half precision and in int8, it is converted first
+                source = source.input_value(0).get_node()
+            kernels.append(source.get_data())
+    kernels = [k for k in kernels if k.size > 16]  # not the fixed layer of DFL
+    assert {k.dtype.name for k in kernels} == {{32: "float32", 16: "float16", 8: "int8"}[quantize]}
+    assert sum(k.size for k in kernels) == counted.weights
+    zeros_kept = sum(int((k == 0).sum()) for k in kernels)
+    assert zeros_kept >= counted.zeros  # small weights become zero, too
+    assert zeros_kept <= counted.zeros + (3 if quantize > 8 else 0.05 * counted.weights)
 
 
 @pytest.fixture
