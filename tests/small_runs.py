@@ -97,7 +97,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ranks": {
         **PLAIN,
         "target": {"flops": 0.6},
-        "sparsity": {"pattern": "1:2"},
+        "sparsity": {"pattern": "1:2", "score": "obs", "images": 4},
         "schedule": {"rounds": 2, "interval": 2},
     },
     "resume": {**PLAIN, **TWICE, **FINE, "target": {"flops": 0.6}, "measure": False},
