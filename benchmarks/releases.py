@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false"}
+if __name__ == "__main__":  # another release would rewrite the settings of the user
+    os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo-prune-releases-"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import oracle
