@@ -8,6 +8,10 @@ import nox
 RELEASES = ("8.3.0", "8.3.100", "8.3.200", "8.4.0", "8.4.60", "8.4.120", "8.4.190")
 """Oldest, some in between, newest; `yolo_prune/env/versions.py` and `pyproject.toml` name the ends."""
 MAIN_PATH = ("tests/test_main_path.py", "tests/test_kill.py")
+RELEASE_CHECKS = {
+    "tests": ("-m", "pytest", "-q", "-m", "long or not long", *MAIN_PATH),
+    "architectures": ("benchmarks/releases.py",),
+}
 
 nox.options.sessions = ["releases"]
 nox.options.reuse_existing_virtualenvs = True
@@ -15,19 +19,24 @@ nox.options.reuse_existing_virtualenvs = True
 
 @nox.session
 def releases(session: nox.Session) -> None:
-    """The main path and the kill tests on each release, in one environment."""
+    """The main path, the kill tests and all architectures on each release, in one environment."""
     session.install(".", "pytest", "pytest-xdist", "onnx", "onnxruntime", "onnxscript", "onnxslim")
     outcome = {}
     for release in session.posargs or RELEASES:
         session.install(f"ultralytics=={release}")
-        try:
-            session.run("python", "-m", "pytest", "-q", "-m", "long or not long", *MAIN_PATH)
-            outcome[release] = "passed"
-        except nox.command.CommandFailed:
-            outcome[release] = "FAILED"
+        failed = [name for name, command in RELEASE_CHECKS.items() if not _passes(session, command)]
+        outcome[release] = f"FAILED ({', '.join(failed)})" if failed else "passed"
     session.log("; ".join(f"ultralytics {release} {result}" for release, result in outcome.items()))
-    if "FAILED" in outcome.values():
+    if set(outcome.values()) != {"passed"}:
         session.error("not every release works")
+
+
+def _passes(session: nox.Session, command: tuple[str, ...]) -> bool:
+    try:
+        session.run("python", *command)
+    except nox.command.CommandFailed:
+        return False
+    return True
 
 
 @nox.session

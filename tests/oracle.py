@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import zoo
 from torch import Tensor, nn
-from ultralytics.nn.modules.block import AAttn, MaxSigmoidAttnBlock
+from ultralytics.nn.modules import block as blocks
+
+from yolo_prune.env.releases import Blocks
 
 TOLERANCE = 1e-8
 Kept = dict[str, tuple[Tensor, ...]]
@@ -51,12 +53,12 @@ def unfolded(original: nn.Module, pruned: nn.Module) -> nn.Module:
     copy = deepcopy(pruned)
     modules: dict[str, Any] = dict(original.named_modules())
     for name, block in copy.named_modules():
-        if isinstance(block, AAttn):
+        if isinstance(block, Blocks(blocks).AAttn):
             factor = (block.head_dim / modules[name].head_dim) ** 0.5
             rows = torch.arange(len(block.qkv.bn.weight)) % (3 * block.head_dim) < block.head_dim
             for tensor in (block.qkv.bn.weight, block.qkv.bn.bias):
                 tensor[rows] /= factor
-        elif isinstance(block, MaxSigmoidAttnBlock):
+        elif isinstance(block, Blocks(blocks).MaxSigmoidAttnBlock):
             for tensor in (block.gl.weight, block.gl.bias):
                 tensor /= (block.hc / modules[name].hc) ** 0.5
     return copy
@@ -101,6 +103,8 @@ def raw_outputs(model: Any, name: str, batch_statistics: bool) -> list[Tensor]:
             isinstance(module, nn.modules.batchnorm._BatchNorm) and not batch_statistics
         ):
             module.eval()
+        elif hasattr(module, "num_denoising"):
+            module.num_denoising = 0  # queries made from targets, of which there are none
     image = zoo.images(copy, name)
     found = zoo.outputs(copy(image))
     if "yoloe" in name:

@@ -293,7 +293,8 @@ HEADER = """# Supported models
 
 yolo-prune prunes every model YAML that Ultralytics ships, in every scale: YOLOv3 to YOLO26, RT-DETR, YOLO-World and
 YOLOE. The tasks are detection, segmentation (instance and semantic), depth, pose, oriented boxes and classification.
-Checkpoint files of earlier releases (8.0 to 8.3) work as well.
+Checkpoint files of earlier releases (8.0 to 8.3) work as well. What other releases of Ultralytics ship is tested, too
+([table](../results.md#releases-of-ultralytics)).
 
 **What is pruned.** Backbones, necks, attention, the feed-forward layers of transformers, and the hidden channels of
 all heads. In an end-to-end head, both branches are pruned to the same widths (numbers of channels).

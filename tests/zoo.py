@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
 
+from yolo_prune.env.releases import Blocks
+
 CONFIGURATIONS = Path(ultralytics.__file__).parent / "cfg/models"
 NAMES = sorted(p.stem for p in CONFIGURATIONS.rglob("*.yaml"))
 NC = 3
+TASKS = Blocks(tasks)  # early releases lack some of them
 MODELS: dict[str, type[Any]] = {
-    "detect": tasks.DetectionModel,
-    "segment": tasks.SegmentationModel,
-    "semantic": tasks.SemanticSegmentationModel,
-    "depth": tasks.DepthModel,
-    "pose": tasks.PoseModel,
-    "obb": tasks.OBBModel,
-    "classify": tasks.ClassificationModel,
+    "detect": TASKS.DetectionModel,
+    "segment": TASKS.SegmentationModel,
+    "semantic": TASKS.SemanticSegmentationModel,
+    "depth": TASKS.DepthModel,
+    "pose": TASKS.PoseModel,
+    "obb": TASKS.OBBModel,
+    "classify": TASKS.ClassificationModel,
 }
 
 

@@ -90,7 +90,10 @@ def area_attention(block: Any, facts: Facts) -> None:
     Forward computes the scale from `head_dim`. The weights of the queries are multiplied to compensate for a new scale.
     """
     pieces = facts.parts("qkv", *[block.head_dim] * 3 * block.num_heads)
-    facts.attribute("all_head_dim", facts.outputs("pe"))
+    if hasattr(block, "all_head_dim"):
+        facts.attribute("all_head_dim", facts.outputs("pe"))
+    else:  # before Ultralytics 8.4.60, forward takes the width of its input for it
+        facts.equal(facts.inputs("qkv"), facts.outputs("pe"))
     if facts.heads == "heads":
         for head in zip(pieces[0::3], pieces[1::3], pieces[2::3], strict=True):
             facts.whole(*head)

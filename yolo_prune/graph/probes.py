@@ -54,14 +54,17 @@ def outputs(out: Any) -> Iterator[Tensor]:
 
 
 def batch_norm_off(model: nn.Module) -> nn.Module:
-    """Put `model` into training mode, but its batch norms and dropouts into evaluation mode.
+    """Put `model`, which is a copy, into training mode, but its batch norms and dropouts into evaluation mode.
 
-    In training mode all branches run and no head decodes its outputs.
+    In training mode all branches run and no head decodes its outputs. Queries with noise on the targets of training
+    are switched off, because there are no targets, and Ultralytics 8.3.0 does not check that.
     """
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
             module.eval()
+        elif type(getattr(module, "num_denoising", None)) is int:
+            module.num_denoising = 0  # type: ignore[assignment]
     return model
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,18 @@ Rule = Callable[[Any, "Facts"], None]
 
 RULES: Registry[type[nn.Module], Rule] = Registry("{} already has a rule.")
 OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase)  # torch modules whose code uses stored widths, which a cut would change
+
+
+class RuleError(UnsupportedModelError):
+    """A rule that does not fit its block.
+
+    Attributes:
+        misfit: what does not fit, in words that are the same for all blocks of a class.
+    """
+
+    def __init__(self, message: str, misfit: str) -> None:
+        super().__init__(message)
+        self.misfit = misfit
 
 
 def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -80,7 +92,11 @@ def trusts(module: nn.Module) -> bool:
 
 @dataclass
 class StatedFacts:
-    """All facts that the rules stated about a model."""
+    """All facts that the rules stated about a model.
+
+    Attributes:
+        unfit: blocks whose rule was written for another version of their class. They have no rule.
+    """
 
     equal: list[tuple[Rows, ...]] = field(default_factory=list)
     whole: list[tuple[Rows, ...]] = field(default_factory=list)
@@ -89,6 +105,17 @@ class StatedFacts:
     folds: list[Fold] = field(default_factory=list)
     spare: list[str] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    unfit: set[nn.Module] = field(default_factory=set)
+
+    def add(self, others: StatedFacts) -> None:
+        """Add the facts about one more block."""
+        for kind in fields(self):
+            mine, new = getattr(self, kind.name), getattr(others, kind.name)
+            mine.extend(new) if isinstance(mine, list) else mine.update(new)
+
+    def trusts(self, module: nn.Module) -> bool:
+        """Whether sizes in the code of a module's forward are safe."""
+        return module not in self.unfit and trusts(module)
 
 
 @dataclass
@@ -124,14 +151,16 @@ class Facts:
         """The output channels of a child, divided into consecutive parts of these `sizes`.
 
         Raises:
-            UnsupportedModelError: If the sum of the sizes is not the number of output channels.
+            RuleError: If the sum of the sizes is not the number of output channels.
         """
         rows = self.outputs(name)
         if sum(sizes) != len(rows):
-            raise UnsupportedModelError(
+            expected = " + ".join(map(str, sizes))
+            raise RuleError(
                 f"'{self._layer(name)[0]}' has {len(rows)} output channels, but the rule for "
-                f"{type(self.block).__name__} expects {' + '.join(map(str, sizes))}. Either the block was changed or "
-                "the rule is wrong: correct the rule."
+                f"{type(self.block).__name__} expects {expected}. Either the block was changed or the rule is wrong: "
+                "correct the rule.",
+                f"'{name}' has {len(rows)} output channels, not {expected}",
             )
         pieces, start = [], 0
         for size in sizes:
@@ -191,9 +220,10 @@ class Facts:
 
     def _check_attribute(self, name: str, kind: type) -> None:
         if type(getattr(self.block, name, None)) is not kind:
-            raise UnsupportedModelError(
+            raise RuleError(
                 f"The rule for {type(self.block).__name__} names the attribute '{name}', but '{self.path}.{name}' is "
-                f"not of type {kind.__name__}. Correct the rule."
+                f"not of type {kind.__name__}. Correct the rule.",
+                f"'{name}' is not of type {kind.__name__}",
             )
 
     def _layer(self, name: str) -> tuple[str, Any]:
@@ -207,16 +237,60 @@ class Facts:
 
 
 def gather(model: nn.Module, heads: str = "dims") -> StatedFacts:
-    """Run the rules of all blocks of a model and collect the facts."""
+    """Run the rules of all blocks of a model and collect the facts.
+
+    A rule of this package was written for the classes of some releases. A block of another release may lack what the
+    rule names: such a block is traced, as a block without a rule is. The failure of any other rule is an error.
+
+    Raises:
+        RuleError: If a rule that was registered from outside this package does not fit.
+    """
     stated = StatedFacts()
     for path, module in model.named_modules():
         if rule := rule_of(module):
             try:
-                rule(module, Facts(path, module, stated, heads))
-            except UnsupportedModelError:
-                raise
-            except Exception as e:  # a rule may be the user's code, so the message has to name the rule
-                raise UnsupportedModelError(
-                    f"The rule for {type(module).__name__} fails on '{path}': {type(e).__name__}: {e}. Correct it."
-                ) from e
+                stated.add(_facts_of(rule, path, module, heads))
+            except RuleError as e:
+                if not _is_ours(rule):
+                    raise
+                stated.unfit.add(module)
+                stated.reasons[path] = f"the rule for {type(module).__name__} does not fit ({e.misfit})"
     return stated
+
+
+def _facts_of(rule: Rule, path: str, block: nn.Module, heads: str) -> StatedFacts:
+    """The facts that a rule states about one block.
+
+    Raises:
+        RuleError: If the rule does not fit the block.
+    """
+    stated = StatedFacts()
+    try:
+        rule(block, Facts(path, block, stated, heads))
+    except RuleError:
+        raise
+    except Exception as e:  # a rule may be the user's code, so the message has to name the rule
+        what = f"{type(e).__name__}: {e}"
+        raise RuleError(f"The rule for {type(block).__name__} fails on '{path}': {what}. Correct it.", what) from e
+    if _is_ours(rule):
+        for attribute in stated.attributes:
+            _check_value(block, attribute)
+    return stated
+
+
+def _check_value(block: nn.Module, attribute: Attribute) -> None:
+    """Check that an attribute is the number that the rule says, because its meaning may differ between releases.
+
+    Raises:
+        RuleError: If it is another number.
+    """
+    value, counts = getattr(block, attribute.name), [len(rows) for rows in attribute.rows]
+    expected = counts if attribute.many else sum(counts) // attribute.per
+    if value != expected:
+        misfit = f"'{attribute.name}' is {value}, not {expected}"
+        raise RuleError(f"The rule for {type(block).__name__} does not fit '{attribute.module}': {misfit}.", misfit)
+
+
+def _is_ours(rule: Rule) -> bool:
+    """Whether a rule is one of this package."""
+    return str(getattr(rule, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]

@@ -104,7 +104,7 @@ def _graph(
     stated = rules.gather(twin, heads)
     unseen = {f"{path}.{name}": t for path in opaque for name, t in _labelled(model.get_submodule(path)).items()}
     labels = Labels(_labelled(twin) | {name: torch.empty_like(t, device="meta") for name, t in unseen.items()})
-    tracer = Tracer(labels, rules.trusts, {**stated.reasons, **opaque}, stated.spare)
+    tracer = Tracer(labels, stated.trusts, {**stated.reasons, **opaque}, stated.spare)
     known = {rows.tensor for rows, _ in stated.fixed}
     image = torch.empty(1, probes.image_channels(model) or 3, *height_width(imgsz), device="meta")
     deployed = _run(tracer, twin, image, known) | unseen.keys() & dict(model.named_parameters()).keys()
