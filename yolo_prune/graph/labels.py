@@ -79,6 +79,18 @@ def reshape(plane: Tensor, shape: Sequence[int]) -> Tensor:
         return restride(plane.reshape(tuple(shape)))
 
 
+def lines(plane: Tensor, dims: Sequence[int]) -> Tensor:
+    """`(others, elements)`: the labels along some dimensions, for every index of the other dimensions that vary."""
+    others = sorted(varying(plane) - set(dims))
+    for d in set(range(plane.ndim)) - {*others, *dims}:
+        plane = plane.narrow(d, 0, 1)
+    even = [d for d in range(plane.ndim) if d not in others and d not in dims]
+    rows = 1
+    for d in others:
+        rows *= plane.shape[d]
+    return plane.permute(*others, *sorted(dims), *even).reshape(rows, -1)
+
+
 class Labels:
     """The labels of a model: which are the same, which must not be removed, which must keep equal counts."""
 
@@ -90,6 +102,7 @@ class Labels:
         self._size: dict[tuple[str, int], int] = {}
         self.pins: list[tuple[int, str, Ids]] = []
         self.equals: list[list[Ids]] = []
+        self.proportions: list[list[Ids]] = []
         self.wholes: list[Ids] = []
         self.explain: Callable[[str], str] = str  # adds the block to a reason
         self._pairs: list[tuple[Ids, Ids]] = []
@@ -139,9 +152,31 @@ class Labels:
         if flat.size:
             self.pins.append((rank, self.explain(reason) if rank == TRACED else reason, flat))
 
+    def fix(self, ids: Tensor | Ids, reason: str) -> None:
+        """Protect these labels; other channels of the same layer form a set of their own."""
+        self.pin(ids, reason)
+        self.equal([ids.flatten().numpy() if isinstance(ids, Tensor) else ids])
+
     def equal(self, parts: Sequence[Ids]) -> None:
         """Demand that each of these parts keeps the same fraction of its labels."""
         self.equals.append([p[p != NONE] for p in parts])
+
+    def proportional(self, parts: Sequence[Ids]) -> None:
+        """Demand the same as `equal`, unless the parts turn out to be the same channels."""
+        self.proportions.append([p[p != NONE] for p in parts])
+
+    def settle(self) -> None:
+        """Turn the proportions between different channels into constraints, once all labels are known."""
+        if not self.proportions:
+            return
+        root = self.roots()
+        for parts in self.proportions:
+            counted = [np.unique(root[p], return_counts=True) for p in parts]
+            shares = [(ids, counts / counts.sum()) for ids, counts in counted]
+            first = shares[0]
+            if not all(np.array_equal(ids, first[0]) and np.allclose(part, first[1]) for ids, part in shares):
+                self.equals.append(parts)
+        self.proportions.clear()
 
     def roots(self) -> Ids:
         """`(count,)`: for each label, the smallest of all labels that are the same as it."""

@@ -16,7 +16,7 @@ from yolo_prune.graph.structure import Attribute, Fold, Rows, output_dimension
 Rule = Callable[[Any, "Facts"], None]
 
 RULES: Registry[type[nn.Module], Rule] = Registry("{} already has a rule.")
-OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase)  # torch modules whose code uses stored widths, which a cut would change
+OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase, nn.Unflatten)  # torch modules whose code uses stored widths
 
 
 def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:

@@ -111,6 +111,7 @@ def _graph(
     _pin(labels, {t: why for t in tensors if (why := _protection(t, opaque))}, RULE)
     _pin(labels, {t: UNSEEN for t in tensors if t not in tracer.ran}, TRACED)
     _pin(labels, {t: f"shared with {other.rpartition('.')[0]}" for t, other in _tied(model)}, RULE)
+    labels.settle()
     sets = channel_sets(labels, _outputs(model))
     groups = groups_of(sets, labels)
     work, fixed = _work(tracer, sets)

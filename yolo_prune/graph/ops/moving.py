@@ -38,18 +38,30 @@ def shape(call: Call) -> None:
 @effect(
     *("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select", "split", "split_with_sizes"),
     *("unbind", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle", "chunk", "narrow", "numpy_T"),
-    *("channel_shuffle", "movedim", "unfold"),
+    *("movedim", "unfold"),
 )
 def move(call: Call) -> None:
     """The operation moves elements. The same operation moves their labels."""
     tensor, tag = first_input(call)
     moved = [call.func(p, *call.args[1:], **call.kwargs) for p in tag.planes]
     outs = call.out if isinstance(call.out, list | tuple) else [call.out]
-    copied = call.name in ("flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+    copied = call.name in ("flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle")
     for i, out in enumerate(outs):
         planes = [m[i] if isinstance(m, list | tuple) else m for m in moved]
         whole = tag.source if out.numel() == tensor.numel() else None
         attach(out, Tag(tuple(map(restride, planes) if copied else planes), tag.silent, whole))
+
+
+@effect("channel_shuffle", "native_channel_shuffle")
+def shuffle(call: Call) -> None:
+    """Groups of channels change places with the channels in a group. Every group loses the same channels."""
+    x, tag = first_input(call)
+    groups, planes = int(call.args[1]), []
+    for plane in tag.planes:
+        split = reshape(plane, (x.shape[0], groups, -1, *x.shape[2:]))
+        call.labels.unify(split, split[:, :1].expand_as(split))
+        planes.append(reshape(split[:, :1].expand_as(split).transpose(1, 2), x.shape))
+    attach(call.out, Tag(tuple(planes), tag.silent))
 
 
 @effect("cat", "stack", "concat")

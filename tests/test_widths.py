@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Blocks whose code has sizes, none with a rule: what is read from a tensor follows a cut, a fixed number does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from test_strangers import Block, C, model_with
+from torch import Tensor, nn
+
+from yolo_prune.cut.proof import prove
+from yolo_prune.graph import Graph, trace
+from yolo_prune.planning.cost import cost_of
+from yolo_prune.planning.planner import build_plan
+
+
+class Excited(Block):
+    """Squeeze-and-excitation, as most people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(nn.Linear(C, 8), nn.ReLU(), nn.Linear(8, C), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        b, c, _, _ = x.size()
+        return self.b(x * self.fc(self.pool(x).view(b, c)).view(b, c, 1, 1))
+
+
+class ExcitedByExpansion(Excited):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        gate = self.fc(self.pool(x).view(x.size(0), -1)).reshape(x.size(0), x.size(1), 1, 1)
+        return self.b(x * gate.expand_as(x) + x * gate.expand(*x.shape))
+
+
+class Tokens(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        y = self.a(x).reshape(b, c, h * w).permute(0, 2, 1)
+        return self.b(F.gelu(y).transpose(1, 2).view(b, -1, h, w))
+
+
+class Windows(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, c, h, w = y.shape
+        y = y.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 2, 2)
+        y = y.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+        return self.b(y)
+
+
+class ShuffledGroups(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, c, h, w = y.shape
+        assert c % 4 == 0
+        y = y.view(b, 4, c // 4, h, w).transpose(1, 2).contiguous().view(b, -1, h, w)
+        return self.b(y)
+
+
+class ShuffledByModule(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shuffle = nn.ChannelShuffle(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.shuffle(self.a(x)))
+
+
+class ShuffledBranches(Block):
+    """As in ShuffleNet: two branches, shuffled, then one half goes on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat((self.a(x), F.silu(self.b(x))), 1)
+        b, c, h, w = y.size()
+        y = y.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        first, second = y.chunk(2, 1)
+        return first * second
+
+
+class GSConv(Block):
+    """The shuffle of slim-neck, which divides a flat tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.depthwise = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 5, 1, 2, groups=C)
+        self.b = nn.Conv2d(2 * C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = torch.cat((y, self.depthwise(y)), 1)
+        b, n, h, w = y.size()
+        y = y.reshape(b * n // 2, 2, h * w).permute(1, 0, 2).reshape(2, -1, n // 2, h, w)
+        return self.b(torch.cat((y[0], y[1]), 1))
+
+
+class Unflattened(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unflatten = nn.Unflatten(1, (4, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.unflatten(self.a(x)).transpose(1, 2).flatten(1, 2)
+        return self.b(y.unflatten(1, (2, -1)).sum(1).repeat(1, 2, 1, 1))
+
+
+class Halves(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        c = y.shape[1]
+        first, second = torch.split(y, c // 2, dim=1)
+        third, fourth = y.split([c // 4, c - c // 4], 1)
+        y = torch.cat((second, first), 1) * torch.cat((fourth, third), 1)
+        return self.b(torch.cat((y[:, c // 2 :], y.narrow(1, 0, c // 2).sigmoid() * y[:, : c // 2]), 1))
+
+
+class RolledByAPart(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.roll(y, (y.shape[1] // 2, 1), (1, 2)))
+
+
+class DepthwiseFunction(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.rand(C, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(F.conv2d(y, self.kernel, padding=1, groups=y.shape[1]))
+
+
+class LearnedWeights(Block):
+    """Weights of inputs, as in BiFPN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v, self.u = (nn.Parameter(torch.rand(2)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, v = self.w.relu(), F.softmax(self.v, dim=0)
+        w = w / (w.sum() + 1e-4)
+        y = w[0] * x + w[1] * self.a(x)
+        y = sum(weight * part for weight, part in zip(v, (y, x), strict=True))
+        return self.b((self.u.view(-1, 1, 1, 1, 1) * torch.stack([x, y])).sum(0))
+
+
+class Spread(Block):
+    """Makes tensors as wide as a width says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Conv2d(C, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, c, h, w = y.shape
+        mask = self.mask(x).sigmoid()
+        y = y * mask.expand(b, c, h, w) * mask.repeat(1, c, 1, 1) * y.new_ones(b, c, 1, 1)
+        return self.b(y + torch.zeros(b, c, h, w, device=x.device, dtype=x.dtype))
+
+
+class WrittenInParts(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        c, z = y.shape[1], y.new_zeros(y.shape)
+        z[:, : c // 2] = y[:, c // 2 :]
+        z[:, c // 2 :] = y[:, : c // 2]
+        return self.b(z)
+
+
+class Attention(Block):
+    """Four heads, whose sizes are read from the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Conv2d(C, 3 * C, 1), 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.a(x).reshape(b, 3, 4, c // 4, h * w).unbind(1)
+        y = (q.transpose(-2, -1) @ k * self.scale).softmax(-1) @ v.transpose(-2, -1)
+        return self.b(y.transpose(-2, -1).reshape(b, c, h, w))
+
+
+class SameShapes(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(x + y if x.shape == y.shape and x.shape[1] != 7 else y)
+
+
+class Remembered(Block):
+    """Looks a result up under the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[Any, Any] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        key = tuple(y.shape)
+        if key not in self.seen:
+            self.seen[key] = (key[0], key[1] // 2, 2, *key[2:])
+        return self.b(y.view(self.seen[key]).transpose(1, 2).reshape(y.shape))
+
+
+FREE = (Excited, ExcitedByExpansion, Tokens, Windows, ShuffledGroups, ShuffledByModule, ShuffledBranches, GSConv)
+FREE += (Unflattened, Halves, RolledByAPart, DepthwiseFunction, LearnedWeights, Spread, WrittenInParts, Attention)
+FREE += (SameShapes, Remembered)
+
+
+class FixedUnflatten(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unflatten = nn.Unflatten(1, (4, C // 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.unflatten(self.a(x)).flatten(1, 2))
+
+
+class FixedShuffle(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, _, h, w = y.shape
+        return self.b(y.view(b, 4, C // 4, h, w).transpose(1, 2).reshape(b, -1, h, w))
+
+
+class FixedGroups(DepthwiseFunction):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.conv2d(self.a(x), self.kernel, padding=1, groups=C))
+
+
+class FixedExpansion(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * y.mean((2, 3), keepdim=True).expand(-1, C, -1, -1))
+
+
+class EverySecond(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.cat((y[:, ::2], y[:, 1::2]), 1))
+
+
+class ManualMean(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(1, 1, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y) * self.c(y.sum(1, keepdim=True) / y.shape[1]).sigmoid()
+
+
+class Scaled(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * y.shape[1] ** -0.5)
+
+
+class ScaledByFloat(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * (float(y.size(1)) + 1))
+
+
+class ScaledByCount(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y / len(y[0]))
+
+
+class ScaledByElements(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y / y.numel())
+
+
+class Compared(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.shape[1] != C:
+            raise AssertionError
+        return self.b(y)
+
+
+class Counted(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * torch.arange(y.shape[1], device=y.device).view(-1, 1, 1))
+
+
+class OneByOne(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.stack(y.unbind(1)[::-1], 1))
+
+
+class ByTurns(Block):
+    """Reads channels as positions: no cut leaves them where they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, c, h, w = y.shape
+        return self.b(y.reshape(b, h * w, c).permute(0, 2, 1).reshape(b, c, h, w))
+
+
+class AlongChannels(Block):
+    """Efficient channel attention: a convolution over neighbouring channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        gate = self.c(y.mean((2, 3), keepdim=True).squeeze(-1).transpose(-1, -2)).transpose(-1, -2).unsqueeze(-1)
+        return self.b(y * gate.sigmoid().expand_as(y))
+
+
+COMPUTING = (ManualMean, Scaled, ScaledByFloat, ScaledByCount, ScaledByElements, Compared, Counted)
+FIXED = (
+    (FixedUnflatten, "is cut up by 'unflatten' in Unflatten"),
+    (FixedShuffle, "is cut up by 'view' in FixedShuffle"),
+    (FixedGroups, "is cut up by 'conv2d' in FixedGroups"),
+    (FixedExpansion, "is cut up by 'expand' in FixedExpansion"),
+    (EverySecond, "is cut up by 'getitem' in EverySecond"),
+    *((cls, f"has a width that the code computes with in {cls.__name__}") for cls in COMPUTING),
+    (OneByOne, "is cut up by 'unbind' in OneByOne"),
+    (ByTurns, None),
+    (AlongChannels, None),
+)
+
+
+class PartialConvolution(Block):
+    """Convolves the first channels only, a fixed number of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(4, 4, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        first, rest = y.split([4, y.shape[1] - 4], 1)
+        return self.b(torch.cat((self.c(first), rest), 1))
+
+
+class PartialSlice(PartialConvolution):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.cat((self.c(y[:, :4]), y[:, 4:]), 1))
+
+
+class RolledByANumber(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.roll(self.a(x), (-4, 1), (1, 3)))
+
+
+class LastOnes(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.cat((y[:, -3:], y[:, :-3]), 1) * y[:, -4].unsqueeze(1))
+
+
+PARTLY = (PartialConvolution, PartialSlice, RolledByANumber, LastOnes)
+
+
+def built(block: type[Block]) -> Any:
+    model = model_with(block)
+    zoo.randomise(model.model[2][1], 1)
+    return model
+
+
+def scattered(model: Any, graph: Graph, seed: int = 0) -> Any:
+    """A plan that keeps half of all channels, other ones in every set."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def half(size: int, grain: int) -> tuple[int, ...]:
+        kept = torch.randperm(size, generator=generator)[: size * (grain // 2) // grain]
+        return tuple(sorted(kept.tolist()))
+
+    free = [g for g in graph.groups if not g.protected and g.grain > 1]
+    return build_plan(graph, cost_of(model, graph), {s.name: half(s.size, g.grain) for g in free for s in g.sets}, {})
+
+
+def around(graph: Graph) -> dict[str, set[str | None]]:
+    """`{layer: reasons}` of what a block reads, and of its own layers."""
+    found: dict[str, set[str | None]] = {}
+    for group in graph.groups:
+        for layer in group.layers:
+            if layer.startswith("model.2.1.") or layer == "model.2.0.cv2.conv":
+                found.setdefault(layer, set()).add(group.protected)
+    return found
+
+
+@pytest.mark.parametrize("block", FREE)
+def test_a_size_that_is_read_from_a_tensor_follows_a_cut(block: type[Block]) -> None:
+    model = built(block)
+    graph = trace(model, imgsz=64)
+    assert {reason for reasons in around(graph).values() for reason in reasons} == {None}
+    for seed in range(2):
+        plan = scattered(model, graph, seed)
+        assert len(plan.keep["model.2.1.a.weight"][0]) == model.model[2][1].a.out_channels // 2
+        assert prove(model, plan).error < 1e-10
+
+
+@pytest.mark.parametrize(("block", "reason"), FIXED)
+def test_channels_whose_number_the_code_fixes_are_protected_and_no_others(
+    block: type[Block], reason: str | None
+) -> None:
+    model = built(block)
+    graph = trace(model, imgsz=64)
+    reasons = around(graph)
+    (found,) = reasons["model.2.1.a"]
+    assert found == reason if reason else found is not None
+    assert reasons["model.2.0.cv2.conv"] == {None}
+    assert prove(model, scattered(model, graph)).error < 1e-10
+
+
+@pytest.mark.parametrize("block", PARTLY)
+def test_a_part_of_fixed_size_is_protected_and_the_rest_is_not(block: type[Block]) -> None:
+    model = built(block)
+    graph = trace(model, imgsz=64)
+    free = [s.size for g in graph.groups if not g.protected for s in g.sets if "model.2.1.a" in s.layers]
+    assert sum(free) == C - 4
+    assert prove(model, scattered(model, graph)).error < 1e-10
