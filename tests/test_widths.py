@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import zoo
 from test_strangers import Block, C, model_with
 from torch import Tensor, nn
 
+from yolo_prune.cut import surgery
 from yolo_prune.cut.proof import prove
 from yolo_prune.graph import Graph, trace
 from yolo_prune.planning.cost import cost_of
@@ -210,9 +212,33 @@ class Remembered(Block):
         return self.b(y.view(self.seen[key]).transpose(1, 2).reshape(y.shape))
 
 
+class SubPixel(Block):
+    """Doubles the resolution with a convolution, and halves it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.up = nn.Conv2d(C, 4 * C, 1), nn.PixelShuffle(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.b(F.silu(self.up(self.a(x)))), 2)
+
+
+class DepthwiseStandardized(Block):
+    """Standardizes the weights of its convolutions, one of them depthwise, and passes their attributes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(C, C, 3, 1, 1, groups=C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.c.weight
+        w = (w - w.mean((2, 3), keepdim=True)) / (w.std((2, 3), keepdim=True) + 1e-5)
+        return self.b(F.conv2d(self.a(x), w, self.c.bias, self.c.stride, self.c.padding, 1, self.c.groups))
+
+
 FREE = (Excited, ExcitedByExpansion, Tokens, Windows, ShuffledGroups, ShuffledByModule, ShuffledBranches, GSConv)
 FREE += (Unflattened, Halves, RolledByAPart, DepthwiseFunction, LearnedWeights, Spread, WrittenInParts, Attention)
-FREE += (SameShapes, Remembered)
+FREE += (SameShapes, Remembered, SubPixel, DepthwiseStandardized)
 
 
 class FixedUnflatten(Block):
@@ -324,6 +350,19 @@ class AlongChannels(Block):
         return self.b(y * gate.sigmoid().expand_as(y))
 
 
+class EveryChannelAlone(Block):
+    """Convolves every channel as an image of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(1, 1, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, c, h, w = y.shape
+        return self.b(self.c(y.view(b * c, 1, h, w)).view(b, -1, h, w))
+
+
 COMPUTING = (ManualMean, Scaled, ScaledByFloat, ScaledByCount, ScaledByElements, Compared, Counted)
 FIXED = (
     (FixedUnflatten, "is cut up by 'unflatten' in Unflatten"),
@@ -335,6 +374,7 @@ FIXED = (
     (OneByOne, "is cut up by 'unbind' in OneByOne"),
     (ByTurns, None),
     (AlongChannels, None),
+    (EveryChannelAlone, "is convolved over channels in Conv2d"),
 )
 
 
@@ -406,8 +446,12 @@ def test_a_size_that_is_read_from_a_tensor_follows_a_cut(block: type[Block]) -> 
     assert {reason for reasons in around(graph).values() for reason in reasons} == {None}
     for seed in range(2):
         plan = scattered(model, graph, seed)
+        assert plan.forecast
         assert len(plan.keep["model.2.1.a.weight"][0]) == model.model[2][1].a.out_channels // 2
         assert prove(model, plan).error < 1e-10
+        cut = deepcopy(model)
+        surgery.apply(cut, plan)
+        assert cost_of(cut, trace(cut, imgsz=64)).flops() == pytest.approx(plan.forecast.flops_after, rel=1e-9)
 
 
 @pytest.mark.parametrize(("block", "reason"), FIXED)

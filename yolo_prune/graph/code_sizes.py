@@ -8,13 +8,13 @@ fraction of its channels as that tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from yolo_prune.env.registry import Registry
 from yolo_prune.graph.labels import Labels, Tag, attach, collapse, lines, tag_of, varying
@@ -34,6 +34,7 @@ class Use:
         args: the positional arguments.
         kwargs: the other arguments.
         out: the result; its tensors have their tags.
+        layers: the named modules of the model.
     """
 
     labels: Labels
@@ -41,6 +42,7 @@ class Use:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+    layers: Mapping[str, nn.Module]
 
     def get(self, position: int, *names: str) -> Any:
         """An argument; None if it is missing."""
@@ -340,6 +342,9 @@ def convolved(use: Use) -> None:
     groups = use.get(6, "groups")
     if groups is None or number(groups) == 1:
         return
+    source = getattr(tag_of(use.get(1, "weight")), "source", None) or ""
+    if isinstance(use.layers.get(source.rpartition(".")[0]), nn.modules.conv._ConvNd):
+        return  # the number of groups is an attribute of this layer, too, and a cut updates it
     if number(groups) == use.tensor.shape[1]:
         use.divide(1, [groups])
     else:

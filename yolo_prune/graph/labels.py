@@ -172,9 +172,9 @@ class Labels:
         root = self.roots()
         for parts in self.proportions:
             counted = [np.unique(root[p], return_counts=True) for p in parts]
-            shares = [(ids, counts / counts.sum()) for ids, counts in counted]
-            first = shares[0]
-            if not all(np.array_equal(ids, first[0]) and np.allclose(part, first[1]) for ids, part in shares):
+            (ids, counts), *others = counted
+            same = [np.array_equal(i, ids) and (n * counts.sum() == counts * n.sum()).all() for i, n in others]
+            if not all(same):
                 self.equals.append(parts)
         self.proportions.clear()
 

@@ -9,12 +9,13 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from yolo_prune.env.image_size import ImageSize, height_width, stored_size
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import foreign, probes, rules
-from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Labels
+from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Ids, Labels
 from yolo_prune.graph.opaque import Opaque, may_be_opaque
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
 from yolo_prune.graph.structure import Graph, Rows, output_dimension
@@ -286,15 +287,37 @@ def _work(tracer: Tracer, all_sets: Sets) -> tuple[dict[str, float], float]:
         np.add.at(label_macs, all_sets.set_of[ids], macs)
     fixed = tracer.fixed_work + float(label_macs[-1])
     numbers = np.flatnonzero(label_macs[:-1])
+    counted = _charge(work, labels, all_sets, numbers, label_macs, "weight")
+    left = numbers[~counted]
+    pruned = np.array([n not in all_sets.reasons for n in left], dtype=bool)
+    counted = np.zeros(len(left), dtype=bool)  # layers without a batch norm have a bias
+    counted[pruned] = _charge(work, labels, all_sets, left[pruned], label_macs, "bias")
+    return work, fixed + float(label_macs[left[~counted]].sum())
+
+
+def _charge(
+    work: dict[str, float], labels: Labels, all_sets: Sets, numbers: Ids, label_macs: NDArray[np.float64], kind: str
+) -> NDArray[np.bool_]:
+    """Add the MACs of sets to the one-dimensional tensors of a kind that have the channels of these sets.
+
+    Args:
+        work: `{tensor: MACs per element}`; it is changed.
+        labels: the labels of the model.
+        all_sets: the sets of the model.
+        numbers: the sets with MACs.
+        label_macs: MACs of every set.
+        kind: "weight" or "bias".
+
+    Returns:
+        Which of the sets have such a tensor.
+    """
     sets = [all_sets.sets[n] for n in numbers]
-    places = {s.tensor for c in sets for s in c.slots if s.tensor.endswith("weight")}
+    places = {s.tensor for c in sets for s in c.slots if s.tensor.endswith(kind)}
     columns = sorted(t for t in places if labels.numel[t] == labels.size(t, 0))
     slot_counts = np.array([[sum(s.tensor == t for s in c.slots) for t in columns] for c in sets], dtype=np.float64)
-    counted = slot_counts.any(1) if slot_counts.size else np.zeros(len(sets), dtype=bool)
-    fixed += float(label_macs[numbers[~counted]].sum())  # only torch's own attention, whose width is protected
-    if not counted.any():
-        return work, fixed
-    solution = np.linalg.lstsq(slot_counts, label_macs[numbers] / [c.size for c in sets], rcond=None)[0]
-    for tensor, macs in zip(columns, solution, strict=True):
-        work[tensor] = work.get(tensor, 0.0) + float(macs)
-    return work, fixed
+    counted = np.asarray(slot_counts.any(1) if slot_counts.size else np.zeros(len(sets)), dtype=bool)
+    if counted.any():
+        solution = np.linalg.lstsq(slot_counts, label_macs[numbers] / [c.size for c in sets], rcond=None)[0]
+        for tensor, macs in zip(columns, solution, strict=True):
+            work[tensor] = work.get(tensor, 0.0) + float(macs)
+    return counted

@@ -34,6 +34,7 @@ class Tracer:
         fixed_work: MACs of products of tensors without labels.
         counting: whether MACs are counted.
         failed: name of the innermost module that raised an error.
+        layers: the named modules of the model that runs.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class Tracer:
         self._trusts, self._reasons, self._spare = trusts, reasons, tuple(spare)
         self._stack: list[tuple[str, nn.Module, Any]] = []
         self._paused = False
+        self.layers: dict[str, nn.Module] = {}
         labels.explain = self.explain
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """Follow the labels of everything that runs inside this context."""
-        paths = {module: path for path, module in model.named_modules()}
+        self.layers = dict(model.named_modules())
+        paths = {module: path for path, module in self.layers.items()}
 
         def enter(module: nn.Module, inputs: Any) -> None:
             if module in paths:  # the hooks are global; other models may run in other threads
@@ -260,7 +263,7 @@ class _Functions(TorchFunctionMode):
             return out
         if name == "size" or getattr(func, "__self__", None) is Tensor.shape:
             return widths.read(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None), self.tracer.labels)
-        code_sizes.follow(code_sizes.Use(self.tracer.labels, name, args, kwargs, out))
+        code_sizes.follow(code_sizes.Use(self.tracer.labels, name, args, kwargs, out, self.tracer.layers))
         return out
 
     def _equal_parts(self, args: Any, kwargs: dict[str, Any], out: Any) -> None:

@@ -37,7 +37,7 @@ def shape(call: Call) -> None:
 
 @effect(
     *("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select", "split", "split_with_sizes"),
-    *("unbind", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle", "chunk", "narrow", "numpy_T"),
+    *("unbind", "flip", "roll", "repeat", "pixel_unshuffle", "chunk", "narrow", "numpy_T"),
     *("movedim", "unfold"),
 )
 def move(call: Call) -> None:
@@ -45,7 +45,7 @@ def move(call: Call) -> None:
     tensor, tag = first_input(call)
     moved = [call.func(p, *call.args[1:], **call.kwargs) for p in tag.planes]
     outs = call.out if isinstance(call.out, list | tuple) else [call.out]
-    copied = call.name in ("flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle")
+    copied = call.name in ("flip", "roll", "repeat", "pixel_unshuffle")
     for i, out in enumerate(outs):
         planes = [m[i] if isinstance(m, list | tuple) else m for m in moved]
         whole = tag.source if out.numel() == tensor.numel() else None
@@ -61,6 +61,21 @@ def shuffle(call: Call) -> None:
         split = reshape(plane, (x.shape[0], groups, -1, *x.shape[2:]))
         call.labels.unify(split, split[:, :1].expand_as(split))
         planes.append(reshape(split[:, :1].expand_as(split).transpose(1, 2), x.shape))
+    attach(call.out, Tag(tuple(planes), tag.silent))
+
+
+@effect("pixel_shuffle")
+def channels_to_positions(call: Call) -> None:
+    """Consecutive channels become the positions of one channel, so they are coupled."""
+    x, tag = first_input(call)
+    lead, factor, planes = x.shape[:-3], int(call.args[1]), []
+    for plane in tag.planes:
+        if varying(plane) & {x.ndim - 2, x.ndim - 1}:
+            call.labels.pin(plane, "is rearranged between channels and positions")
+            continue
+        split = reshape(plane[..., :1, :1], (*lead, -1, factor**2, 1, 1))
+        call.labels.unify(split, split[..., :1, :, :].expand_as(split))
+        planes.append(split[..., 0, :, :].expand(call.out.shape))
     attach(call.out, Tag(tuple(planes), tag.silent))
 
 
