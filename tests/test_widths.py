@@ -6,6 +6,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from yolo_prune.cut import surgery
 from yolo_prune.cut.proof import prove
-from yolo_prune.graph import Graph, trace
+from yolo_prune.errors import UnsupportedModelError
+from yolo_prune.graph import Facts, Graph, trace
+from yolo_prune.graph.rules import RULES
 from yolo_prune.planning.cost import cost_of
 from yolo_prune.planning.planner import build_plan
 
@@ -473,4 +476,57 @@ def test_a_part_of_fixed_size_is_protected_and_the_rest_is_not(block: type[Block
     graph = trace(model, imgsz=64)
     free = [s.size for g in graph.groups if not g.protected for s in g.sets if "model.2.1.a" in s.layers]
     assert sum(free) == C - 4
+    assert prove(model, scattered(model, graph)).error < 1e-10
+
+
+class Swapped(Block):
+    """Swaps the halves of what its second convolution reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half = C // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.cat((y[:, self.half :], y[:, : self.half]), 1))
+
+
+def test_a_rule_can_name_parts_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rule(block: Any, facts: Facts) -> None:
+        second, first = facts.input_parts("b", block.half, block.half)
+        facts.equal(first, second)
+        facts.attribute("half", first)
+
+    monkeypatch.setitem(RULES, Swapped, rule)
+    model = built(Swapped)
+    graph = trace(model, imgsz=64)
+    assert around(graph)["model.2.1.a"] == {None}
+    plan = scattered(model, graph)
+    assert plan.attributes["model.2.1"] == {"half": C // 4}
+    assert prove(model, plan).error < 1e-10
+    monkeypatch.setitem(RULES, Swapped, lambda block, facts: facts.input_parts("b", 1, 2))
+    with pytest.raises(UnsupportedModelError, match=r"'model\.2\.1\.b' has 16 input channels, .* expects 1 \+ 2"):
+        trace(model, imgsz=64)
+
+
+class Generated(Block):
+    """Convolves with kernels that a network makes from the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route, self.kernels = nn.Linear(C, 4), nn.Parameter(torch.rand(4, C, C, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        weights = self.route(x.mean((0, 2, 3))[None]).softmax(1)
+        return F.conv2d(y, (weights.view(4, 1, 1, 1, 1) * self.kernels).sum(0), padding=1)
+
+
+def test_kernels_that_are_computed_count_in_flops() -> None:
+    model = built(Generated)
+    graph = trace(model, imgsz=64)
+    assert around(graph)["model.2.1.a"] == {"is convolved with weights that are computed in Generated"}
+    more = cost_of(model, graph).flops() - models.cost_of("yolov8-tiny").flops()
+    positions = 16 * 16
+    assert more == 2 * (positions * C * C * (9 + 1) + 4 * C)  # the kernel, `a` and the route
     assert prove(model, scattered(model, graph)).error < 1e-10

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -126,16 +126,37 @@ class Facts:
         Raises:
             UnsupportedModelError: If the sum of the sizes is not the number of output channels.
         """
-        rows = self.outputs(name)
+        return self._parts(name, self.outputs(name), "output", sizes)
+
+    def input_parts(self, name: str, *sizes: int) -> list[Rows]:
+        """The input channels of a child, divided into consecutive parts of these `sizes`.
+
+        Raises:
+            UnsupportedModelError: If the sum of the sizes is not the number of input channels.
+
+        Example:
+            >>> import yolo_prune
+            >>> from torch import nn
+            >>> class Halves(nn.Module):  # `first` changes x[:, : self.c]; `cv` reads the result and the rest
+            ...     ...
+            >>> @yolo_prune.register_block(Halves)
+            ... def halves(block, facts):
+            ...     changed, rest = facts.input_parts("cv", block.c, block.c)  # `cv` reads the joined tensor
+            ...     facts.equal(changed, rest, facts.inputs("first"))
+            ...     facts.attribute("c", facts.inputs("first"))
+        """
+        return self._parts(name, self.inputs(name), "input", sizes)
+
+    def _parts(self, name: str, rows: Rows, side: str, sizes: Sequence[int]) -> list[Rows]:
         if sum(sizes) != len(rows):
             raise UnsupportedModelError(
-                f"'{self._layer(name)[0]}' has {len(rows)} output channels, but the rule for "
+                f"'{self._layer(name)[0]}' has {len(rows)} {side} channels, but the rule for "
                 f"{type(self.block).__name__} expects {' + '.join(map(str, sizes))}. Either the block was changed or "
                 "the rule is wrong: correct the rule."
             )
         pieces, start = [], 0
         for size in sizes:
-            pieces.append(Rows(rows.tensor, rows.dim, start, start + size))
+            pieces.append(replace(rows, start=start, stop=start + size))
             start += size
         return pieces
 
