@@ -479,30 +479,151 @@ def test_a_part_of_fixed_size_is_protected_and_the_rest_is_not(block: type[Block
     assert prove(model, scattered(model, graph)).error < 1e-10
 
 
+class Remembers(Block):
+    """Stores a width, and uses it in the places where people use it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.half, self.groups = C, C // 2, 4
+        self.kernel = nn.Parameter(torch.rand(C, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(self.a(x), self.kernel, padding=1, groups=self.c)
+        first, second = y.split((self.half, self.half), 1)
+        y = torch.cat((y[:, self.half :], y[:, : self.half]), 1) * torch.cat((second, first), 1)
+        y = torch.roll(y, self.half, 1).view(y.shape[0], self.c, -1).view(x.shape[0], self.c, *x.shape[2:])
+        return self.b(
+            y.view(y.shape[0], self.groups, self.c // self.groups, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
+        )
+
+
+class SplitInTwo(Block):
+    """The first layer of a `C2f` in the code of a user."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = C // 2
+        self.b = nn.Conv2d(self.c, self.c, 3, 1, 1)
+        self.last = nn.Conv2d(3 * self.c, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = list(self.a(x).split((self.c, self.c), 1))
+        y.append(self.b(y[-1]) + y[-1])
+        return self.last(torch.cat(y, 1))
+
+
+class PartialByTwoNumbers(PartialConvolution):
+    """Partial convolution as in FasterNet: it stores both sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolved, self.untouched = 4, C - 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = torch.split(self.a(x), [self.convolved, self.untouched], dim=1)
+        return self.b(torch.cat((self.c(first), rest), 1))
+
+
+class Insists(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = C
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.width
+        return self.b(self.a(x))
+
+
+class StoredHeads(Block):
+    """An attention as people write it: the number of heads, their size and the scale are stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size, self.scale = 4, C // 4, (C // 4) ** -0.5
+        self.a = nn.Linear(C, 3 * C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.a(x.flatten(2).transpose(1, 2)).reshape(b, h * w, 3, self.heads, self.size)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1) @ v
+        return self.b(y.transpose(1, 2).reshape(b, h * w, c).transpose(1, 2).view(b, c, h, w))
+
+
+STORES: tuple[tuple[type[Block], dict[str, int]], ...] = (
+    (Remembers, {"c": C // 2, "half": C // 4}),
+    (SplitInTwo, {"c": C // 4}),
+    (PartialByTwoNumbers, {"convolved": 2, "untouched": (C - 4) // 2}),
+    (Insists, {"width": C // 2}),
+    (StoredHeads, {"size": C // 8}),
+)
+
+
+@pytest.mark.parametrize(("block", "after"), STORES)
+def test_a_width_that_a_block_stores_follows_a_cut(block: type[Block], after: dict[str, int]) -> None:
+    model = built(block)
+    graph = trace(model, imgsz=64)
+    assert {reason for reasons in around(graph).values() for reason in reasons} == {None}
+    for seed in range(2):
+        plan = scattered(model, graph, seed)
+        assert plan.attributes["model.2.1"] == after
+        assert prove(model, plan).error < 1e-10
+    surgery.apply(model, plan)
+    assert {name: vars(model.model[2][1])[name] for name in after} == after
+    assert {type(vars(model.model[2][1])[name]) for name in after} == {int}
+    again = trace(model, imgsz=64)
+    assert again.groups == graph.after(plan.keep).groups
+    assert prove(model, scattered(model, again)).error < 1e-10
+
+
+class StoredScale(Remembers):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y.view(y.shape[0], self.c, -1).view(y.shape) * self.c**-0.5)
+
+
+class StoredTwice(Remembers):
+    """Uses one number for channels, and for something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).view(x.shape[0], self.c, -1)
+        return self.b(F.adaptive_avg_pool1d(y, 4 * self.c).view(x.shape[0], -1, 8, 8).repeat(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(("block", "name"), [(StoredScale, "view"), (StoredTwice, "view")])
+def test_a_stored_number_that_has_another_use_stays(block: type[Block], name: str) -> None:
+    model = built(block)
+    graph = trace(model, imgsz=64)
+    assert around(graph)["model.2.1.a"] == {f"is cut up by '{name}' in {block.__name__}"}
+    assert around(graph)["model.2.0.cv2.conv"] == {None}
+    plan = scattered(model, graph)
+    assert "model.2.1" not in plan.attributes
+    assert prove(model, plan).error < 1e-10
+
+
 class Swapped(Block):
     """Swaps the halves of what its second convolution reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.half = C // 2
+        self.sizes = [C // 2, C // 2]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        return self.b(torch.cat((y[:, self.half :], y[:, : self.half]), 1))
+        first, second = self.a(x).split(self.sizes, 1)
+        return self.b(torch.cat((second, first), 1))
 
 
 def test_a_rule_can_name_parts_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     def rule(block: Any, facts: Facts) -> None:
-        second, first = facts.input_parts("b", block.half, block.half)
-        facts.equal(first, second)
-        facts.attribute("half", first)
+        second, first = facts.input_parts("b", *block.sizes[::-1])
+        facts.attribute_list("sizes", first, second)
 
     monkeypatch.setitem(RULES, Swapped, rule)
     model = built(Swapped)
     graph = trace(model, imgsz=64)
     assert around(graph)["model.2.1.a"] == {None}
     plan = scattered(model, graph)
-    assert plan.attributes["model.2.1"] == {"half": C // 4}
+    assert plan.attributes["model.2.1"] == {"sizes": [C // 4, C // 4]}
     assert prove(model, plan).error < 1e-10
     monkeypatch.setitem(RULES, Swapped, lambda block, facts: facts.input_parts("b", 1, 2))
     with pytest.raises(UnsupportedModelError, match=r"'model\.2\.1\.b' has 16 input channels, .* expects 1 \+ 2"):

@@ -73,7 +73,7 @@ class Use:
     def demand(self, part: Tensor, size: int) -> None:
         """Demand that the elements with the labels `part` are as many as a size in the code says."""
         if isinstance(size, Width):
-            size.demand(part)
+            size.demand(part, self.why)
         elif size != REST:
             self.labels.fix(part, self.why)
 
@@ -141,6 +141,7 @@ def reshaped(use: Use) -> None:
             if at is None:
                 use.protect([plane], sizes_here)
                 continue
+            use.protect((), [size for i, size in enumerate(sizes_here) if i != at])
             shape = [use.out.shape[d] for d in outs]
             blocks = lines(plane, ins).view(prod(shape[:at]), shape[at], prod(shape[at + 1 :]))
             use.labels.unify(blocks, blocks[:1, :, :1].expand_as(blocks))
@@ -161,9 +162,14 @@ def _new_shape(use: Use) -> list[int]:
 
 
 def _one_that_follows(wanted: Sequence[int]) -> int | None:
-    """Position of the size that follows a cut; None if it is not exactly one."""
-    widths = [i for i, size in enumerate(wanted) if isinstance(size, Width)]
-    follows = widths or [i for i, size in enumerate(wanted) if _is_rest(size)]
+    """Position of the size that follows a cut; None if it is not exactly one.
+
+    A size that is read from a tensor follows, or else one that is left open. Of several stored sizes, the last one
+    does: the number of heads stays, and their size follows.
+    """
+    read = [i for i, size in enumerate(wanted) if isinstance(size, Width) and not size.stored]
+    stored = [i for i, size in enumerate(wanted) if isinstance(size, Width) and size.stored and size.may_change]
+    follows = read or [i for i, size in enumerate(wanted) if _is_rest(size)] or stored[-1:]
     return follows[0] if len(follows) == 1 else None
 
 

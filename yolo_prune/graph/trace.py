@@ -18,14 +18,19 @@ from yolo_prune.graph import foreign, probes, rules
 from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Ids, Labels
 from yolo_prune.graph.opaque import Opaque, may_be_opaque
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
-from yolo_prune.graph.structure import Graph, Rows, output_dimension
+from yolo_prune.graph.structure import Attribute, Graph, Rows, output_dimension
 from yolo_prune.graph.tracer import Tracer
 from yolo_prune.graph.twin import weightless
+from yolo_prune.graph.widths import Width
 
 UNSEEN = "does not run in a forward pass"
 FROZEN = "frozen in this run"
 PROTECT = "recipe: protect"
 COMPILED = "compiled by torch.jit; to prune it, use the module from before torch.jit.script"
+
+
+PLAIN = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's classes that are no layers
+ULTRALYTICS_OWN = ("i", "f", "np")  # what Ultralytics stores in every layer of a model
 
 
 class _StoppedError(Exception):
@@ -102,6 +107,7 @@ def _graph(
     stated = rules.gather(twin, heads)
     unseen = {f"{path}.{name}": t for path in opaque for name, t in _labelled(model.get_submodule(path)).items()}
     labels = Labels(_labelled(twin) | {name: torch.empty_like(t, device="meta") for name, t in unseen.items()})
+    _mark_numbers(twin, labels)
     tracer = Tracer(labels, rules.trusts, {**stated.reasons, **opaque}, stated.spare)
     known = {rows.tensor for rows, _ in stated.fixed}
     image = torch.empty(1, probes.image_channels(model) or 3, *height_width(imgsz), device="meta")
@@ -119,7 +125,7 @@ def _graph(
     spare = tuple(stated.spare)
     return Graph(
         groups=tuple(groups),
-        attributes=tuple(stated.attributes),
+        attributes=(*stated.attributes, *_stored_widths(labels)),
         folds=tuple(stated.folds),
         work={t: w for t, w in work.items() if not t.startswith(spare)},
         fixed_work=fixed,
@@ -204,6 +210,30 @@ def _run(tracer: Tracer, twin: nn.Module, image: Tensor, known: set[str]) -> set
     except Exception as e:  # a block may be the user's code
         raise _StoppedError(tracer.failed) from e
     return deployed
+
+
+def _mark_numbers(twin: nn.Module, labels: Labels) -> None:
+    """Let the numbers that blocks of users store know where they come from, if these blocks have no rule."""
+    for path, module in twin.named_modules():
+        layer = any(base.__module__.startswith("torch.nn.") and base not in PLAIN for base in type(module).__mro__)
+        if layer or not foreign.is_foreign(module) or rules.trusts(module):
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and value > 1 and name not in ULTRALYTICS_OWN:
+                vars(module)[name] = Width.of(value, labels, labels.number(path, name, value))
+
+
+def _stored_widths(labels: Labels) -> Iterator[Attribute]:
+    """The numbers that blocks store and that follow a cut."""
+    firsts = np.array([labels.start[s] for s in labels.spaces], dtype=np.int64)
+    for number in labels.stored:
+        spaces = np.searchsorted(firsts, number.part, side="right") - 1
+        breaks = np.flatnonzero((np.diff(number.part) != 1) | (np.diff(spaces) != 0)) + 1
+        rows = []
+        for ids, space in zip(np.split(number.part, breaks), np.split(spaces, breaks), strict=True):
+            (tensor, dim), first = labels.spaces[space[0]], int(ids[0] - firsts[space[0]])
+            rows.append(Rows(tensor, dim, first, first + len(ids)))
+        yield Attribute(number.module, number.name, tuple(rows) * number.factor)
 
 
 def _add_facts(labels: Labels, stated: rules.StatedFacts) -> None:

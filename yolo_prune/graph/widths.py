@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolo_prune.graph.labels import NONE, Ids, Labels, Tag, lines, tag_of, varying
+from yolo_prune.graph.labels import NONE, STORED, Ids, Labels, Tag, lines, tag_of, varying
 
 WHY = "has a width that the code computes with"
 
@@ -44,27 +44,49 @@ class Width(int):
     @property
     def counts(self) -> bool:
         """Whether this is exactly the number of the channels in `ids`."""
-        return self.ratio == 1 and self.extra == 0 and len(self.ids) == self.plain
+        return self.ratio == 1 and self.extra == 0 and len(self.ids) == self.plain and not self.stored
+
+    @property
+    def stored(self) -> bool:
+        """Whether this comes from a number that a block stores, not from the size of a tensor."""
+        return bool(self.ids[0] >= STORED)
+
+    @property
+    def may_change(self) -> bool:
+        """Whether no use in the code so far fixes a stored number."""
+        return self.labels.may_change(self.ids)
+
+    def fixed(self) -> int:
+        """The value alone, of a stored number that must not change."""
+        self.protect()
+        return self.plain
 
     def protect(self) -> None:
         """Protect the channels: the code depends on their number."""
         self.labels.pin(self.ids, WHY)
 
-    def demand(self, part: Tensor) -> None:
-        """Demand that the elements with these labels, `(number,)`, always are as many as this width says."""
+    def demand(self, part: Tensor, why: str) -> None:
+        """Demand that the elements with these labels, `(number,)`, always are as many as this width says.
+
+        Args:
+            part: the labels.
+            why: the reason to protect them if they cannot be.
+        """
         ids = part.numpy()
         if self.extra == 0 and self.ratio * len(self.ids) == len(ids):
-            self.labels.proportional([self.ids, ids])
+            self.labels.proportional([self.ids, ids], why)
             return
         others = self.ids[~np.isin(self.ids, ids)]
         if self.ratio == 1 and len(others) == -self.extra == len(self.ids) - len(ids):  # all but a fixed number
             self.labels.fix(others, WHY)
             return
         self.protect()
-        self.labels.pin(ids, WHY)
+        self.labels.fix(ids, why)
 
     def __add__(self, other: Any) -> Any:
         """A sum of widths, or of a width and a fixed number, is a width."""
+        if isinstance(other, Width) and other.stored != self.stored:
+            return self + other.fixed() if other.stored else other + self.fixed()
         if isinstance(other, Width) and np.array_equal(other.ids, self.ids):
             return self._new(self.plain + other.plain, self.ratio + other.ratio, self.extra + other.extra)
         if isinstance(other, Width) and other.ratio == self.ratio:
@@ -90,25 +112,29 @@ class Width(int):
 
     def __mul__(self, other: Any) -> Any:
         """A multiple of a width is a width."""
+        if isinstance(other, Width) and other.stored != self.stored:
+            return self * other.fixed() if other.stored else other * self.fixed()
         return self._times(Fraction(other)) if type(other) is int else self._computed(operator.mul, other)
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: Any) -> Any:
         """A part of a width is a width, if nothing remains."""
+        other = other.fixed() if isinstance(other, Width) and other.stored else other
         if type(other) is int and other and self.plain % other == 0:
             return self._times(Fraction(1, other))
         return self._computed(operator.floordiv, other)
 
     def __mod__(self, other: Any) -> Any:
         """A remainder is used in checks, and cuts keep what is divided divisible."""
+        other = other.fixed() if isinstance(other, Width) and other.stored and not self.stored else other
         return self.plain % other if type(other) is int else self._computed(operator.mod, other)
 
     def __eq__(self, other: object) -> bool:
         """Equal widths have to stay equal. The channels are protected if their number is equal to a fixed number."""
         equal = self.plain == (other.plain if isinstance(other, Width) else other)
         if equal and isinstance(other, Width):
-            self.labels.proportional([self.ids, other.ids])
+            self.labels.proportional([self.ids, other.ids], WHY)
         elif equal:
             self.protect()
         return equal
