@@ -239,9 +239,35 @@ class DepthwiseStandardized(Block):
         return self.b(F.conv2d(self.a(x), w, self.c.bias, self.c.stride, self.c.padding, 1, self.c.groups))
 
 
+class Reassembled(Block):
+    """Weighs the positions around every position, as CARAFE does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows, self.weights = nn.Unfold(3, padding=1), nn.Conv2d(C, 9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, c, h, w = y.shape
+        kernel = F.softmax(self.weights(y), dim=1)
+        return self.b(torch.einsum("bkhw,bckhw->bchw", [kernel, self.windows(y).view(b, c, -1, h, w)]))
+
+
+class Reparametrized(Block):
+    """Adds two kernels of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.one, self.b = nn.Conv2d(C, C, 3, 1, 1), nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.a.weight + F.pad(self.one.weight, [1, 1, 1, 1])
+        return self.b(F.conv2d(x, kernel, self.a.bias + self.one.bias, 1, 1))
+
+
 FREE = (Excited, ExcitedByExpansion, Tokens, Windows, ShuffledGroups, ShuffledByModule, ShuffledBranches, GSConv)
 FREE += (Unflattened, Halves, RolledByAPart, DepthwiseFunction, LearnedWeights, Spread, WrittenInParts, Attention)
-FREE += (SameShapes, Remembered, SubPixel, DepthwiseStandardized)
+FREE += (SameShapes, Remembered, SubPixel, DepthwiseStandardized, Reparametrized)
 
 
 class FixedUnflatten(Block):
@@ -379,6 +405,18 @@ FIXED = (
     (AlongChannels, None),
     (EveryChannelAlone, "is convolved over channels in Conv2d"),
 )
+
+
+def test_windows_of_positions_keep_their_channels() -> None:
+    model = built(Reassembled)
+    graph = trace(model, imgsz=64)
+    assert around(graph) == {
+        "model.2.0.cv2.conv": {None},
+        "model.2.1.a": {None},
+        "model.2.1.b": {None},
+        "model.2.1.weights": {"softmax over channels in Reassembled"},
+    }
+    assert prove(model, scattered(model, graph)).error < 1e-10
 
 
 class PartialConvolution(Block):

@@ -79,6 +79,20 @@ def channels_to_positions(call: Call) -> None:
     attach(call.out, Tag(tuple(planes), tag.silent))
 
 
+@effect("im2col")
+def windows(call: Call) -> None:
+    """Every channel becomes as many channels as a window has positions."""
+    x, tag = first_input(call)
+    planes = []
+    for plane in tag.planes:
+        if varying(plane) != {x.ndim - 3}:
+            call.labels.pin(plane, "is rearranged between channels and positions")
+            continue
+        row = plane[..., 0, 0].unsqueeze(-1).expand(*x.shape[:-2], call.out.shape[-2] // x.shape[-3])
+        planes.append(reshape(row, call.out.shape[:-1]).unsqueeze(-1).expand(call.out.shape))
+    attach(call.out, Tag(tuple(planes), tag.silent))
+
+
 @effect("cat", "stack", "concat")
 def join(call: Call) -> None:
     """Join parts. The elements of a part without labels get the label NONE."""
@@ -114,7 +128,7 @@ def join(call: Call) -> None:
 @effect("constant_pad_nd")
 def pad(call: Call) -> None:
     """Padding adds elements with the label NONE at the edges."""
-    _, tag = first_input(call)
+    x, tag = first_input(call)
     amounts, value, planes = list(call.args[1]), call.get("value", 0), []
     for plane in tag.planes:
         kept = list(amounts)
@@ -123,8 +137,9 @@ def pad(call: Call) -> None:
             if d not in varying(plane):
                 kept[i : i + 2] = [0, 0]
                 plane = plane.narrow(d, 0, 1)
-        planes.append(torch.constant_pad_nd(plane, kept, NONE).expand(call.out.shape))
-    attach(call.out, Tag(tuple(planes), tag.silent and value == 0))
+        planes.append(restride(torch.constant_pad_nd(plane, kept, NONE)).expand(call.out.shape))
+    source = tag.source if call.out.shape[:2] == x.shape[:2] else None  # a kernel with a border
+    attach(call.out, Tag(tuple(planes), tag.silent and value == 0, source))
 
 
 @effect("index", "gather", "index_select", "embedding")
