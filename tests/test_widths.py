@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import models
@@ -577,14 +579,14 @@ class StoredHeads(Block):
 
     def __init__(self) -> None:
         super().__init__()
-        self.heads, self.size, self.scale = 4, C // 4, (C // 4) ** -0.5
+        self.heads, self.size, self.scale = 4, C // 4, {4: (C // 4) ** -0.5}
         self.a = nn.Linear(C, 3 * C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         qkv = self.a(x.flatten(2).transpose(1, 2)).reshape(b, h * w, 3, self.heads, self.size)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1) @ v
+        y = (q @ k.transpose(-2, -1) * self.scale[self.heads]).softmax(dim=-1) @ v
         return self.b(y.transpose(1, 2).reshape(b, h * w, c).transpose(1, 2).view(b, c, h, w))
 
 
@@ -689,3 +691,17 @@ def test_kernels_that_are_computed_count_in_flops() -> None:
     positions = 16 * 16
     assert more == 2 * (positions * C * C * (9 + 1) + 4 * C)  # the kernel, `a` and the route
     assert prove(model, scattered(model, graph)).error < 1e-10
+
+
+def test_the_benchmark_counts_the_channels_of_a_block_and_judges_its_cut() -> None:
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("blocks", root / "benchmarks/blocks.py")
+    assert spec
+    assert spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    blocks = benchmark.cases(str(root / "tests/user_blocks.py"))
+    for name, counts in (("se_view", "576 | 0 | 0"), ("nn_unflatten", "512 | 256 | 0")):
+        row = benchmark.row(blocks, name)
+        assert row.startswith(f"| {name} | {counts} |")
+        assert float(row.split("|")[-2]) < 1e-10

@@ -24,8 +24,8 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     With a rule you also promise that the block's forward works with other widths, once yolo-prune has set the
     attributes that the rule names. In a block without a rule, channels are protected if the forward splits them by
-    sizes in its code (`x.view(b, self.heads, ...)`, `x[:, :self.c]`). A subclass that inherits `forward` inherits the
-    rule.
+    constants or by sizes in a list (`x[:, :64]`, `x.split(self.sizes)`). A subclass that inherits `forward` inherits
+    the rule.
 
     Raises:
         ValueError: If a class already has a rule.
@@ -33,13 +33,13 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     Example:
         >>> import yolo_prune
         >>> from torch import nn
-        >>> class Swap(nn.Module):  # its forward splits the output of `cv` into two parts of `self.c` channels
+        >>> class Swap(nn.Module):  # its forward splits the output of `cv` into parts of `self.sizes` channels
         ...     ...
         >>> @yolo_prune.register_block(Swap)
         ... def swap(block, facts):
-        ...     first, second = facts.parts("cv", block.c, block.c)
+        ...     first, second = facts.parts("cv", *block.sizes)
         ...     facts.equal(first, second)
-        ...     facts.attribute("c", first)
+        ...     facts.attribute_list("sizes", first, second)
     """
     return RULES.register(*classes)
 
@@ -137,13 +137,12 @@ class Facts:
         Example:
             >>> import yolo_prune
             >>> from torch import nn
-            >>> class Halves(nn.Module):  # `first` changes x[:, : self.c]; `cv` reads the result and the rest
+            >>> class Parts(nn.Module):  # its forward is self.cv(torch.cat(x.split(self.sizes, 1)[::-1], 1))
             ...     ...
-            >>> @yolo_prune.register_block(Halves)
-            ... def halves(block, facts):
-            ...     changed, rest = facts.input_parts("cv", block.c, block.c)  # `cv` reads the joined tensor
-            ...     facts.equal(changed, rest, facts.inputs("first"))
-            ...     facts.attribute("c", facts.inputs("first"))
+            >>> @yolo_prune.register_block(Parts)
+            ... def parts(block, facts):
+            ...     second, first = facts.input_parts("cv", *block.sizes[::-1])
+            ...     facts.attribute_list("sizes", first, second)
         """
         return self._parts(name, self.inputs(name), "input", sizes)
 

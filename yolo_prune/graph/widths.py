@@ -144,8 +144,8 @@ class Width(int):
         return not self == other
 
     def __hash__(self) -> int:
-        """Different from that of a plain number: a result that was stored for a plain number is of no use here."""
-        return hash((self.plain, self.ids.tobytes(), id(self.labels)))
+        """Unlike a plain number, so that a result that was stored for one is not found. Stored numbers are keys."""
+        return hash(self.plain if self.stored else (self.plain, self.ids.tobytes(), id(self.labels)))
 
     def _times(self, factor: Fraction) -> Width:
         return self._new(int(self.plain * factor), self.ratio * factor, self.extra * factor)
