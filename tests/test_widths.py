@@ -564,6 +564,19 @@ class PartialByTwoNumbers(PartialConvolution):
         return self.b(torch.cat((self.c(first), rest), 1))
 
 
+class PartialByOneNumber(PartialConvolution):
+    """Partial convolution that stores one size; the other one is what remains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolved = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        first, rest = y.split([self.convolved, y.shape[1] - self.convolved], 1)
+        return self.b(torch.cat((self.c(first), rest), 1))
+
+
 class Insists(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -594,6 +607,7 @@ STORES: tuple[tuple[type[Block], dict[str, int]], ...] = (
     (Remembers, {"c": C // 2, "half": C // 4}),
     (SplitInTwo, {"c": C // 4}),
     (PartialByTwoNumbers, {"convolved": 2, "untouched": (C - 4) // 2}),
+    (PartialByOneNumber, {"convolved": 2}),
     (Insists, {"width": C // 2}),
     (StoredHeads, {"size": C // 8}),
 )
@@ -630,6 +644,15 @@ class StoredTwice(Remembers):
         return self.b(F.adaptive_avg_pool1d(y, 4 * self.c).view(x.shape[0], -1, 8, 8).repeat(1, 1, 2, 2))
 
 
+class StoredDifference(PartialByOneNumber):
+    """Computes with what remains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        rest = y.shape[1] - self.convolved
+        return self.b(torch.cat((self.c(y[:, : self.convolved]), y[:, self.convolved :]), 1) / (rest + 1))
+
+
 @pytest.mark.parametrize(("block", "name"), [(StoredScale, "view"), (StoredTwice, "view")])
 def test_a_stored_number_that_has_another_use_stays(block: type[Block], name: str) -> None:
     model = built(block)
@@ -639,6 +662,13 @@ def test_a_stored_number_that_has_another_use_stays(block: type[Block], name: st
     plan = scattered(model, graph)
     assert "model.2.1" not in plan.attributes
     assert prove(model, plan).error < 1e-10
+
+
+def test_what_a_difference_with_a_stored_number_scales_is_protected() -> None:
+    model = built(StoredDifference)
+    graph = trace(model, imgsz=64)
+    assert around(graph)["model.2.1.a"] == {"has a width that the code computes with in StoredDifference"}
+    assert prove(model, scattered(model, graph)).error < 1e-10
 
 
 class Swapped(Block):

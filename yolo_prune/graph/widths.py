@@ -28,6 +28,7 @@ class Width(int):
     ids: Ids
     ratio: Fraction
     extra: Fraction
+    without: Width | None = None  # the stored number in `x.shape[1] - self.n`; `extra` has its value
 
     @staticmethod
     def of(value: int, labels: Labels, ids: Ids, ratio: Fraction = Fraction(1), extra: Fraction = Fraction(0)) -> Width:
@@ -47,6 +48,11 @@ class Width(int):
         return self.ratio == 1 and self.extra == 0 and len(self.ids) == self.plain and not self.stored
 
     @property
+    def is_multiple(self) -> bool:
+        """Whether this is a multiple or a part of the number of the channels in `ids`."""
+        return self.extra == 0 and self.ratio * len(self.ids) == self.plain
+
+    @property
     def stored(self) -> bool:
         """Whether this comes from a number that a block stores, not from the size of a tensor."""
         return bool(self.ids[0] >= STORED)
@@ -64,6 +70,8 @@ class Width(int):
     def protect(self) -> None:
         """Protect the channels: the code depends on their number."""
         self.labels.pin(self.ids, WHY)
+        if self.without is not None:
+            self.without.protect()
 
     def demand(self, part: Tensor, why: str) -> None:
         """Demand that the elements with these labels, `(number,)`, always are as many as this width says.
@@ -73,12 +81,15 @@ class Width(int):
             why: the reason to protect them if they cannot be.
         """
         ids = part.numpy()
-        if self.extra == 0 and self.ratio * len(self.ids) == len(ids):
+        if self.is_multiple and self.plain == len(ids):
             self.labels.proportional([self.ids, ids], why)
             return
         others = self.ids[~np.isin(self.ids, ids)]
         if self.ratio == 1 and len(others) == -self.extra == len(self.ids) - len(ids):  # all but a fixed number
-            self.labels.fix(others, WHY)
+            if self.without is None:
+                self.labels.fix(others, WHY)
+            else:
+                self.without.demand(torch.from_numpy(others), WHY)
             return
         self.protect()
         self.labels.fix(ids, why)
@@ -87,6 +98,8 @@ class Width(int):
         """A sum of widths, or of a width and a fixed number, is a width."""
         if isinstance(other, Width) and other.stored != self.stored:
             return self + other.fixed() if other.stored else other + self.fixed()
+        if isinstance(other, Width) and (self.without is not None or other.without is not None):
+            return self._computed(operator.add, other)
         if isinstance(other, Width) and np.array_equal(other.ids, self.ids):
             return self._new(self.plain + other.plain, self.ratio + other.ratio, self.extra + other.extra)
         if isinstance(other, Width) and other.ratio == self.ratio:
@@ -104,6 +117,10 @@ class Width(int):
 
     def __sub__(self, other: Any) -> Any:
         """A difference of widths is a width."""
+        if isinstance(other, Width) and other.stored and self.counts:
+            rest = self._new(self.plain - other.plain, self.ratio, Fraction(-other.plain))
+            rest.without = other
+            return rest
         return self + other * -1 if isinstance(other, int) else self._computed(operator.sub, other)
 
     def __rsub__(self, other: Any) -> Any:
@@ -133,10 +150,11 @@ class Width(int):
     def __eq__(self, other: object) -> bool:
         """Equal widths have to stay equal. The channels are protected if their number is equal to a fixed number."""
         equal = self.plain == (other.plain if isinstance(other, Width) else other)
-        if equal and isinstance(other, Width):
+        if equal and isinstance(other, Width) and self.is_multiple and other.is_multiple:
             self.labels.proportional([self.ids, other.ids], WHY)
         elif equal:
-            self.protect()
+            for width in widths_in((self, other)):
+                width.protect()
         return equal
 
     def __ne__(self, other: object) -> bool:
@@ -151,6 +169,8 @@ class Width(int):
         return self._new(int(self.plain * factor), self.ratio * factor, self.extra * factor)
 
     def _new(self, value: int, ratio: Fraction, extra: Fraction) -> Width:
+        if self.without is not None:
+            self.without.protect()
         return Width.of(value, self.labels, self.ids, ratio, extra)
 
     def _computed(self, function: Callable[..., Any], *others: Any) -> Any:
