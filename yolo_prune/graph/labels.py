@@ -186,7 +186,10 @@ class Labels:
 
     def number(self, module: str, name: str, value: int) -> Ids:
         """Ids for the units of a number that a block stores. They can be in proportions, and they can be pinned."""
-        start = max((first + n for first, (_, _, n) in self._numbers.items()), default=STORED)
+        start = STORED
+        if self._numbers:
+            last = next(reversed(self._numbers))
+            start = last + self._numbers[last][2]
         self._numbers[start] = (module, name, value)
         return np.arange(start, start + value)
 
@@ -195,7 +198,9 @@ class Labels:
         return not self._numbers_in(ids) & self._fixed
 
     def _numbers_in(self, ids: Ids) -> set[int]:
-        return {first for first, (_, _, n) in self._numbers.items() if ((ids >= first) & (ids < first + n)).any()}
+        """The first ids of the stored numbers to which ids belong."""
+        firsts = np.fromiter(self._numbers, dtype=np.int64)
+        return set(firsts[np.unique(np.searchsorted(firsts, ids, side="right") - 1)].tolist())
 
     def proportional(self, parts: Sequence[Ids], reason: str) -> None:
         """Demand the same as `equal`, unless the parts turn out to be the same channels.
