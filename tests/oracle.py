@@ -81,10 +81,14 @@ def silenced(original: nn.Module, kept: Kept) -> nn.Module:
         path, _, key = name.rpartition(".")
         if key in ("running_mean", "running_var"):
             continue
-        dim = int(isinstance(modules[path], nn.ConvTranspose2d) and key == "weight")
-        gone = torch.ones(state[name].shape[dim], dtype=torch.bool)
-        gone[indices[dim]] = False
-        state[name].movedim(dim, 0)[gone] = 0
+        layer = modules[path]
+        dims = [int(isinstance(layer, nn.ConvTranspose2d) and key == "weight")]
+        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear | nn.modules.batchnorm._NormBase):
+            dims = list(range(state[name].ndim))  # a parameter of a block, such as (1, channels, 1, 1)
+        for dim in dims:
+            gone = torch.ones(state[name].shape[dim], dtype=torch.bool)
+            gone[indices[dim]] = False
+            state[name].movedim(dim, 0)[gone] = 0
     return reference
 
 

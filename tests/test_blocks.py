@@ -110,7 +110,7 @@ class SinglePrecision(Block):
 
 class KnowsItsWidth(Block):
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != C:
+        if self.a.in_channels != C:
             raise AssertionError(f"expected {C} channels\n")
         return self.b(self.a(x))
 
@@ -120,13 +120,13 @@ class FactorInEvaluation(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        return self.b(y if self.training else y * (C / y.shape[1]))
+        return self.b(y if self.training else y * (C / self.b.in_channels))
 
 
 class AssertionInEvaluation(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        if not self.training and y.shape[1] != C:
+        if not self.training and self.b.in_channels != C:
             raise LookupError("no such width")
         return self.b(y)
 

@@ -210,7 +210,7 @@ def test_all_that_is_not_protected_can_be_cut_in_half(block: type[Block]) -> Non
         (TiedWeights, "shared with model.2.1.b"),
         (GroupNorm, "GroupNorm in GroupNorm"),
         (DotProduct, "sets the scale of an attention in DotProduct"),
-        (ViewAs, "is cut up by 'view_as' in ViewAs"),
+        (HorizontalSplit, "is cut up by 'hsplit' in HorizontalSplit"),
         (HalfOverwritten, "is overwritten in part in HalfOverwritten"),
     ],
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 Ids = NDArray[np.int64]
 NONE = -1  # the element belongs to no channel
+STORED = 1 << 40  # from here on, ids stand for the units of numbers that blocks store
 
 RULE, OUTPUT, TRACED, REQUESTED = range(4)  # of several reasons to protect a set, the one of lowest rank is shown
 
@@ -79,6 +80,35 @@ def reshape(plane: Tensor, shape: Sequence[int]) -> Tensor:
         return restride(plane.reshape(tuple(shape)))
 
 
+def lines(plane: Tensor, dims: Sequence[int]) -> Tensor:
+    """`(others, elements)`: the labels along some dimensions, for every index of the other dimensions that vary."""
+    others = sorted(varying(plane) - set(dims))
+    for d in set(range(plane.ndim)) - {*others, *dims}:
+        plane = plane.narrow(d, 0, 1)
+    even = [d for d in range(plane.ndim) if d not in others and d not in dims]
+    rows = 1
+    for d in others:
+        rows *= plane.shape[d]
+    return plane.permute(*others, *sorted(dims), *even).reshape(rows, -1)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A number that a block stores as an attribute, and that is the size of something with channels.
+
+    Attributes:
+        module: name of the block.
+        name: name of the attribute.
+        part: the labels of the channels; the number is `factor` times as many.
+        factor: see `part`.
+    """
+
+    module: str
+    name: str
+    part: Ids
+    factor: int
+
+
 class Labels:
     """The labels of a model: which are the same, which must not be removed, which must keep equal counts."""
 
@@ -90,6 +120,10 @@ class Labels:
         self._size: dict[tuple[str, int], int] = {}
         self.pins: list[tuple[int, str, Ids]] = []
         self.equals: list[list[Ids]] = []
+        self.proportions: list[tuple[list[Ids], str]] = []
+        self.stored: list[Stored] = []
+        self._numbers: dict[int, tuple[str, str, int]] = {}  # by their first id
+        self._fixed: set[int] = set()
         self.wholes: list[Ids] = []
         self.explain: Callable[[str], str] = str  # adds the block to a reason
         self._pairs: list[tuple[Ids, Ids]] = []
@@ -136,12 +170,89 @@ class Labels:
         """Protect these labels: no channel with one of them may be removed."""
         flat = collapse(ids).reshape(-1).numpy() if isinstance(ids, Tensor) else ids
         flat = flat[flat != NONE]
-        if flat.size:
+        if flat.size and flat[0] >= STORED:
+            self._fixed.update(self._numbers_in(flat))
+        elif flat.size:
             self.pins.append((rank, self.explain(reason) if rank == TRACED else reason, flat))
+
+    def fix(self, ids: Tensor | Ids, reason: str) -> None:
+        """Protect these labels; other channels of the same layer form a set of their own."""
+        self.pin(ids, reason)
+        self.equal([ids.flatten().numpy() if isinstance(ids, Tensor) else ids])
 
     def equal(self, parts: Sequence[Ids]) -> None:
         """Demand that each of these parts keeps the same fraction of its labels."""
         self.equals.append([p[p != NONE] for p in parts])
+
+    def number(self, module: str, name: str, value: int) -> Ids:
+        """Ids for the units of a number that a block stores. They can be in proportions, and they can be pinned."""
+        start = STORED
+        if self._numbers:
+            last = next(reversed(self._numbers))
+            start = last + self._numbers[last][2]
+        self._numbers[start] = (module, name, value)
+        return np.arange(start, start + value)
+
+    def may_change(self, ids: Ids) -> bool:
+        """Whether none of these stored numbers was pinned."""
+        return not self._numbers_in(ids) & self._fixed
+
+    def _numbers_in(self, ids: Ids) -> set[int]:
+        """The first ids of the stored numbers to which ids belong."""
+        firsts = np.fromiter(self._numbers, dtype=np.int64)
+        return set(firsts[np.unique(np.searchsorted(firsts, ids, side="right") - 1)].tolist())
+
+    def proportional(self, parts: Sequence[Ids], reason: str) -> None:
+        """Demand the same as `equal`, unless the parts turn out to be the same channels.
+
+        Args:
+            parts: the parts; some may be numbers that blocks store.
+            reason: why the channels are protected if such a number cannot change.
+        """
+        if all((p != NONE).all() for p in parts):
+            self.proportions.append((list(parts), self.explain(reason)))
+            return
+        for part in parts:
+            self.pin(part, reason)
+
+    def settle(self) -> None:
+        """Turn the proportions between different channels into constraints, once all labels are known."""
+        self._settle_numbers()
+        root = self.roots() if self.proportions else None
+        for parts, _ in self.proportions:
+            counted = [np.unique(root[p], return_counts=True) for p in parts if root is not None]
+            (ids, counts), *others = counted
+            same = [np.array_equal(i, ids) and (n * counts.sum() == counts * n.sum()).all() for i, n in others]
+            if not all(same):
+                self.equals.append(parts)
+        self.proportions.clear()
+
+    def _settle_numbers(self) -> None:
+        """A stored number follows the channels that it counts. If it cannot, these channels are protected."""
+        free = {first for first in self._numbers if first not in self._fixed}
+        of_number: dict[int, list[tuple[Ids, str]]] = {}
+        rest = []
+        for parts, reason in self.proportions:
+            numbers = set().union(*(self._numbers_in(p) for p in parts if p[0] >= STORED))
+            channels = [p for p in parts if p[0] < STORED]
+            if not numbers:
+                rest.append((parts, reason))
+                continue
+            if len(numbers) > 1 or len(channels) != 1:  # a sum of several numbers, or one compared with another
+                free -= numbers
+            for first in numbers:
+                of_number.setdefault(first, []).extend((p, reason) for p in channels)
+        for first, found in of_number.items():
+            module, name, value = self._numbers[first]
+            part, _ = min(found, key=lambda each: len(each[0]))
+            if first in free and value % len(part) == 0 and len(np.unique(part)) == len(part):
+                self.stored.append(Stored(module, name, part, value // len(part)))
+                rest.append(([p for p, _ in found], ""))
+                continue
+            for p, reason in found:
+                self.pins.append((TRACED, reason, p))
+                self.equal([p])
+        self.proportions = rest
 
     def roots(self) -> Ids:
         """`(count,)`: for each label, the smallest of all labels that are the same as it."""

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from yolo_prune.graph.structure import Attribute, Fold, Rows, output_dimension
 Rule = Callable[[Any, "Facts"], None]
 
 RULES: Registry[type[nn.Module], Rule] = Registry("{} already has a rule.")
-OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase)  # torch modules whose code uses stored widths, which a cut would change
+OWN_SIZES = (nn.MultiheadAttention, nn.RNNBase, nn.Unflatten)  # torch modules whose code uses stored widths
 
 
 class RuleError(UnsupportedModelError):
@@ -36,8 +36,8 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     With a rule you also promise that the block's forward works with other widths, once yolo-prune has set the
     attributes that the rule names. In a block without a rule, channels are protected if the forward splits them by
-    sizes in its code (`x.view(b, self.heads, ...)`, `x[:, :self.c]`). A subclass that inherits `forward` inherits the
-    rule.
+    constants or by sizes in a list (`x[:, :64]`, `x.split(self.sizes)`). A subclass that inherits `forward` inherits
+    the rule.
 
     Raises:
         ValueError: If a class already has a rule.
@@ -45,13 +45,13 @@ def register_block(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     Example:
         >>> import yolo_prune
         >>> from torch import nn
-        >>> class Swap(nn.Module):  # its forward splits the output of `cv` into two parts of `self.c` channels
+        >>> class Swap(nn.Module):  # its forward splits the output of `cv` into parts of `self.sizes` channels
         ...     ...
         >>> @yolo_prune.register_block(Swap)
         ... def swap(block, facts):
-        ...     first, second = facts.parts("cv", block.c, block.c)
+        ...     first, second = facts.parts("cv", *block.sizes)
         ...     facts.equal(first, second)
-        ...     facts.attribute("c", first)
+        ...     facts.attribute_list("sizes", first, second)
     """
     return RULES.register(*classes)
 
@@ -153,18 +153,38 @@ class Facts:
         Raises:
             RuleError: If the sum of the sizes is not the number of output channels.
         """
-        rows = self.outputs(name)
+        return self._parts(name, self.outputs(name), "output", sizes)
+
+    def input_parts(self, name: str, *sizes: int) -> list[Rows]:
+        """The input channels of a child, divided into consecutive parts of these `sizes`.
+
+        Raises:
+            RuleError: If the sum of the sizes is not the number of input channels.
+
+        Example:
+            >>> import yolo_prune
+            >>> from torch import nn
+            >>> class Parts(nn.Module):  # its forward is self.cv(torch.cat(x.split(self.sizes, 1)[::-1], 1))
+            ...     ...
+            >>> @yolo_prune.register_block(Parts)
+            ... def parts(block, facts):
+            ...     second, first = facts.input_parts("cv", *block.sizes[::-1])
+            ...     facts.attribute_list("sizes", first, second)
+        """
+        return self._parts(name, self.inputs(name), "input", sizes)
+
+    def _parts(self, name: str, rows: Rows, side: str, sizes: Sequence[int]) -> list[Rows]:
         if sum(sizes) != len(rows):
             expected = " + ".join(map(str, sizes))
             raise RuleError(
-                f"'{self._layer(name)[0]}' has {len(rows)} output channels, but the rule for "
+                f"'{self._layer(name)[0]}' has {len(rows)} {side} channels, but the rule for "
                 f"{type(self.block).__name__} expects {expected}. Either the block was changed or the rule is wrong: "
                 "correct the rule.",
-                f"'{name}' has {len(rows)} output channels, not {expected}",
+                f"'{name}' has {len(rows)} {side} channels, not {expected}",
             )
         pieces, start = [], 0
         for size in sizes:
-            pieces.append(Rows(rows.tensor, rows.dim, start, start + size))
+            pieces.append(replace(rows, start=start, stop=start + size))
             start += size
         return pieces
 

@@ -10,22 +10,28 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from yolo_prune.env.image_size import ImageSize, height_width, stored_size
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import foreign, probes, rules
-from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Labels
+from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Ids, Labels
 from yolo_prune.graph.opaque import Opaque, may_be_opaque
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
-from yolo_prune.graph.structure import Graph, Rows, output_dimension
+from yolo_prune.graph.structure import Attribute, Graph, Rows, output_dimension
 from yolo_prune.graph.tracer import Tracer
 from yolo_prune.graph.twin import weightless
+from yolo_prune.graph.widths import Width
 
 UNSEEN = "does not run in a forward pass"
 FROZEN = "frozen in this run"
 PROTECT = "recipe: protect"
 COMPILED = "compiled by torch.jit; to prune it, use the module from before torch.jit.script"
+
+
+PLAIN = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's classes that are no layers
+ULTRALYTICS_OWN = ("i", "f", "np")  # what Ultralytics stores in every layer of a model
 
 
 class _StoppedError(Exception):
@@ -104,6 +110,7 @@ def _graph(
     stated = rules.gather(twin, heads)
     unseen = {f"{path}.{name}": t for path in opaque for name, t in _labelled(model.get_submodule(path)).items()}
     labels = Labels(_labelled(twin) | {name: torch.empty_like(t, device="meta") for name, t in unseen.items()})
+    _mark_numbers(twin, labels)
     tracer = Tracer(labels, stated.trusts, {**stated.reasons, **opaque}, stated.spare)
     known = {rows.tensor for rows, _ in stated.fixed}
     image = torch.empty(1, probes.image_channels(model) or 3, *height_width(imgsz), device="meta")
@@ -114,13 +121,14 @@ def _graph(
     _pin(labels, {t: why for t in tensors if (why := _protection(t, opaque))}, RULE)
     _pin(labels, {t: UNSEEN for t in tensors if t not in tracer.ran}, TRACED)
     _pin(labels, {t: f"shared with {other.rpartition('.')[0]}" for t, other in _tied(model)}, RULE)
+    labels.settle()
     sets = channel_sets(labels, _outputs(model))
     groups = groups_of(sets, labels)
     work, fixed = _work(tracer, sets)
     spare = tuple(stated.spare)
     return Graph(
         groups=tuple(groups),
-        attributes=tuple(stated.attributes),
+        attributes=(*stated.attributes, *_stored_widths(labels)),
         folds=tuple(stated.folds),
         work={t: w for t, w in work.items() if not t.startswith(spare)},
         fixed_work=fixed,
@@ -205,6 +213,30 @@ def _run(tracer: Tracer, twin: nn.Module, image: Tensor, known: set[str]) -> set
     except Exception as e:  # a block may be the user's code
         raise _StoppedError(tracer.failed) from e
     return deployed
+
+
+def _mark_numbers(twin: nn.Module, labels: Labels) -> None:
+    """Let the numbers that blocks of users store know where they come from, if these blocks have no rule."""
+    for path, module in twin.named_modules():
+        layer = any(base.__module__.startswith("torch.nn.") and base not in PLAIN for base in type(module).__mro__)
+        if layer or not foreign.is_foreign(module) or rules.trusts(module):
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and value > 1 and name not in ULTRALYTICS_OWN:
+                vars(module)[name] = Width.of(value, labels, labels.number(path, name, value))
+
+
+def _stored_widths(labels: Labels) -> Iterator[Attribute]:
+    """The numbers that blocks store and that follow a cut."""
+    firsts = np.array([labels.start[s] for s in labels.spaces], dtype=np.int64)
+    for number in labels.stored:
+        spaces = np.searchsorted(firsts, number.part, side="right") - 1
+        breaks = np.flatnonzero((np.diff(number.part) != 1) | (np.diff(spaces) != 0)) + 1
+        rows = []
+        for ids, space in zip(np.split(number.part, breaks), np.split(spaces, breaks), strict=True):
+            (tensor, dim), first = labels.spaces[space[0]], int(ids[0] - firsts[space[0]])
+            rows.append(Rows(tensor, dim, first, first + len(ids)))
+        yield Attribute(number.module, number.name, tuple(rows) * number.factor)
 
 
 def _add_facts(labels: Labels, stated: rules.StatedFacts) -> None:
@@ -296,15 +328,37 @@ def _work(tracer: Tracer, all_sets: Sets) -> tuple[dict[str, float], float]:
         np.add.at(label_macs, all_sets.set_of[ids], macs)
     fixed = tracer.fixed_work + float(label_macs[-1])
     numbers = np.flatnonzero(label_macs[:-1])
+    counted = _charge(work, labels, all_sets, numbers, label_macs, "weight")
+    left = numbers[~counted]
+    pruned = np.array([n not in all_sets.reasons for n in left], dtype=bool)
+    counted = np.zeros(len(left), dtype=bool)  # layers without a batch norm have a bias
+    counted[pruned] = _charge(work, labels, all_sets, left[pruned], label_macs, "bias")
+    return work, fixed + float(label_macs[left[~counted]].sum())
+
+
+def _charge(
+    work: dict[str, float], labels: Labels, all_sets: Sets, numbers: Ids, label_macs: NDArray[np.float64], kind: str
+) -> NDArray[np.bool_]:
+    """Add the MACs of sets to the one-dimensional tensors of a kind that have the channels of these sets.
+
+    Args:
+        work: `{tensor: MACs per element}`; it is changed.
+        labels: the labels of the model.
+        all_sets: the sets of the model.
+        numbers: the sets with MACs.
+        label_macs: MACs of every set.
+        kind: "weight" or "bias".
+
+    Returns:
+        Which of the sets have such a tensor.
+    """
     sets = [all_sets.sets[n] for n in numbers]
-    places = {s.tensor for c in sets for s in c.slots if s.tensor.endswith("weight")}
+    places = {s.tensor for c in sets for s in c.slots if s.tensor.endswith(kind)}
     columns = sorted(t for t in places if labels.numel[t] == labels.size(t, 0))
     slot_counts = np.array([[sum(s.tensor == t for s in c.slots) for t in columns] for c in sets], dtype=np.float64)
-    counted = slot_counts.any(1) if slot_counts.size else np.zeros(len(sets), dtype=bool)
-    fixed += float(label_macs[numbers[~counted]].sum())  # only torch's own attention, whose width is protected
-    if not counted.any():
-        return work, fixed
-    solution = np.linalg.lstsq(slot_counts, label_macs[numbers] / [c.size for c in sets], rcond=None)[0]
-    for tensor, macs in zip(columns, solution, strict=True):
-        work[tensor] = work.get(tensor, 0.0) + float(macs)
-    return work, fixed
+    counted = np.asarray(slot_counts.any(1) if slot_counts.size else np.zeros(len(sets)), dtype=bool)
+    if counted.any():
+        solution = np.linalg.lstsq(slot_counts, label_macs[numbers] / [c.size for c in sets], rcond=None)[0]
+        for tensor, macs in zip(columns, solution, strict=True):
+            work[tensor] = work.get(tensor, 0.0) + float(macs)
+    return counted

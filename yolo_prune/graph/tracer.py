@@ -15,17 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from yolo_prune.graph import probes
+from yolo_prune.graph import code_sizes, probes, widths
 from yolo_prune.graph.labels import OUTPUT, TRACED, Ids, Labels, Tag, collapse, tag_of, varying
 from yolo_prune.graph.ops import EFFECTS, Call
 
-RESHAPES = frozenset({"view", "reshape", "unflatten", "resize", "view_as", "reshape_as", "expand_as"})
-PICKS = frozenset(
-    {
-        *("split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unsafe_split", "unsafe_chunk"),
-        *("narrow", "narrow_copy", "select", "__getitem__", "index_select", "unbind", "take"),
-    }
-)
 LIKE_INPUT = frozenset(f"aten::{name}" for name in ("silu", "relu", "sigmoid", "gelu", "hardswish", "leaky_relu"))
 ARITHMETIC = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div"})
 
@@ -41,6 +34,7 @@ class Tracer:
         fixed_work: MACs of products of tensors without labels.
         counting: whether MACs are counted.
         failed: name of the innermost module that raised an error.
+        layers: the named modules of the model that runs.
     """
 
     def __init__(
@@ -68,12 +62,14 @@ class Tracer:
         self._trusts, self._reasons, self._spare = trusts, reasons, tuple(spare)
         self._stack: list[tuple[str, nn.Module, Any]] = []
         self._paused = False
+        self.layers: dict[str, nn.Module] = {}
         labels.explain = self.explain
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
         """Follow the labels of everything that runs inside this context."""
-        paths = {module: path for path, module in model.named_modules()}
+        self.layers = dict(model.named_modules())
+        paths = {module: path for path, module in self.layers.items()}
 
         def enter(module: nn.Module, inputs: Any) -> None:
             if module in paths:  # the hooks are global; other models may run in other threads
@@ -133,12 +129,6 @@ class Tracer:
             if path in self._reasons:
                 return self._reasons[path]
         return f"{why} in {type(self._stack[-1][1]).__name__}" if self._stack else why
-
-    def pin_inputs(self, why: str) -> None:
-        """Pin the inputs of the running module, because its code often reads sizes from them."""
-        for value in self._stack[-1][2] if self._stack else ():
-            for tensor in value if isinstance(value, list | tuple) else [value]:
-                self.pin(tensor, why)
 
     def pin(self, tensor: Any, why: str, rank: int = TRACED) -> None:
         """Pin all labels of a tensor."""
@@ -267,24 +257,25 @@ class _Functions(TorchFunctionMode):
         if name == "type" and args[0].is_meta:
             return _type(*args, **kwargs)
         out = func(*args, **kwargs)
-        tag = tag_of(args[0]) if args else None
-        if not tag or not tag.planes:
+        if name == "chunk" and args:
+            self._equal_parts(args, kwargs, out)
+        if self.tracer.trusted:
             return out
-        if name == "chunk":
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % args[0].ndim
-            if any(dim in varying(p) for p in tag.planes):
-                parts = [torch.cat([collapse(p).flatten() for p in (tag_of(o) or Tag()).planes]).numpy() for o in out]
-                self.tracer.labels.equal(parts)
-        elif self.tracer.trusted:
-            return out
-        elif name in RESHAPES or (name in PICKS and _loses_labels(tag, out)):
-            why = f"is cut up by '{name.strip('_')}'"
-            self.tracer.pin(args[0], why)
-            self.tracer.pin_inputs(why)
-        elif name == "scaled_dot_product_attention" and kwargs.get("scale") is None:
-            for tensor in args[:2]:
-                self.tracer.pin(tensor, "sets the scale of an attention")
+        if name == "size" or getattr(func, "__self__", None) is Tensor.shape:
+            return widths.read(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None), self.tracer.labels)
+        code_sizes.follow(code_sizes.Use(self.tracer.labels, name, args, kwargs, out, self.tracer.layers))
         return out
+
+    def _equal_parts(self, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        planes = (tag_of(args[0]) or Tag()).planes
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % args[0].ndim
+        if not any(dim in varying(p) for p in planes):
+            return
+        tags = [tag_of(o) or Tag() for o in out]
+        if all(tag.planes for tag in tags):
+            self.tracer.labels.equal([torch.cat([collapse(p).flatten() for p in tag.planes]).numpy() for tag in tags])
+        else:
+            self.tracer.pin(args[0], "is cut up by 'chunk' into single channels")
 
 
 def _type(tensor: Tensor, dtype: Any = None, non_blocking: bool = False) -> Any:
@@ -294,12 +285,3 @@ def _type(tensor: Tensor, dtype: Any = None, non_blocking: bool = False) -> Any:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.rpartition(".")[2])
     return tensor.to(dtype if isinstance(dtype, torch.dtype) else dtype.dtype)
-
-
-def _loses_labels(tag: Tag, out: Any) -> bool:
-    """Whether an output has only a part of the input's labels."""
-    outs = out if isinstance(out, list | tuple) else [out]
-    before = {i for p in tag.planes for i in torch.unique(collapse(p)).tolist()}
-    return any(
-        before - {i for p in (tag_of(o) or Tag()).planes for i in torch.unique(collapse(p)).tolist()} for o in outs
-    )

@@ -61,7 +61,9 @@ def elementwise(call: Call) -> None:
             call.labels.unify(merged[partner], plane)
             if len(varying(plane)) > len(varying(merged[partner])):
                 merged[partner] = plane
-    attach(call.out, Tag(tuple(merged), _stays_silent(call, tags)))
+    full = [tag.source for tensor, tag in zip(tensors, tags, strict=True) if tensor.numel() == call.out.numel()]
+    source = full[0] if full and all(full) else None  # a parameter, changed element by element
+    attach(call.out, Tag(tuple(merged), _stays_silent(call, tags), source))
 
 
 def _meets_fixed(call: Call, tensor: Tensor, plane: Tensor, tensors: list[Tensor], tags: list[Tag]) -> None:

@@ -20,19 +20,40 @@ def convolution(call: Call) -> None:
     x, weight = call.args[:2]
     w, tag = tag_of(weight), tag_of(x) or Tag()
     transposed, groups = bool(call.get("transposed", False)), int(call.get("groups", 1))
-    if w is None or w.source is None or len(w.planes) != 2:
+    macs = math.prod((x if transposed else call.out).shape[2:]) * x.shape[0] * weight.numel()
+    labels_of_weight = _rows_and_columns(weight, w or Tag())
+    if w is None or labels_of_weight is None:
         call.pin_all("is convolved with weights that are computed")
+        call.count(None, None, macs)
         return
-    rows, columns = (w.planes[0].flatten(1)[:, 0], w.planes[1][0].flatten(1)[:, 0])
     in_labels = _channels(call, tag, x.shape[1])
+    for plane in (p for p in tag.planes if 1 not in varying(p)):
+        call.labels.pin(plane, "is convolved over channels")
     if not tag.silent:
         call.labels.pin(in_labels, "feeds a convolution through an activation that is not 0 at 0")
-    out_labels = (_transposed if transposed else _direct)(call.labels, rows, columns, in_labels, groups)
+    out_labels = (_transposed if transposed else _direct)(call.labels, *labels_of_weight, in_labels, groups)
     if (bias := tag_of(call.get("bias"))) and bias.planes:
         call.labels.unify(bias.planes[0], out_labels)
-    attach(call.out, Tag((out_labels.view(1, -1, *[1] * (call.out.ndim - 2)).expand(call.out.shape),)))
-    positions = math.prod((x if transposed else call.out).shape[2:]) * x.shape[0]
-    call.count(None, w.source, positions * weight.numel())
+    plane = out_labels.view(1, -1, *[1] * (call.out.ndim - 2)).expand(call.out.shape)
+    attach(call.out, Tag((plane,), w.silent))
+    call.count(None, w.source, macs)
+
+
+def _rows_and_columns(weight: Tensor, tag: Tag) -> tuple[Tensor, Tensor] | None:
+    """Labels along the first two dimensions of a parameter, also if its elements were changed one by one.
+
+    None if the weight is anything else.
+    """
+    along = {d: p for p in tag.planes for d in varying(p)}
+    single = [p.flatten()[:1] for p in tag.planes if not varying(p)]  # of dimensions of size 1
+    wide = {d for d, size in enumerate(weight.shape[:2]) if size > 1}
+    if tag.source is None or along.keys() != wide or any(len(varying(p)) > 1 for p in tag.planes):
+        return None
+    found = []
+    for d in (0, 1):
+        rest = single.pop(0) if d not in along and single else torch.full((1,), NONE)
+        found.append(along[d].movedim(d, 0).flatten(1)[:, 0] if d in along else rest)
+    return found[0], found[1]
 
 
 def _direct(labels: Labels, rows: Tensor, columns: Tensor, in_labels: Tensor, groups: int) -> Tensor:
@@ -80,6 +101,8 @@ def batch_norm(call: Call) -> None:
     """A factor and an offset per channel; both are 0 in a silenced channel."""
     x, tag = first_input(call)
     in_labels = _channels(call, tag, x.shape[1])
+    for plane in (p for p in tag.planes if 1 not in varying(p)):
+        call.labels.pin(plane, "is normalized together with other channels")
     silent = False
     for name in ("weight", "bias", "running_mean", "running_var"):
         if (own := tag_of(call.get(name))) and own.planes:

@@ -37,19 +37,60 @@ def shape(call: Call) -> None:
 
 @effect(
     *("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select", "split", "split_with_sizes"),
-    *("unbind", "flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle", "chunk", "narrow", "numpy_T"),
-    *("channel_shuffle", "movedim", "unfold"),
+    *("unbind", "flip", "roll", "repeat", "pixel_unshuffle", "chunk", "narrow", "numpy_T"),
+    *("movedim", "unfold"),
 )
 def move(call: Call) -> None:
     """The operation moves elements. The same operation moves their labels."""
     tensor, tag = first_input(call)
     moved = [call.func(p, *call.args[1:], **call.kwargs) for p in tag.planes]
     outs = call.out if isinstance(call.out, list | tuple) else [call.out]
-    copied = call.name in ("flip", "roll", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+    copied = call.name in ("flip", "roll", "repeat", "pixel_unshuffle")
     for i, out in enumerate(outs):
         planes = [m[i] if isinstance(m, list | tuple) else m for m in moved]
         whole = tag.source if out.numel() == tensor.numel() else None
         attach(out, Tag(tuple(map(restride, planes) if copied else planes), tag.silent, whole))
+
+
+@effect("channel_shuffle", "native_channel_shuffle")
+def shuffle(call: Call) -> None:
+    """Groups of channels change places with the channels in a group. Every group loses the same channels."""
+    x, tag = first_input(call)
+    groups, planes = int(call.args[1]), []
+    for plane in tag.planes:
+        split = reshape(plane, (x.shape[0], groups, -1, *x.shape[2:]))
+        call.labels.unify(split, split[:, :1].expand_as(split))
+        planes.append(reshape(split[:, :1].expand_as(split).transpose(1, 2), x.shape))
+    attach(call.out, Tag(tuple(planes), tag.silent))
+
+
+@effect("pixel_shuffle")
+def channels_to_positions(call: Call) -> None:
+    """Consecutive channels become the positions of one channel, so they are coupled."""
+    x, tag = first_input(call)
+    lead, factor, planes = x.shape[:-3], int(call.args[1]), []
+    for plane in tag.planes:
+        if varying(plane) & {x.ndim - 2, x.ndim - 1}:
+            call.labels.pin(plane, "is rearranged between channels and positions")
+            continue
+        split = reshape(plane[..., :1, :1], (*lead, -1, factor**2, 1, 1))
+        call.labels.unify(split, split[..., :1, :, :].expand_as(split))
+        planes.append(split[..., 0, :, :].expand(call.out.shape))
+    attach(call.out, Tag(tuple(planes), tag.silent))
+
+
+@effect("im2col")
+def windows(call: Call) -> None:
+    """Every channel becomes as many channels as a window has positions."""
+    x, tag = first_input(call)
+    planes = []
+    for plane in tag.planes:
+        if varying(plane) != {x.ndim - 3}:
+            call.labels.pin(plane, "is rearranged between channels and positions")
+            continue
+        row = plane[..., 0, 0].unsqueeze(-1).expand(*x.shape[:-2], call.out.shape[-2] // x.shape[-3])
+        planes.append(reshape(row, call.out.shape[:-1]).unsqueeze(-1).expand(call.out.shape))
+    attach(call.out, Tag(tuple(planes), tag.silent))
 
 
 @effect("cat", "stack", "concat")
@@ -87,7 +128,7 @@ def join(call: Call) -> None:
 @effect("constant_pad_nd")
 def pad(call: Call) -> None:
     """Padding adds elements with the label NONE at the edges."""
-    _, tag = first_input(call)
+    x, tag = first_input(call)
     amounts, value, planes = list(call.args[1]), call.get("value", 0), []
     for plane in tag.planes:
         kept = list(amounts)
@@ -96,8 +137,9 @@ def pad(call: Call) -> None:
             if d not in varying(plane):
                 kept[i : i + 2] = [0, 0]
                 plane = plane.narrow(d, 0, 1)
-        planes.append(torch.constant_pad_nd(plane, kept, NONE).expand(call.out.shape))
-    attach(call.out, Tag(tuple(planes), tag.silent and value == 0))
+        planes.append(restride(torch.constant_pad_nd(plane, kept, NONE)).expand(call.out.shape))
+    source = tag.source if call.out.shape[:2] == x.shape[:2] else None  # a kernel with a border
+    attach(call.out, Tag(tuple(planes), tag.silent and value == 0, source))
 
 
 @effect("index", "gather", "index_select", "embedding")
