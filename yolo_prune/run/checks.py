@@ -65,6 +65,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise RunError("save=False does not work with callbacks=prune: the pruned model would be lost. Leave save out.")
 
 
+def check_structure(recipe: Recipe) -> None:
+    """Refuse to remove classes in a run: the head must fit the dataset before the run begins."""
+    if recipe.structure:
+        raise RunError(
+            "structure: a training run does not remove classes. Remove them first, with 'yolo-prune apply model=... "
+            "recipe.structure.keep_classes=[...] save=fewer.pt', then train or prune fewer.pt on the same dataset: its "
+            "labels are matched by name."
+        )
+
+
 def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Refuse a limit on the drop in a run that does not validate."""
     if recipe.limit is not None and settings.get("val") is False:

@@ -193,6 +193,7 @@ def _prune(model: Model, request: Request) -> Launch:
     settings = request.settings
     recipe = load_recipe(request.ours.get("recipe"), _keys.overrides(request.ours))
     _warn(model, recipe, settings)
+    checks.check_structure(recipe)
     checks.check_settings(settings)
     checks.check_validates(recipe, settings)
     checks.check_teacher(model, recipe, settings)
