@@ -3,23 +3,36 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import small_data
 import torch
+import yaml
 import zoo
-from small_runs import FINE
+from small_runs import FINE, PLAIN, RUNS
 from torch import Tensor, nn
+from ultralytics import YOLO
+from ultralytics.engine.model import Model
+from ultralytics.nn.tasks import load_checkpoint
 
 import yolo_prune
+from yolo_prune import cli
 from yolo_prune.cut import proof
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import read_record
-from yolo_prune.errors import PlanError, PruneError, RecipeError, UnsupportedModelError
+from yolo_prune.data import datasets
+from yolo_prune.errors import PlanError, PruneError, RecipeError, RunError, UnsupportedModelError
 from yolo_prune.planning import planner
 from yolo_prune.recipe import load_recipe
 
@@ -295,3 +308,281 @@ def test_structure_alone_has_no_target_and_no_default_recipe() -> None:
     assert load_recipe(recipe.to_dict()) == recipe
     both = load_recipe("half-flops", {"structure.drop_classes": "dog"})
     assert (both.target.flops, both.structure.drop_classes) == (0.5, ("dog",))
+
+
+# --- datasets, matched by name ---
+
+SHAPES = ("disc", "ring", "square", "triangle", "cross")
+TWO_SHAPES: dict[str, Any] = {"structure": {"keep_classes": ["disc", "square"]}}
+VAL: dict[str, Any] = {"plots": False, "workers": 0, "device": "cpu", "imgsz": 64, "verbose": False}
+RUN = RUNS["heads"]
+slow = pytest.mark.slow
+
+
+def cut_to_two(source: Path, target: Path) -> Path:
+    model = YOLO(source)
+    yolo_prune.apply(model, yolo_prune.plan(model, TWO_SHAPES, imgsz=64))
+    model.save(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dense.pt`, which detects some of the five shapes, `two.pt`, and the dataset `scenes/scenes.yaml`."""
+    folder = small_data.tiny(tmp_path_factory.mktemp("classes"), train=96, val=16)
+    settings = {
+        **RUN,
+        "epochs": 20,
+        "batch": 8,
+        "nbs": 8,
+        "lr0": 0.004,
+        "mosaic": 0.0,
+        "warmup_epochs": 0,
+        "val": False,
+    }
+    YOLO(folder / "tiny.yaml").train(data=str(data_of(folder)), project=str(folder), name="run", **settings)
+    (folder / "run/weights/last.pt").replace(folder / "dense.pt")
+    cut_to_two(folder / "dense.pt", folder / "two.pt")
+    return folder
+
+
+def data_of(folder: Path) -> Path:
+    return folder / "scenes/scenes.yaml"
+
+
+def renamed(folder: Path, path: Path, *names: str) -> str:
+    """The dataset with other names."""
+    facts = {**yaml.safe_load(data_of(folder).read_text()), "path": str(folder / "scenes")}
+    path.write_text(yaml.safe_dump({**facts, "names": dict(enumerate(names))}))
+    return str(path)
+
+
+def stock_val(model: YOLO, **settings: Any) -> Any:
+    """Ultralytics' own `val`."""
+    return inspect.unwrap(Model.val)(model, **{**VAL, **settings})
+
+
+@slow
+def test_validation_finds_the_accuracy_of_the_kept_classes(folder: Path, tmp_path: Path) -> None:
+    """On the old dataset with this package, and on the written one without it."""
+    dense = YOLO(folder / "dense.pt").val(data=str(data_of(folder)), **VAL)
+    wanted = dense.box.maps[[0, 2]]
+    assert (wanted > 0).all()
+    two = YOLO(folder / "two.pt").val(data=str(data_of(folder)), **VAL)
+    assert two.names == {0: "disc", 1: "square"}
+    assert two.box.maps == pytest.approx(wanted, abs=1e-4)
+    written = yolo_prune.write_dataset(folder / "two.pt", data_of(folder), tmp_path / "two")
+    facts = yaml.safe_load(written.read_text())
+    assert facts["names"] == {0: "disc", 1: "square"}
+    assert (facts["train"], facts["val"]) == ("images/train", "images/val")
+    stock = stock_val(YOLO(folder / "two.pt"), data=str(written))
+    assert stock.box.maps.tolist() == two.box.maps.tolist()
+    again = YOLO(folder / "two.pt").val(data=str(written), **VAL)
+    assert again.box.maps.tolist() == two.box.maps.tolist()
+    wrong = stock_val(YOLO(folder / "two.pt"), data=str(data_of(folder)))  # it takes rings for squares
+    assert wrong.box.maps[1] != pytest.approx(wanted[1], abs=1e-3)
+    with pytest.raises(RunError, match="is there already"):
+        yolo_prune.write_dataset(folder / "two.pt", data_of(folder), tmp_path / "two")
+    with pytest.raises(RunError, match="No class was removed"):
+        yolo_prune.write_dataset(folder / "dense.pt", data_of(folder), tmp_path / "five")
+
+
+@slow
+def test_the_order_and_the_number_of_the_classes_in_the_dataset_do_not_matter(folder: Path, tmp_path: Path) -> None:
+    order = (3, 2, 1, 4, 0)  # where each class went
+    scenes = tmp_path / "scenes"
+    shutil.copytree(folder / "scenes", scenes, ignore=shutil.ignore_patterns("*.cache"))
+    for file in (scenes / "labels").rglob("*.txt"):
+        rows = [line.split(maxsplit=1) for line in file.read_text().splitlines()]
+        file.write_text("".join(f"{order[int(c)]} {rest}\n" for c, rest in rows))
+    facts = yaml.safe_load((scenes / "scenes.yaml").read_text())
+    names = {order[i]: f" {name.title()}" for i, name in enumerate(SHAPES)}
+    (scenes / "scenes.yaml").write_text(yaml.safe_dump({**facts, "path": str(scenes), "names": names}))
+    as_before = YOLO(folder / "two.pt").val(data=str(data_of(folder)), **VAL)
+    found = YOLO(folder / "two.pt").val(data=str(scenes / "scenes.yaml"), **VAL)
+    assert found.box.maps.tolist() == as_before.box.maps.tolist()
+
+
+@slow
+def test_further_training_on_the_old_dataset_keeps_two_classes(folder: Path, tmp_path: Path) -> None:
+    seen: dict[str, set[float]] = {"train": set(), "val": set()}
+
+    def look(trainer: Any) -> None:
+        for split, loader in (("train", trainer.train_loader), ("val", trainer.test_loader)):
+            for label in loader.dataset.labels:
+                seen[split] |= set(label["cls"].flatten().tolist())
+            assert loader.dataset.data["names"] == {0: "disc", 1: "square"}
+
+    model = YOLO(folder / "two.pt")
+    model.add_callback("on_train_start", look)
+    model.train(data=str(data_of(folder)), project=str(tmp_path), name="run", **{**RUN, "cls_pw": 0.5})
+    assert seen == {"train": {0.0, 1.0}, "val": {0.0, 1.0}}
+    best, _ = load_checkpoint(tmp_path / "run/weights/best.pt")
+    assert best.names == {0: "disc", 1: "square"}
+    assert best.model[-1].nc == best.model[-1].cv3[0][-1].out_channels == 2
+    assert read_record(best).plan.classes.kept_names == ("disc", "square")
+    resumed = YOLO(tmp_path / "run/weights/best.pt")
+    recipe = {**PLAIN, **FINE, "target": {"flops": 0.6}, "schedule": {"rounds": 1}, "criterion": "taylor"}
+    resumed.train(
+        data=str(data_of(folder)), project=str(tmp_path), name="pruned", callbacks="prune", recipe=recipe, **RUN
+    )
+    best, _ = load_checkpoint(tmp_path / "pruned/weights/best.pt")
+    assert list(best.names.values()) == ["disc", "square"]
+    plan = read_record(best).plan
+    assert plan.classes.kept == (0, 2)
+    assert plan.groups
+    report = yolo_prune.report.Report.load(tmp_path / "pruned")
+    dense = planner.present_cost(YOLO(folder / "dense.pt").model, 64)
+    assert report.pruned.flops <= 0.6 * dense[0]
+
+
+@slow
+def test_a_run_is_resumed_with_two_classes(folder: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(trainer: Any) -> None:
+        raise Stop
+
+    model = YOLO(folder / "two.pt")
+    model.add_callback("on_model_save", stop)
+    with pytest.raises(Stop):
+        model.train(data=str(data_of(folder)), project=str(tmp_path), name="run", **{**RUN, "epochs": 2})
+    YOLO(tmp_path / "run/weights/last.pt").train(resume=True)
+    best, _ = load_checkpoint(tmp_path / "run/weights/best.pt")
+    assert list(best.names.values()) == ["disc", "square"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("disc", "ring", "square", "triangle", "drone"), "has the class 'drone', which the dense model did not have"),
+        (("disc", "ring", "a", "triangle", "b"), "has the classes 'a', 'b', which"),
+        (("disc", "ring", "Ring", "triangle", "cross"), "lacks the class 'square', which this model has"),
+        (("disc", "ring", "square", "Square", "cross"), "has several classes named 'square', 'Square'"),
+    ],
+)
+@slow
+def test_names_that_cannot_be_matched_are_refused_before_the_run(
+    names: tuple[str, ...], message: str, folder: Path, tmp_path: Path
+) -> None:
+    data, model = renamed(folder, tmp_path / "other.yaml", *names), YOLO(folder / "two.pt")
+    with pytest.raises(RunError, match=message):
+        model.train(data=data, project=str(tmp_path), **RUN)
+    with pytest.raises(RunError, match=message):
+        model.val(data=data, project=str(tmp_path), **VAL)
+    with pytest.raises(RunError, match=message):
+        yolo_prune.plan(model, {"target": {"flops": 0.6}, "criterion": "taylor", **FINE}, imgsz=64, data=data)
+    with pytest.raises(RunError, match=message):
+        yolo_prune.write_dataset(model, data, tmp_path / "written")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@slow
+def test_data_criteria_see_the_kept_classes_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {**TWO_SHAPES, **FINE, "target": {"flops": 0.6}, "criterion": {"name": "taylor", "images": 8}}
+    seen: set[float] = set()
+    stock = datasets.calibration
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        found = stock(*args, **kwargs)
+        seen.update(c for item in found.items for c in item["cls"].flatten().tolist())
+        return found
+
+    monkeypatch.setattr(datasets, "calibration", look)
+    model = YOLO(folder / "dense.pt")
+    plan = yolo_prune.plan(model, recipe, imgsz=64, data=data_of(folder))
+    assert seen == {0.0, 1.0}
+    assert plan.groups
+    found = yolo_prune.apply(model, plan, imgsz=64, data=data_of(folder), refit=4)
+    assert found.error < 1e-9
+    assert len(model.names) == 2
+
+
+@slow
+def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = tmp_path / "fewer.pt"
+    words = [f"model={folder / 'dense.pt'}", "recipe.structure.keep_classes=[disc, square]", "imgsz=64"]
+    assert cli.main(["plan", *words]) == 0
+    assert "classes: 2 of 5 kept: disc, square" in capsys.readouterr().out
+    assert cli.main(["apply", *words, f"save={two}"]) == 0
+    out = capsys.readouterr().out
+    assert "exact: pruned model and masked reference agree" in out
+    assert "Fine-tune" not in out
+    assert cli.main(["show", f"model={two}"]) == 0
+    assert "classes: 2 of 5 kept: disc, square" in capsys.readouterr().out
+    assert cli.main(["dataset", f"model={two}", f"data={data_of(folder)}", f"save={tmp_path / 'written'}"]) == 0
+    assert (tmp_path / "written/data.yaml").is_file()
+    page, models = tmp_path / "page.html", [str(folder / "dense.pt"), str(two)]
+    assert cli.main(["compare", *models, f"data={data_of(folder)}", "imgsz=64", f"save={page}"]) == 0
+    assert "different classes" in capsys.readouterr().out
+    assert cli.main(["apply", f"model={folder / 'dense.pt'}", "recipe.structure.keep_classes=[disk]"]) == 1
+    assert "did you mean 'disc'?" in capsys.readouterr().err
+
+
+@slow
+def test_an_export_is_validated_on_the_kept_classes(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "two.pt", tmp_path / "two.pt")
+    found = yolo_prune.bench([tmp_path / "two.pt"], format="torchscript", imgsz=64, repeats=1, data=data_of(folder))
+    wanted = YOLO(folder / "two.pt").val(data=str(data_of(folder)), rect=False, batch=1, **VAL)
+    assert found.rows[0].parity.quality == pytest.approx(wanted.box.map, abs=1e-3)
+
+
+@slow
+def test_stock_ultralytics_loads_it_and_validates_on_the_written_dataset(folder: Path, tmp_path: Path) -> None:
+    written = yolo_prune.write_dataset(folder / "two.pt", data_of(folder), tmp_path / "two")
+    code = (
+        "import sys; from ultralytics import YOLO; m = YOLO(sys.argv[1]); "
+        "r = m.val(data=sys.argv[2], plots=False, workers=0, device='cpu', imgsz=64, verbose=False); "
+        "print('MAPS', r.box.maps.tolist()); m.predict(__import__('numpy').zeros((64, 64, 3), 'uint8'), imgsz=64); "
+        "print('NAMES', m.names)"
+    )
+    environment = {**os.environ, "YOLO_PRUNE_HOOK": "0", "ULTRALYTICS_SAFE_LOAD": "1", "PYTHONPATH": ""}
+    words = [sys.executable, "-c", code, str(folder / "two.pt"), str(written)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "NAMES {0: 'disc', 1: 'square'}" in done.stdout
+    dense = YOLO(folder / "dense.pt").val(data=str(data_of(folder)), **VAL).box.maps[[0, 2]]
+    maps = json.loads(done.stdout.split("MAPS ")[1].splitlines()[0])
+    assert maps == pytest.approx(dense.tolist(), abs=1e-4)
+
+
+@slow
+def test_a_run_does_not_remove_classes(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="structure: a training run does not remove classes"):
+        YOLO(folder / "dense.pt").train(
+            data=str(data_of(folder)), project=str(tmp_path), callbacks="prune", recipe=TWO_SHAPES, **RUN
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@slow
+@pytest.mark.parametrize("task", ["segment", "pose", "obb", "classify"])
+def test_other_tasks_train_on_the_old_dataset(task: str, tmp_path: Path) -> None:
+    data = small_data.make(task, tmp_path)
+    name = {"segment": "yolo26-seg", "pose": "yolo11-pose", "obb": "yolo11-obb", "classify": "yolo11-cls"}[task]
+    names = ["a", "b"] if task == "classify" else list(SHAPES)
+    kept = names[1:] if task == "classify" else ["square", "disc"]
+    config = {**zoo.configuration(name, THIN), "nc": len(names)}
+    (tmp_path / f"{name}.yaml").write_text(
+        yaml.safe_dump({**config, **({"kpt_shape": [2, 3]} if task == "pose" else {})})
+    )
+    model = YOLO(tmp_path / f"{name}.yaml")
+    model.model.names = dict(enumerate(names))
+    yolo_prune.apply(model, yolo_prune.plan(model, {"structure": {"keep_classes": kept}}, imgsz=64))
+    model.save(tmp_path / "two.pt")
+    wanted = sorted(kept, key=names.index)
+    YOLO(tmp_path / "two.pt").train(data=str(data), project=str(tmp_path), name="run", **RUN)
+    best = YOLO(tmp_path / "run/weights/best.pt")
+    assert list(best.names.values()) == wanted
+    found = best.val(data=str(data), project=str(tmp_path), **VAL)
+    written = yolo_prune.write_dataset(best, data, tmp_path / "written")
+    stock = stock_val(YOLO(tmp_path / "run/weights/best.pt"), data=str(written), project=str(tmp_path))
+    assert stock.results_dict == pytest.approx(found.results_dict)
+    if task == "classify":
+        assert [p.name for p in (written / "val").iterdir()] == wanted
+    else:
+        labels = [
+            line.split()[0] for p in (written.parent / "labels").rglob("*.txt") for line in p.read_text().splitlines()
+        ]
+        assert set(labels) == {"0", "1"}
+        assert found.confusion_matrix is not None

@@ -20,7 +20,7 @@ from yolo_prune.cut.census import census, compressed_mb
 from yolo_prune.cut.copies import bare_copy, checkpoint_bytes, make_ordinary
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
-from yolo_prune.data import datasets
+from yolo_prune.data import datasets, written
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log, trained
 from yolo_prune.env.checkpoints import open_model, save
@@ -35,7 +35,7 @@ from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.zeros import planner as zeros
 
-__all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save"]
+__all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save", "write_dataset"]
 
 DESCRIPTIVE = ("train_args", "date", "version", "license", "docs", "git")
 
@@ -288,6 +288,31 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
         (False, True)
     """
     return records.is_pruned(module_of(model))
+
+
+def write_dataset(model: Model | str | Path, data: str | Path, folder: str | Path) -> Path:
+    """Write a dataset with the classes that a model keeps, for Ultralytics without this package.
+
+    With this package, training and validation match the labels of the original dataset by name, so no such dataset is
+    needed. Images are links to the original files where the folder can have links, else copies.
+
+    Args:
+        model: a `YOLO` object or a checkpoint, from which classes were removed.
+        data: a dataset with the classes of the dense model, as for `model.train`.
+        folder: a new folder.
+
+    Returns:
+        What goes into `data=`: the path of the YAML file; for classification, the folder.
+
+    Raises:
+        PruneError: If no class was removed from the model, the folder has files, or the classes do not match.
+
+    Example:
+        >>> import yolo_prune
+        >>> yolo_prune.write_dataset("fewer.pt", "data.yaml", "fewer-classes")
+        PosixPath('fewer-classes/data.yaml')
+    """
+    return written.write(open_model(model) if isinstance(model, str | Path) else model, data, folder)
 
 
 def describe(model: Model | nn.Module | str | Path) -> str:

@@ -79,6 +79,23 @@ def validation_set(model: Model, data: str | Path, imgsz: ImageSize) -> Any:
     return _dataset(model, data, imgsz, str(settings.get("split", "val")), settings)[0]
 
 
+def read(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tuple[Any, Mapping[str, Any]] | None:
+    """All images of a split, as an Ultralytics dataset, and the facts of the dataset; None without this split.
+
+    Raises:
+        RunError: If the dataset cannot be read, or its classes are not those of the model.
+    """
+    local = str(converted(data, 1.0, split))
+    try:
+        info = check_cls_dataset(local) if model.task == "classify" else check_det_dataset(local)
+    except Exception as e:  # as below
+        raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
+    if not info.get(split):
+        return None
+    dataset, validator, _ = _dataset(model, local, imgsz, split, {})
+    return dataset, validator.data
+
+
 def lacks_images(data: str | Path, task: str | None, split: str) -> bool:
     """Whether a split of a dataset on this machine is empty. False for other datasets, which may be downloaded."""
     path = Path(data)

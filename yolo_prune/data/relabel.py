@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,33 @@ class Relabelled:
         for label in dataset.labels:
             label["cls"] = place[label["cls"].astype(int)]
         dataset.data = dict(self.facts)
+
+
+def relabelling(stock: Any, classes: Classes) -> Any:
+    """The class of a validator that reads the labels of a model's classes, from Ultralytics' or the user's class."""
+    if getattr(stock, "kept_classes", None) == classes:
+        return stock
+
+    class Relabelling(stock):  # type: ignore[misc]
+        kept_classes = classes
+        data: Any
+
+        def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
+            other = relabelled(classes, self.data, self.args.data)
+            dataset = other.built(self, partial(super().build_dataset, *args, **kwargs))
+            self.data = dict(other.facts)
+            return dataset
+
+        def init_metrics(self, model: Any) -> None:
+            """As in Ultralytics, but the evaluation of COCO and LVIS, by their own numbers of classes, is left out."""
+            asked = self.args.save_json
+            super().init_metrics(model)
+            if getattr(self, "is_coco", False) or getattr(self, "is_lvis", False):
+                self.is_coco = self.is_lvis = False
+                self.args.save_json, self.class_map = asked, list(range(1, len(model.names) + 1))
+
+    Relabelling.__name__, Relabelling.__qualname__ = stock.__name__, stock.__qualname__
+    return Relabelling
 
 
 def relabelled(classes: Classes, data: Mapping[str, Any], shown: Any) -> Relabelled:
