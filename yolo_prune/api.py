@@ -309,8 +309,9 @@ def write_dataset(model: Model | str | Path, data: str | Path, folder: str | Pat
 
     Example:
         >>> import yolo_prune
-        >>> yolo_prune.write_dataset("fewer.pt", "data.yaml", "fewer-classes")
-        PosixPath('fewer-classes/data.yaml')
+        >>> path = yolo_prune.write_dataset("fewer.pt", "coco.yaml", "written")
+        >>> path.name
+        'data.yaml'
     """
     return written.write(open_model(model) if isinstance(model, str | Path) else model, data, folder)
 
