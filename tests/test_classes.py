@@ -546,13 +546,81 @@ def test_stock_ultralytics_loads_it_and_validates_on_the_written_dataset(folder:
     assert maps == pytest.approx(dense.tolist(), abs=1e-4)
 
 
+IN_RUN: dict[str, Any] = {
+    **TWO_SHAPES,
+    **PLAIN,
+    **FINE,
+    "target": {"flops": 0.6},
+    "schedule": {"rounds": 1, "start": 1},
+}
+
+
 @slow
-def test_a_run_does_not_remove_classes(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="structure: a training run does not remove classes"):
+def test_a_run_removes_classes_before_it_begins(folder: Path, tmp_path: Path) -> None:
+    counts: list[int] = []
+    model = YOLO(folder / "dense.pt")
+    model.add_callback("on_train_start", lambda trainer: counts.append(trainer.model.model[-1].nc))
+    settings = {**RUN, "epochs": 2, "data": str(data_of(folder)), "project": str(tmp_path), "callbacks": "prune"}
+    model.train(**settings, name="run", recipe=IN_RUN)
+    assert counts == [2]
+    assert list(model.names.values()) == ["disc", "square"]
+    best, _ = load_checkpoint(tmp_path / "run/weights/best.pt")
+    plan, report = read_record(best).plan, yolo_prune.report.Report.load(tmp_path / "run")
+    assert plan.classes.kept_names == ("disc", "square")
+    assert plan.groups
+    dense = planner.present_cost(YOLO(folder / "dense.pt").model, 64)
+    assert (report.dense.flops, report.dense.params) == dense
+    assert report.pruned.flops <= 0.6 * dense[0]
+    assert report.kept_classes == "classes: 2 of 5 kept: disc, square"
+    assert report.kept_classes in (tmp_path / "run/report.html").read_text()
+    check = yolo_prune.cut.surgery.check_applied(best, plan)
+    assert check is None
+
+
+@slow
+def test_a_run_that_removed_classes_is_resumed_and_a_failed_one_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(trainer: Any) -> None:
+        raise Stop
+
+    model = YOLO(folder / "dense.pt")
+    model.add_callback("on_model_save", stop)
+    settings = {**RUN, "epochs": 3, "data": str(data_of(folder)), "project": str(tmp_path), "callbacks": "prune"}
+    with pytest.raises(Stop):
+        model.train(**settings, name="run", recipe=IN_RUN)
+    assert list(model.names.values()) == list(SHAPES)
+    assert not yolo_prune.is_pruned(model)
+    YOLO(tmp_path / "run/weights/last.pt").train(resume=True)
+    best, _ = load_checkpoint(tmp_path / "run/weights/best.pt")
+    assert list(best.names.values()) == ["disc", "square"]
+    assert read_record(best).plan.groups
+
+
+@slow
+def test_a_run_that_only_removes_classes_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="structure: to remove classes, no training is needed"):
         YOLO(folder / "dense.pt").train(
             data=str(data_of(folder)), project=str(tmp_path), callbacks="prune", recipe=TWO_SHAPES, **RUN
         )
+    with pytest.raises(RunError, match="pretrained=False would rebuild the dense model"):
+        YOLO(folder / "dense.pt").train(
+            data=str(data_of(folder)), project=str(tmp_path), callbacks="prune", recipe=IN_RUN, pretrained=False,
+            **{**RUN, "epochs": 2},
+        )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+@slow
+def test_a_model_without_names_is_matched_by_number(folder: Path, tmp_path: Path) -> None:
+    model = YOLO(folder / "tiny.yaml")
+    yolo_prune.apply(model, yolo_prune.plan(model, {"structure": {"keep_classes": [0, 2]}}, imgsz=64))
+    model.save(tmp_path / "two.pt")
+    YOLO(tmp_path / "two.pt").train(data=str(data_of(folder)), project=str(tmp_path), name="run", **RUN)
+    best = YOLO(tmp_path / "run/weights/best.pt")
+    assert list(best.names.values()) == ["disc", "square"]
+    best.val(data=str(data_of(folder)), project=str(tmp_path), **VAL)
 
 
 @slow

@@ -85,23 +85,13 @@ def plan(
     first = classes.plan_for(module, graph, asked.structure)
     if asked.target is None and asked.sparsity is None:
         return first
-    after = _without_classes(module, first)
+    after = classes.removed(module, first)
     try:
         rest = _channels_and_zeros(model, after, planner.survey(after, asked, size), known, asked, data)
     except NothingToRemoveError as e:
         LOGGER.warning(f"{e} Only classes are removed.")
         return first
     return first.then(rest)
-
-
-def _without_classes(module: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of a model after the removal of classes, with its record: targets stay fractions of the dense model."""
-    record, after = read_record(module), bare_copy(module)
-    surgery.apply(after, plan)
-    composed = record.plan.then(plan) if record and record.plan else plan
-    widths = record.widths if record and record.plan else planner.widths(module)
-    write_record(after, Record({}, composed, widths))
-    return after
 
 
 def _channels_and_zeros(

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from yolo_prune.cut import heads
+from yolo_prune.cut import heads, surgery
 from yolo_prune.cut.classes import COUNTS, PROMPTS, Classes, names_of
+from yolo_prune.cut.copies import bare_copy
 from yolo_prune.cut.heads import Affine, Followers
 from yolo_prune.cut.plan import Attributes, Plan
-from yolo_prune.cut.record import KEY
+from yolo_prune.cut.record import KEY, Record, RoundFacts, read_record, write_record
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import Graph
 from yolo_prune.graph.probes import image_channels
@@ -66,6 +67,21 @@ def plan_for(model: Any, graph: Graph, asked: Structure) -> Plan:
     classes = Classes(names, kept, ordered)
     plan = Plan({name: {0: kept} for name in ordered}, counts, shapes, classes=classes)
     return replace(plan, protected=planner.protected_parts(graph), forecast=_forecast(model, graph, plan))
+
+
+def removed(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a model after the removal of classes, with its record: targets stay fractions of the dense model.
+
+    Args:
+        model: the model before; it is not changed.
+        plan: the plan of `plan_for`.
+    """
+    record, after = read_record(model), bare_copy(model)
+    earlier = record if record and record.plan else Record({}, None, planner.widths(model))
+    facts = RoundFacts(1, plan.hash, flops=plan.predicted.flops_after, params=plan.predicted.params_after)
+    surgery.apply(after, plan)
+    write_record(after, Record({}, earlier.plan.then(plan) if earlier.plan else plan, earlier.widths, (facts,)))
+    return after
 
 
 def _others(follow: Followers, rows: set[str]) -> str:

@@ -180,6 +180,8 @@ class ProtectedRow(_Row):
 class Report(_Row):
     """The content of `prune.json`. It can be filled in and saved again and again during a run.
 
+    `kept_classes` says which classes are left if some were removed.
+
     `arguments` holds the training arguments that differ from Ultralytics' defaults and have no key of their own.
     """
 
@@ -188,6 +190,7 @@ class Report(_Row):
     versions: dict[str, str] = Field(default_factory=dict)
     recipe: _Mapping = Field(default_factory=dict)
     model: _Text = ""
+    kept_classes: _Text = ""
     data: _Text = ""
     imgsz: Size | None = None
     epochs: _Int = None
