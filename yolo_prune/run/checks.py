@@ -220,9 +220,10 @@ def check_load(module: nn.Module, weights: nn.Module) -> Masks:
     """
     mine, theirs = composed_plan(module), composed_plan(weights)
     ours, others = mine or Plan({}, {}, {}), theirs or Plan({}, {}, {})
-    if ours.keep == others.keep and others.masks in ({}, ours.masks):
+    alike = (ours.keep, ours.classes) == (others.keep, others.classes)
+    if alike and others.masks in ({}, ours.masks):
         return ours.masks
-    if ours.keep == others.keep:
+    if alike:
         differ = "The weights to load have zeros, which this model would not keep"
     elif mine and theirs:
         differ = "This model and the weights to load were pruned differently"
@@ -232,7 +233,7 @@ def check_load(module: nn.Module, weights: nn.Module) -> Masks:
     known = file and Path(str(file)).is_file()
     raise RunError(
         f"{differ}. "
-        + ("" if ours.keep == others.keep else "Loading would mix two structures and damage the model. ")
+        + ("" if alike else "Loading would mix two structures and damage the model. ")
         + "Instead, "
         + ("" if known else "save the model of the weights with its save(), and ")
         + f"start from the file of the weights: YOLO('{file if known else 'weights.pt'}').train(...)."
