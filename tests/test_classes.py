@@ -301,6 +301,13 @@ def test_other_tasks_are_refused(name: str, message: str) -> None:
         yolo_prune.plan(zoo.build(name, THIN), {"structure": {"keep_classes": [0]}}, imgsz=64)
 
 
+def test_a_fused_yoloe_is_refused() -> None:
+    model = build("yoloe-11")
+    model.model[-1].fuse(model.pe)
+    with pytest.raises(UnsupportedModelError, match="classes of this YOLOE are fused into its layers"):
+        yolo_prune.plan(model, TWO, imgsz=64)
+
+
 def test_structure_alone_has_no_target_and_no_default_recipe() -> None:
     recipe = load_recipe(None, {"structure.keep_classes": "[person, car]"})
     assert recipe.target is None

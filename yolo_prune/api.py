@@ -79,6 +79,8 @@ def plan(
         model = open_model(model)
     known, asked = asked, asked if data else zeros.rehearsal(planner.rehearsal(asked))
     module, size = module_of(model), _size(model, imgsz)
+    if asked.structure:
+        classes.refuse_other_tasks(module)  # before the trace, which refuses some of them for another reason
     graph = planner.survey(module, asked, size, progress=log.bar("trying out blocks"))
     if asked.structure is None:
         return _channels_and_zeros(model, module, graph, known, asked, data)

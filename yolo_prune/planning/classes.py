@@ -41,7 +41,6 @@ def plan_for(model: Any, graph: Graph, asked: Structure) -> Plan:
         RecipeError: If a class is not known, or no class or all classes would stay.
         UnsupportedModelError: If classes cannot be removed from this model.
     """
-    refuse_other_tasks(model)
     names = names_of(model)
     kept = kept_by(asked, names)
     follow = followers_of(model, len(names))
@@ -96,7 +95,7 @@ def _forecast(model: nn.Module, graph: Graph, plan: Plan) -> Any:
 
 
 def refuse_other_tasks(model: Any) -> None:
-    """Refuse a model whose classes cannot be removed, or that has none.
+    """Refuse a model whose classes cannot be removed, or that has none. It is called before the model is traced.
 
     Raises:
         UnsupportedModelError: With the reason.
@@ -113,7 +112,7 @@ def refuse_other_tasks(model: Any) -> None:
     if getattr(model.model[-1], "lrpc", None) is not None or getattr(model.model[-1], "is_fused", None) is True:
         raise UnsupportedModelError(
             "structure: the classes of this YOLOE are fused into its layers. Remove the classes from the YOLOE model "
-            "before it is fused (set_classes with the names to keep)."
+            "before it is fused."
         )
 
 

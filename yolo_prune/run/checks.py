@@ -86,6 +86,7 @@ def without_classes(module: nn.Module, recipe: Recipe, imgsz: int) -> nn.Module 
     """
     if recipe.structure is None:
         return None
+    classes.refuse_other_tasks(module)
     plan = classes.plan_for(module, planner.survey(module, recipe, imgsz), recipe.structure)
     if recipe.proof:
         proof.prove(module, plan)
