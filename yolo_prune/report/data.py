@@ -190,7 +190,6 @@ class Report(_Row):
     versions: dict[str, str] = Field(default_factory=dict)
     recipe: _Mapping = Field(default_factory=dict)
     model: _Text = ""
-    kept_classes: _Text = ""
     data: _Text = ""
     imgsz: Size | None = None
     epochs: _Int = None
@@ -203,6 +202,7 @@ class Report(_Row):
     epochs_log: list[EpochRow] = Field(default_factory=list)
     layers: list[LayerRow] = Field(default_factory=list)
     protected: list[ProtectedRow] = Field(default_factory=list)
+    kept_classes: _Text = ""
 
     @property
     def timed(self) -> LatencyRow | None:
