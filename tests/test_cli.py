@@ -229,10 +229,11 @@ def test_what_a_usage_line_shows_is_accepted(name: str) -> None:
 def test_a_required_argument_that_is_missing_is_told_with_an_example(name: str) -> None:
     command = cli.COMMANDS[name]
     for argument in (a for a in command.arguments if a.required):
+        others = [f"{a.name}={a.example}" for a in command.arguments if a.required and a is not argument]
         with pytest.raises(
             yolo_prune.PruneError, match=rf"^{argument.name}= is missing: pass .* {argument.name}=\S+\.$"
         ):
-            command.read(command.places.split())
+            command.read([*command.places.split(), *others])
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,13 @@ from ultralytics.cfg import check_dict_alignment
 from ultralytics.data import build
 from ultralytics.data.augment import LetterBox, Mosaic
 from ultralytics.data.base import BaseDataset
-from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.dataset import ClassificationDataset, YOLODataset
 from ultralytics.data.utils import (
     check_cls_dataset,
     check_det_dataset,
     convert_ndjson_to_yolo_if_needed,
     get_split_fraction,
+    img2label_paths,
 )
 from ultralytics.engine import trainer as engine
 from ultralytics.engine.exporter import Exporter
@@ -39,7 +40,8 @@ from ultralytics.engine.model import Model
 from ultralytics.engine.results import Results
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.engine.validator import BaseValidator
-from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.classify import ClassificationTrainer, ClassificationValidator
+from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn import tasks
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.modules import block, conv, head, transformer
@@ -200,6 +202,9 @@ def test_patch_targets_are_wrapped_once_and_keep_their_signatures() -> None:
     assert hasattr(Model.train, MARK)
     assert list(inspect.signature(Model.train).parameters) == ["self", "trainer", "kwargs"]
     assert not hasattr(inspect.unwrap(Model.train), MARK)
+    assert hasattr(Model.val, MARK)
+    assert list(inspect.signature(Model.val).parameters) == ["self", "validator", "kwargs"]
+    assert not hasattr(inspect.unwrap(Model.val), MARK)
     assert hasattr(tasks.BaseModel.load, MARK)
     assert list(inspect.signature(tasks.BaseModel.load).parameters) == ["self", "weights", "verbose"]
     assert not hasattr(inspect.unwrap(tasks.BaseModel.load), MARK)
@@ -249,6 +254,27 @@ def test_a_validator_takes_rectangles_after_it_is_made() -> None:
     assert "self.args.imgsz = check_imgsz(self.args.imgsz, max_dim=1)" in inspect.getsource(BaseValidator.__init__)
     assert "imgsz=cfg.imgsz" in inspect.getsource(build.build_yolo_dataset)
     assert "LetterBox(new_shape=self.imgsz" in inspect.getsource(YOLODataset.build_transforms)
+
+
+def test_labels_are_filtered_by_class_and_read_with_the_names_of_the_dataset() -> None:
+    assert list(inspect.signature(BaseDataset.update_labels).parameters) == ["self", "include_class"]
+    assert 'len(self.data["names"])' in inspect.getsource(YOLODataset.verify_args)  # a number without a name is refused
+    assert "names" in inspect.signature(ClassificationDataset.__init__).parameters
+    assert "names=self.names" in inspect.getsource(ClassificationValidator.build_dataset)
+    assert 'names=self.data["names"]' in inspect.getsource(ClassificationTrainer.build_dataset)
+    metrics = inspect.getsource(DetectionValidator.init_metrics)
+    assert "self.args.save_json |= self.args.val and (self.is_coco or self.is_lvis)" in metrics
+    for trainer in (DetectionTrainer, ClassificationTrainer):
+        assert {"build_dataset", "get_validator"} <= vars(trainer).keys()
+    assert "self.build_dataset(" in inspect.getsource(DetectionValidator.get_dataloader)
+    assert '(validator or self._smart_load("validator"))(args=args' in inspect.getsource(inspect.unwrap(Model.val))
+    assert img2label_paths(["a/images/b/c.jpg"]) == [str(Path("a/labels/b/c.txt"))]
+
+
+def test_texts_of_classes_are_attributes_of_open_vocabulary_models() -> None:
+    assert "self.txt_feats = " in inspect.getsource(tasks.WorldModel)
+    assert "self.pe = embeddings" in inspect.getsource(tasks.YOLOEModel.set_classes)
+    assert "self.model[-1].nc = len(names)" in inspect.getsource(tasks.YOLOEModel.set_classes)
 
 
 def test_launch_reads_these_of_a_model() -> None:

@@ -26,6 +26,7 @@ import ultralytics.cfg
 import yaml
 from small_data import IMGSZ, tiny
 from small_runs import QUICK
+from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.engine.exporter import export_formats
 from ultralytics.engine.model import Model
@@ -54,6 +55,7 @@ NEEDS = {  # modules, of formats that this package does not measure
 EXPORTED = {".tflite": "litert", ".mlpackage": "coreml", ".engine": "engine"}
 PACKAGES = {"nncf", "nvidia-modelopt", "litert-torch", "coremltools", "tensorrt"}  # to install beside our extras
 MODELS = ("best.pt", "cut.pt", "yolo11n.pt", "bccd-yolo11n.pt")  # that pages speak of; and pruned.pt, from a run
+COCO = ("person", "bicycle", "car", "dog", "cat")  # names of the five classes, where a page speaks of COCO
 FITNESS = 0.5  # of every model: the stand-in has learnt nothing, and a limit on the drop would refuse it
 
 pytestmark = pytest.mark.slow
@@ -148,6 +150,12 @@ def original(tmp_path_factory: pytest.TempPathFactory, place: pytest.MonkeyPatch
         (folder / name).write_text(yaml.safe_dump(scenes), encoding="utf-8")
     for name in MODELS:
         shutil.copy(folder / "dense.pt", folder / name)
+    (folder / "coco.yaml").write_text(yaml.safe_dump({**scenes, "names": dict(enumerate(COCO))}), encoding="utf-8")
+    coco = YOLO(folder / "dense.pt")
+    coco.model.names = dict(enumerate(COCO))
+    coco.save(folder / "coco.pt")
+    yolo_prune.apply(coco, yolo_prune.plan(coco, {"structure": {"keep_classes": ["person", "car"]}}, imgsz=IMGSZ))
+    coco.save(folder / "fewer.pt")
     (folder / "my.yaml").write_text("target: {flops: 0.5}\n", encoding="utf-8")
     place.chdir(folder)
     execute(shortened("yolo train model=best.pt data=data.yaml callbacks=prune recipe.criterion=magnitude".split()))

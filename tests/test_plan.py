@@ -187,7 +187,7 @@ def damaged(change: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=3), "This plan has version 3; this yolo-prune reads versions 1 to 2"),
+        (lambda d: d.update(version=4), "This plan has version 4; this yolo-prune reads versions 1 to 3"),
         (lambda d: d.pop("version"), "not a yolo-prune plan: KeyError: 'version'"),
         (lambda d: d.pop("keep"), "not a yolo-prune plan: KeyError: 'keep'"),
         (lambda d: d.pop("shapes"), "not a yolo-prune plan: KeyError: 'shapes'"),

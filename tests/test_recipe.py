@@ -122,7 +122,7 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
         (f"{T}\nchanels: {{min: 8}}", "chanels: unknown key; did you mean 'channels'?"),
         (
             f"{T}\nxyzzy: 1",
-            "xyzzy: unknown key; known keys are version, target, sparsity, schedule, criterion, allocation, channels",
+            "xyzzy: unknown key; known keys are version, target, sparsity, structure, schedule, criterion, ",
         ),
         (f"{T}\nrecover: {{xyzzy: 1}}", "recover.xyzzy: unknown key; known keys are refit, batchnorm"),
         (f"{T}\nrounds: 5", "rounds: unknown key; did you mean 'schedule.rounds'?"),
@@ -379,7 +379,7 @@ def test_the_schema_knows_every_field_and_forbids_others() -> None:
     schema = json_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
-    assert schema["anyOf"] == [{"required": ["target"]}, {"required": ["sparsity"]}]
+    assert schema["anyOf"] == [{"required": [field]} for field in ("target", "sparsity", "structure")]
     assert schema["properties"]["criterion"]["anyOf"][0]["type"] == "string"
     for part, fields in {"": schema, **schema["$defs"]}.items():
         assert fields.get("additionalProperties") is part.endswith("Spec")  # options of a criterion are its own

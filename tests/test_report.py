@@ -100,7 +100,7 @@ def test_the_file_has_the_documented_keys_in_order(tmp_path: Path) -> None:
     assert list(data) == [
         *("version", "yolo_prune", "versions", "recipe", "model", "data", "imgsz", "epochs", "arguments"),
         *("status", "error"),
-        *("dense", "pruned", "rounds", "epochs_log", "layers", "protected"),
+        *("dense", "pruned", "rounds", "epochs_log", "layers", "protected", "kept_classes"),
     ]
     assert list(data["rounds"][0]) == [
         *(

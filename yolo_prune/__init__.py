@@ -12,7 +12,7 @@ from yolo_prune import _startup
 TYPE_CHECKING = False  # replaces `typing.TYPE_CHECKING`: importing typing would slow down every start of Python
 if TYPE_CHECKING:
     from yolo_prune._version import __version__
-    from yolo_prune.api import apply, is_pruned, plan, prune
+    from yolo_prune.api import apply, is_pruned, plan, prune, write_dataset
     from yolo_prune.criteria import register_criterion
     from yolo_prune.cut.plan import Plan
     from yolo_prune.errors import PruneError
@@ -40,6 +40,7 @@ __all__ = [
     "read_as_is",
     "register_block",
     "register_criterion",
+    "write_dataset",
 ]
 
 _HOMES = {
@@ -59,6 +60,7 @@ _HOMES = {
     "read_as_is": "yolo_prune.graph",
     "register_block": "yolo_prune.graph",
     "register_criterion": "yolo_prune.criteria",
+    "write_dataset": "yolo_prune.api",
 }
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The patch of Ultralytics: three functions are replaced, and one public list is extended.
+"""The patch of Ultralytics: four functions are replaced, and one public list is extended.
 
 The new `ultralytics.cfg.check_dict_alignment` accepts `callbacks=` and `recipe=` for `yolo train`. The new
 `Model.train` removes these two arguments before Ultralytics reads the others. The new `BaseModel.load`, through which
-all weights pass from one model into another, refuses to mix a pruned model with another structure. The list
+all weights pass from one model into another, refuses to mix a pruned model with another structure. The new `Model.val`
+reads the labels of a dataset by name if classes were removed from the model. The list
 `default_callbacks["on_export_start"]` gets one more entry.
 """
 
@@ -41,6 +42,7 @@ def apply(module: ModuleType) -> None:
 
         _replace(BaseModel, "load", ["self", "weights", "verbose"], _load)
         _replace(module.Model, "train", ["self", "trainer", "kwargs"], _train)
+        _replace(module.Model, "val", ["self", "validator", "kwargs"], _val)
         _extend_export()
 
 
@@ -135,6 +137,20 @@ def _train(original: Callable[..., Any]) -> Callable[..., Any]:
             return launch.train(self, original, trainer, kwargs)
 
     return train
+
+
+def _val(original: Callable[..., Any]) -> Callable[..., Any]:
+    def val(self: Any, validator: Any = None, **kwargs: Any) -> Any:
+        if not _has_record(self.model):
+            return original(self, validator=validator, **kwargs)
+        from yolo_prune.data import datasets, relabel  # imported late, like `launch` above
+
+        with _as_a_command():
+            if kept := datasets.kept_classes(self.model):
+                validator = relabel.relabelling(validator or self._smart_load("validator"), kept)
+            return original(self, validator=validator, **kwargs)
+
+    return val
 
 
 @contextmanager

@@ -20,21 +20,22 @@ from yolo_prune.cut.census import census, compressed_mb
 from yolo_prune.cut.copies import bare_copy, checkpoint_bytes, make_ordinary
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
-from yolo_prune.data import datasets
+from yolo_prune.data import datasets, written
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log, trained
 from yolo_prune.env.checkpoints import open_model, save
 from yolo_prune.env.files import unused
 from yolo_prune.env.image_size import ImageSize, image_size
-from yolo_prune.errors import PlanError, RunError, UnsupportedModelError
+from yolo_prune.errors import NothingToRemoveError, PlanError, RunError, UnsupportedModelError
+from yolo_prune.graph import Graph
 from yolo_prune.latency import search
-from yolo_prune.planning import planner
+from yolo_prune.planning import classes, planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.report import Report
 from yolo_prune.report.data import FILE_NAME
 from yolo_prune.zeros import planner as zeros
 
-__all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save"]
+__all__ = ["apply", "describe", "is_pruned", "open_model", "plan", "prune", "save", "write_dataset"]
 
 DESCRIPTIVE = ("train_args", "date", "version", "license", "docs", "git")
 
@@ -48,7 +49,7 @@ def plan(
     data: str | Path | None = None,
     **overrides: Any,
 ) -> Plan:
-    """Make a plan of the channels that a recipe would remove from a model. The model is not changed.
+    """Make a plan of what a recipe would remove from a model: classes, channels, weights. The model is not changed.
 
     Args:
         model: a `YOLO` object, its module, or a path to a `.pt` or `.yaml` file.
@@ -78,12 +79,42 @@ def plan(
         model = open_model(model)
     known, asked = asked, asked if data else zeros.rehearsal(planner.rehearsal(asked))
     module, size = module_of(model), _size(model, imgsz)
+    if asked.structure:
+        classes.refuse_other_tasks(module)  # before the trace, which refuses some of them for another reason
     graph = planner.survey(module, asked, size, progress=log.bar("trying out blocks"))
+    if asked.structure is None:
+        return _channels_and_zeros(model, module, graph, known, asked, data)
+    first = classes.plan_for(module, graph, asked.structure)
+    if asked.target is None and asked.sparsity is None:
+        return first
+    after = classes.removed(module, first)
+    try:
+        rest = _channels_and_zeros(model, after, planner.survey(after, asked, size), known, asked, data)
+    except NothingToRemoveError as e:
+        LOGGER.warning(f"{e} Only classes are removed.")
+        return first
+    return first.then(rest)
+
+
+def _channels_and_zeros(
+    model: Model | nn.Module, module: nn.Module, graph: Graph, known: Recipe, asked: Recipe, data: str | Path | None
+) -> Plan:
+    """The plan of the channels and the zeros of a recipe.
+
+    Args:
+        model: the `YOLO` object that reads the dataset, or its module.
+        module: the module to plan for: that of `model`, or a copy with fewer classes.
+        graph: the graph of `module`.
+        known: the recipe.
+        asked: the recipe, without data with a criterion and an allocation that need none.
+        data: the dataset.
+    """
+    size = graph.imgsz
     trial = search.trial(module, graph, asked, size) if asked.metric == "latency" else None
     if not data:
         _warn_of_stand_ins(known)
     count = max(planner.images_for(asked), zeros.images_for(asked), asked.recover.refit if _two_steps(asked) else 0)
-    calibration = _calibration(model, data, size, count) if data and count else None
+    calibration = _calibration(model, data, size, count, module) if data and count else None
     if asked.target is None:
         bar = log.bar("scoring weights")
         amount = asked.zeros(asked.keep or 0.0, 1.0)
@@ -128,6 +159,11 @@ def _zeros_after(module: nn.Module, cut: Plan, asked: Recipe, calibration: Calib
         )
     amount, bar = asked.zeros(asked.keep or 0.0, 1.0), log.bar("scoring weights")
     return zeros.plan_after(cut, after, asked, amount, earlier, (), calibration, bar)
+
+
+def changes_channels(plan: Plan) -> bool:
+    """Whether a plan does more than remove classes, so that a refit can bring back accuracy."""
+    return bool(plan.since(plan.class_part).keep or plan.masks)
 
 
 @torch.inference_mode(False)
@@ -182,14 +218,15 @@ def apply(
     make_ordinary(module)
     record = read_record(module)
     proven = proof.prove(module, plan) if prove and plan.keep else None
-    calibration = _calibration(model, data, size, refit) if data and refit else None
+    calibration = _calibration(model, data, size, refit) if data and refit and changes_channels(plan) else None
     widths = dense_widths(module, plan.forecast.imgsz if plan.forecast else size)
     whole = bare_copy(module) if calibration else None
     surgery.apply(module, plan)
     if calibration and whole:
         masks = (record.plan.then(plan) if record and record.plan else plan).masks
-        bar = log.bar("refitting layers")
-        recover.refit(whole, module, replace(plan, masks=masks), calibration.images(refit), progress=bar)
+        surgery.apply(whole, plan.class_part)  # what removed classes did is no aim
+        bar, rest = log.bar("refitting layers"), plan.since(plan.class_part)
+        recover.refit(whole, module, replace(rest, masks=masks), calibration.images(refit), progress=bar)
     finish_cut(model, plan, record, widths, plan)
     return proven
 
@@ -245,6 +282,32 @@ def is_pruned(model: Model | nn.Module | str | Path) -> bool:
     return records.is_pruned(module_of(model))
 
 
+def write_dataset(model: Model | str | Path, data: str | Path, folder: str | Path) -> Path:
+    """Write a dataset with the classes that a model keeps, for Ultralytics without this package.
+
+    With this package, training and validation match the labels of the original dataset by name, so no such dataset is
+    needed. Images are links to the original files where the folder can have links, else copies.
+
+    Args:
+        model: a `YOLO` object or a checkpoint, from which classes were removed.
+        data: a dataset with the classes of the dense model, as for `model.train`.
+        folder: a new folder.
+
+    Returns:
+        What goes into `data=`: the path of the YAML file; for classification, the folder.
+
+    Raises:
+        PruneError: If no class was removed from the model, the folder has files, or the classes do not match.
+
+    Example:
+        >>> import yolo_prune
+        >>> path = yolo_prune.write_dataset("fewer.pt", "coco.yaml", "written")
+        >>> path.name
+        'data.yaml'
+    """
+    return written.write(open_model(model) if isinstance(model, str | Path) else model, data, folder)
+
+
 def describe(model: Model | nn.Module | str | Path) -> str:
     """A readable summary of the pruning of a checkpoint: rounds, cost, and layers before and after."""
     module = module_of(model)
@@ -254,7 +317,8 @@ def describe(model: Model | nn.Module | str | Path) -> str:
     surgery.check_applied(module, record.plan)
     flops, params = planner.present_cost(module, size)
     dense = planner.dense_cost(module, record.plan, size)
-    lines = [
+    lines = [record.plan.classes.describe(), ""] if record.plan.classes else []
+    lines += [
         f"{'':12}{'dense':>12}{'pruned':>12}{'kept':>10}",
         f"{'GFLOPs':12}{dense[0] / 1e9:12.3f}{flops / 1e9:12.3f}{flops / dense[0]:10.1%}   at imgsz {size}",
         f"{'parameters':12}{dense[1]:12,}{params:12,}{params / dense[1]:10.1%}",
@@ -288,11 +352,14 @@ def _zeros_of(module: nn.Module) -> list[str]:
     ]
 
 
-def _calibration(model: Model | nn.Module, data: str | Path, imgsz: ImageSize, count: int) -> Calibration:
+def _calibration(
+    model: Model | nn.Module, data: str | Path, imgsz: ImageSize, count: int, module: nn.Module | None = None
+) -> Calibration:
+    """Training images for `module`, which may have fewer classes than the module of `model`."""
     if not isinstance(model, Model):
         raise RunError("data= needs the YOLO object, because its module cannot read a dataset. Pass the YOLO object.")
     model.model.float()
-    return datasets.calibration(model, data, imgsz, count)
+    return datasets.calibration(model, data, imgsz, count, kept=datasets.kept_classes(module or model.model))
 
 
 def dense_widths(module: nn.Module, imgsz: ImageSize) -> Mapping[str, int]:

@@ -19,6 +19,7 @@ from yolo_prune.env.image_size import image_size
 from yolo_prune.errors import BenchError, ParityError, PruneError
 
 if TYPE_CHECKING:
+    from yolo_prune.cut.plan import Plan
     from yolo_prune.report.measurement import Measurement
 
 
@@ -130,10 +131,25 @@ def _apply(request: Request) -> int:
     print(plan.describe())
     if proven:
         print(f"exact: pruned model and masked reference agree to {proven.error:.0e} in float64")
+    print(f"saved {target}" + _what_next(target, plan, api.changes_channels(plan), data, refit))
+    return int(target != asked)
+
+
+def _what_next(target: Path, plan: Plan, cut: bool, data: str | None, refit: int) -> str:
+    """What a saved model lacks, and what to do about it."""
+    if not cut:
+        return f". It scores the {len(plan.classes.kept if plan.classes else ())} kept classes as before."
     why = "data= was not given" if data is None else "" if refit else "the recipe says refit: 0"
     fitted = why and f"; the weights were not refitted, because {why}"
-    print(f"saved {target}{fitted}. Fine-tune it with: yolo train model={target} data=... epochs=...")
-    return int(target != asked)
+    return f"{fitted}. Fine-tune it with: yolo train model={target} data=... epochs=..."
+
+
+def _dataset(request: Request) -> int:
+    values = request.values
+    from yolo_prune import api
+
+    print(f"saved {api.write_dataset(values['model'], values['data'], values['save'])}")
+    return 0
 
 
 def _bench(request: Request) -> int:
@@ -360,6 +376,16 @@ COMMANDS = {
             "show what was removed from a model, or a recipe",
             _show,
             (Argument("model", "pruned.pt", "a checkpoint"), RECIPE),
+        ),
+        Command(
+            "dataset",
+            "write a dataset with the classes that a model keeps",
+            _dataset,
+            (
+                replace(MODEL, example="fewer.pt", help="a checkpoint from which classes were removed"),
+                replace(DATA, help="a dataset with all classes", required=True),
+                Argument("save", "fewer-classes", "the new folder", default="fewer-classes"),
+            ),
         ),
         Command(
             "bench",

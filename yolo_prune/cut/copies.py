@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from yolo_prune.cut import classes
 from yolo_prune.cut.plan import Plan
 from yolo_prune.graph.copying import copy_tree
 from yolo_prune.graph.structure import output_dimension
@@ -77,10 +78,12 @@ def _channel_dimension(layer: nn.Module, key: str, tensor: Tensor) -> int:
 
 
 def silence_removed(model: nn.Module, plan: Plan) -> None:
-    """Silence the channels that a plan removes, in place."""
+    """Silence the channels that a plan removes, in place. Removed classes are never predicted."""
     shapes = {name: plan.shapes[name] for name in plan.keep}
     gone = {n: {d: set(range(shapes[n][d])) - set(k) for d, k in dims.items()} for n, dims in plan.keep.items()}
     silence(model, gone)
+    if plan.classes:
+        classes.never(model, plan.classes)
 
 
 def size_mb(model: nn.Module) -> float:

@@ -207,14 +207,15 @@ def same_names(old: Mapping[int, str], new: Mapping[int, str]) -> list[int | Non
     """
     if len(old) == len(new) and _placeholders(old) | _placeholders(new):
         return None
-    index = {_plain(name): i for i, name in old.items()}
-    matches = [index.get(_plain(new[i])) for i in sorted(new)]
+    index = {plain(name): i for i, name in old.items()}
+    matches = [index.get(plain(new[i])) for i in sorted(new)]
     if len(old) == len(new) and (not any(i is not None for i in matches) or matches == sorted(old)):
         return None
     return [None] * len(new) if _placeholders(old) or _placeholders(new) else matches
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name of a class as Ultralytics compares it: without spaces around it, in small letters."""
     return str(name).strip().lower()
 
 

@@ -152,12 +152,16 @@ def finals(model: nn.Module, setting: Setting) -> Outputs:
 
 
 def _decoded(model: nn.Module, setting: Setting) -> Outputs:
-    """Outputs in evaluation mode: sorted values, because a head may put out its detections in any order."""
+    """Outputs in evaluation mode."""
     model.eval()
     with _alike(model):
         out = list(probes.outputs(probes.plain(model, setting.image(model))))
-    values = [t.flatten().nan_to_num().sort().values.view(1, 1, -1) for t in out if t.is_floating_point()]
-    return {(EVALUATION, f"{FINAL}{i}"): t for i, t in enumerate(values)}
+    return {(EVALUATION, f"{FINAL}{i}"): t for i, t in enumerate(t for t in out if t.is_floating_point())}
+
+
+def in_order(out: Tensor) -> Tensor:
+    """The values of an output, sorted, because a head may put out its detections in any order: `(1, 1, values)`."""
+    return out.flatten().nan_to_num().sort().values.view(1, 1, -1)
 
 
 @contextmanager

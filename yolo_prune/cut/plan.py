@@ -12,15 +12,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from yolo_prune.cut.classes import COUNTS, Classes
 from yolo_prune.cut.forecast import Forecast
 from yolo_prune.cut.masks import Mask
 from yolo_prune.env.files import write_text
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PlanError
 
-VERSION = 2
-OLDEST = 1
-"""Plans without masks are written as this version, so that earlier releases can read them."""
+VERSIONS = (1, 2, 3)
+"""A plan is written in the oldest version that can hold it, so that earlier releases can read it.
+
+Version 2 has masks, and version 3 has classes.
+"""
 MAX_INDICES = (
     10_000_000  # more than any model has; without this limit, a range of a few bytes in a file could fill the memory
 )
@@ -31,7 +34,7 @@ FILE = JsonFile(
     error=PlanError,
 )
 
-CHANGES = ("keep", "attributes", "shapes", "scale", "masks")
+CHANGES = ("keep", "attributes", "shapes", "scale", "masks", "classes")
 """The keys of a plan in a file that change a model."""
 
 Keep = dict[str, dict[int, tuple[int, ...]]]
@@ -75,6 +78,7 @@ class Plan:
             the plan is applied.
         opaque: `{module name: reason}` of blocks that were not traced and keep all their channels. Later cuts of the
             model do not trace them either.
+        classes: the kept classes, if the plan removes classes.
 
     Example:
         >>> import yolo_prune
@@ -94,6 +98,7 @@ class Plan:
     scale: Scale = field(default_factory=dict)
     masks: dict[str, Mask] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
+    classes: Classes | None = None
     _hash: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -129,8 +134,29 @@ class Plan:
         return self.forecast
 
     def __bool__(self) -> bool:
-        """True if the plan removes channels, or sets weights to zero."""
-        return bool(self.keep or self.masks)
+        """True if the plan removes channels or classes, or sets weights to zero."""
+        return bool(self.keep or self.masks or self.classes)
+
+    @property
+    def class_part(self) -> Plan:
+        """The plan that removes the same classes and nothing else. `then(since(class_part))` is the whole plan again.
+
+        Example:
+            >>> import yolo_prune
+            >>> plan = yolo_prune.plan("best.pt", {"structure": {"keep_classes": [0]}}, imgsz=640)
+            >>> plan.class_part.keep == plan.keep
+            True
+        """
+        if self.classes is None:
+            return Plan({}, {}, {})
+        rows = self.classes.tensors
+        counts = {n: {k: v for k, v in values.items() if k in COUNTS} for n, values in self.attributes.items()}
+        return Plan(
+            {name: {0: self.classes.kept} for name in rows},
+            {name: values for name, values in counts.items() if values},
+            {name: self.shapes[name] for name in rows},
+            classes=self.classes,
+        )
 
     def shape_after(self, tensor: str) -> tuple[int, ...]:
         """Shape of `tensor` after the plan is applied.
@@ -196,7 +222,9 @@ class Plan:
             masks[name] = masks[name] & mask if name in masks else mask
         protected = later.protected if later.keep else tuple(dict.fromkeys((*self.protected, *later.protected)))
         opaque = self.opaque | later.opaque
-        return Plan(keep, attributes, shapes, tuple(groups.values()), protected, forecast, scale, masks, opaque)
+        classes = self.classes.then(later.classes) if self.classes else later.classes
+        widths = tuple(groups.values())
+        return Plan(keep, attributes, shapes, widths, protected, forecast, scale, masks, opaque, classes)
 
     def since(self, earlier: Plan) -> Plan:
         """Undo `then`: the rest of this plan for a model to which `earlier` was already applied.
@@ -238,7 +266,8 @@ class Plan:
         widths = {g.name: g.after for g in earlier.groups}
         groups = [replace(g, before=widths.get(g.name, g.before)) for g in self.groups]
         narrower = tuple(g for g in groups if g.after < g.before)
-        return replace(self, keep=keep, shapes=shapes, groups=narrower, forecast=None, scale=scale)
+        classes = self.classes.since(earlier.classes) if self.classes else None
+        return replace(self, keep=keep, shapes=shapes, groups=narrower, forecast=None, scale=scale, classes=classes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dict, list, str, numbers), as `from_dict` reads it.
@@ -250,7 +279,7 @@ class Plan:
             ['attributes', 'forecast', 'groups', 'keep', 'protected', 'shapes', 'version']
         """
         data: dict[str, Any] = {
-            "version": VERSION if self.masks else OLDEST,
+            "version": 3 if self.classes else 2 if self.masks else 1,
             "keep": {n: {str(d): _to_ranges(k) for d, k in sorted(v.items())} for n, v in sorted(self.keep.items())},
             "attributes": {n: dict(sorted(v.items())) for n, v in sorted(self.attributes.items())},
             "shapes": {n: list(s) for n, s in sorted(self.shapes.items())},
@@ -263,6 +292,8 @@ class Plan:
             data["masks"] = {name: mask.to_dict() for name, mask in sorted(self.masks.items())}
         if self.opaque:
             data["opaque"] = dict(sorted(self.opaque.items()))
+        if self.classes:
+            data["classes"] = self.classes.to_dict()
         if self.forecast:
             data["forecast"] = self.forecast.to_dict()
         return data
@@ -281,10 +312,10 @@ class Plan:
             True
         """
         try:
-            if data["version"] not in (OLDEST, VERSION):
+            if data["version"] not in VERSIONS:
                 raise PlanError(
-                    f"This plan has version {data['version']}; this yolo-prune reads versions {OLDEST} to {VERSION}. "
-                    "Make the plan again."
+                    f"This plan has version {data['version']}; this yolo-prune reads versions {VERSIONS[0]} to "
+                    f"{VERSIONS[-1]}. Make the plan again."
                 )
             keep: Keep = {}
             for name, dims in data["keep"].items():
@@ -302,6 +333,7 @@ class Plan:
                 scale={n: _from_runs(v) for n, v in data.get("scale", {}).items()},
                 masks={n: Mask.from_dict(m) for n, m in data.get("masks", {}).items()},
                 opaque={str(n): str(why) for n, why in data.get("opaque", {}).items()},
+                classes=Classes.from_dict(data["classes"]) if data.get("classes") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise PlanError(
@@ -382,6 +414,13 @@ class Plan:
                     f"0..{rows - 1}. Make the plan again."
                 )
 
+        if self.classes:
+            self.classes.validate()
+            for name in self.classes.tensors:
+                if self.keep.get(name, {}).get(0) != self.classes.kept:
+                    raise PlanError(
+                        f"The plan is damaged: '{name}' must keep the rows of the kept classes. Make the plan again."
+                    )
         for name, mask in self.masks.items():
             if name in self.keep and mask.shape != self.shape_after(name):
                 raise PlanError(
@@ -394,7 +433,7 @@ class Plan:
         return self.describe()
 
     def describe(self) -> str:
-        """A table for `print`: widths of groups before and after, protected layers with reasons, predicted cost.
+        """A table for `print`: kept classes, widths of groups before and after, protected layers, predicted cost.
 
         Example:
             >>> import yolo_prune
@@ -402,12 +441,13 @@ class Plan:
             >>> print(plan.describe())
             group ...
         """
-        lines = [_row("group", "layers", "before", "after", "kept"), "-" * 100]
+        lines = [self.classes.describe()] if self.classes else []
+        lines += [_row("group", "layers", "before", "after", "kept"), "-" * 100]
         for g in self.groups:
             layers = _shorten(g.layers, 44)
             lines.append(_row(g.name, layers, str(g.before), str(g.after), f"{g.after / g.before:.0%}"))
         if not self.groups:
-            lines.append("no channel is removed" if self.masks else "nothing is removed")
+            lines.append("no channel is removed" if self else "nothing is removed")
         for name, mask in self.masks.items():
             lines.append(
                 f"{name.removesuffix('.weight'):35} {mask.zeros / mask.size:7.1%} of {mask.size:,} weights are zero"

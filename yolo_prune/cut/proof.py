@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from yolo_prune.cut import passes, surgery
+from yolo_prune.cut.classes import Classes
 from yolo_prune.cut.copies import lean_copy, silence_removed
 from yolo_prune.cut.passes import Setting, Trail
 from yolo_prune.cut.plan import Plan
@@ -49,6 +50,10 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
     decoding. The copies run in float64 on a small rectangle; a model that cannot do so runs at the image size of the
     plan, or in float32 with a larger tolerance. Random numbers are the same in both copies.
 
+    Removed classes are silenced by a score with which they are never predicted. A plan that removes classes and
+    channels is proved in these two steps. Removed text embeddings (YOLO-World, YOLOE) are inputs of the model and need
+    no proof.
+
     Args:
         model: the model before the cut.
         plan: the cut.
@@ -58,9 +63,22 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
         ProofError: If the output of a layer differs; the message names the first such layer. Or if the model itself
             does not run.
     """
-    start = time.perf_counter()
     surgery.check(model, plan)
     plan = replace(plan, masks={})  # zeros need no proof: no width changes
+    if plan.classes is None:
+        return _prove(model, plan, tolerance)
+    first = replace(plan.class_part, forecast=plan.forecast)
+    proofs = [_prove(model, first, tolerance)] if first.keep else []
+    if (rest := plan.since(first)).keep:
+        after = lean_copy(model)
+        surgery.apply(after, first)
+        proofs.append(_prove(after, replace(rest, forecast=plan.forecast), tolerance))
+    error, effect = (max((getattr(p, key) for p in proofs), default=0.0) for key in ("error", "effect"))
+    return Proof(error, effect, sum(p.seconds for p in proofs))
+
+
+def _prove(model: nn.Module, plan: Plan, tolerance: float) -> Proof:
+    start = time.perf_counter()
     setting, reference = _reference(model, plan)
     exact = setting.dtype == torch.float64
     tolerance = tolerance if exact else max(tolerance, SINGLE)
@@ -74,8 +92,16 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
         got, failed = e.trail.outputs, e
     error, layers = 0.0, dict(model.named_modules())
     for (mode, name), out in reference.outputs.items():
+        if plan.classes and (mode, name) == DETECTIONS and out.ndim > 2:
+            continue  # detections are numbered by class: their scores and boxes are compared instead
         out = _as_cut(out, name, layers.get(name), plan)
-        gap = _difference(out, got[mode, name], exact) if (mode, name) in got else math.inf
+        gap = math.inf
+        if (mine := got.get((mode, name))) is not None:
+            if plan.classes and name.startswith(passes.FINAL):
+                out = _of_kept_classes(out, mine, plan.classes)
+            if mode == passes.EVALUATION and name.startswith(passes.FINAL):
+                out, mine = passes.in_order(out), passes.in_order(mine)
+            gap = _difference(out, mine, exact)
         if not gap <= tolerance:
             stopped = failed if (mode, name) not in got else None
             raise _refutation(model, reference, (mode, name), (gap, tolerance), stopped)
@@ -84,6 +110,17 @@ def prove(model: nn.Module, plan: Plan, tolerance: float = TOLERANCE) -> Proof:
         raise _refutation(model, reference, (passes.EVALUATION, passes.FINAL), (math.inf, tolerance), failed)
     effect = max(_difference(out, reference.outputs[key], exact) for key, out in before.items())
     return Proof(error, effect, time.perf_counter() - start)
+
+
+DETECTIONS = (passes.EVALUATION, f"{passes.FINAL}0")
+
+
+def _of_kept_classes(reference: Tensor, mine: Tensor, classes: Classes) -> Tensor:
+    """The part of an output of the reference that belongs to the kept classes, if it has a dimension of classes."""
+    before, after = len(classes.names), len(classes.kept)
+    sizes = zip(reference.shape, mine.shape, strict=False)
+    dims = [dim for dim, (size, now) in enumerate(sizes) if (size, now) == (before, after) != (now, size)]
+    return reference.index_select(dims[0], torch.tensor(classes.kept)) if len(dims) == 1 else reference
 
 
 def _copy(model: nn.Module, setting: Setting) -> nn.Module:

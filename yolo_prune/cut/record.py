@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from yolo_prune._version import __version__
+from yolo_prune.cut.classes import names_of
 from yolo_prune.cut.masks import Masked
 from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import PlanError, PruneError
@@ -136,7 +137,7 @@ def _fitting(model: nn.Module, record: Record, plan: Plan) -> Record | None:
         return None
     if not plan.masks or Masked(model, plan.masks).holds():
         return record
-    return replace(record, plan=replace(plan, masks={})) if plan.keep else None
+    return replace(record, plan=replace(plan, masks={})) if plan.keep or plan.classes else None
 
 
 def forget_lost_zeros(model: nn.Module) -> bool:
@@ -160,6 +161,8 @@ def _fits(model: nn.Module, plan: Plan) -> bool:
     Ultralytics without this package rebuilds the dense model but keeps the record, which is then wrong. A missing
     tensor is no error: fusing for inference removes batch norms.
     """
+    if plan.classes and len(names_of(model)) != len(plan.classes.kept):
+        return False
     state = model.state_dict(keep_vars=True)
     shapes = {name: mask.shape for name, mask in plan.masks.items()}
     shapes |= {name: plan.shape_after(name) for name in plan.keep}
@@ -211,7 +214,7 @@ def delete_record(model: nn.Module) -> None:
 
 
 def is_pruned(model: nn.Module) -> bool:
-    """True if channels were removed from this model, or weights were set to zero."""
+    """True if channels or classes were removed from this model, or weights were set to zero."""
     return composed_plan(model) is not None
 
 

@@ -9,7 +9,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from yolo_prune.cut import masks
+from yolo_prune.cut import classes, masks
 from yolo_prune.cut.masks import Masked
 from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import PlanError
@@ -52,6 +52,8 @@ def apply(model: nn.Module, plan: Plan) -> dict[nn.Parameter, nn.Parameter]:
         layer = model.get_submodule(layer_name)
         for key, value in values.items():
             setattr(layer, key, copy(value))
+    if plan.classes:
+        classes.set_on(model, plan.classes)
     masks.hold(model, plan.masks)
     return replaced
 
@@ -63,6 +65,8 @@ def check(model: nn.Module, plan: Plan) -> None:
         PlanError: For the first tensor or attribute that differs.
     """
     plan.validate()
+    if plan.classes:
+        classes.check(model, plan.classes)
     state = model.state_dict(keep_vars=True)
     for name in {**plan.keep, **plan.scale}:
         if name not in state:
@@ -97,6 +101,8 @@ def check_applied(model: nn.Module, plan: Plan) -> None:
         PlanError: For the first tensor that differs.
     """
     state = model.state_dict(keep_vars=True)
+    if plan.classes and (count := len(classes.names_of(model))) != len(plan.classes.kept):
+        raise PlanError(f"The model has {count} classes, but must have {len(plan.classes.kept)} after pruning.")
     for name in plan.keep:
         shape = tuple(state[name].shape) if name in state else None
         if shape != plan.shape_after(name):
@@ -213,5 +219,7 @@ def _update_widths(layer: nn.Module) -> None:
         layer.out_channels, layer.in_channels = out, per_group * layer.groups
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
     elif isinstance(layer, BATCH_NORM):
         layer.num_features = len(layer.running_mean if layer.weight is None else layer.weight)

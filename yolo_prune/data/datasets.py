@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 from torch.utils.data import default_collate
 from ultralytics.cfg import get_cfg
 from ultralytics.data.augment import LetterBox
@@ -19,7 +21,10 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import DATASETS_DIR, LOGGER, USER_CONFIG_DIR
 from ultralytics.utils.patches import imread
 
+from yolo_prune.cut.classes import Classes
+from yolo_prune.cut.record import composed_plan
 from yolo_prune.data.calibration import Calibration, draw
+from yolo_prune.data.relabel import relabelled
 from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width, plain
 from yolo_prune.env.releases import converted
@@ -31,7 +36,9 @@ WITH_BOXES = ("detect", "segment", "pose", "obb")
 MEMORY = Path(USER_CONFIG_DIR) / "yolo-prune"  # stores results on images of a dataset
 
 
-def calibration(model: Model, data: str | Path, imgsz: ImageSize, count: int, seed: int = 0) -> Calibration:
+def calibration(
+    model: Model, data: str | Path, imgsz: ImageSize, count: int, seed: int = 0, kept: Classes | None = None
+) -> Calibration:
     """Training images of a dataset, prepared as for validation, with the labels that the loss needs.
 
     Args:
@@ -40,11 +47,12 @@ def calibration(model: Model, data: str | Path, imgsz: ImageSize, count: int, se
         imgsz: image size in pixels.
         count: largest number of images.
         seed: the same seed gives the same images.
+        kept: the classes that are left if some are removed; None: those in the record of the model.
 
     Raises:
         RunError: If the dataset cannot be read, or has another number of classes than the model.
     """
-    dataset, validator, settings = _dataset(model, data, imgsz, "train", trained.settings(model))
+    dataset, validator, settings = _dataset(model, data, imgsz, "train", trained.settings(model), kept)
     if not labelled(dataset, model.task):
         LOGGER.warning(
             f"No training image of data={data} has a label. A criterion or an allocation that uses the loss does not "
@@ -69,6 +77,23 @@ def validation_set(model: Model, data: str | Path, imgsz: ImageSize) -> Any:
     """
     settings = trained.settings(model)
     return _dataset(model, data, imgsz, str(settings.get("split", "val")), settings)[0]
+
+
+def read(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tuple[Any, Mapping[str, Any]] | None:
+    """All images of a split, as an Ultralytics dataset, and the facts of the dataset; None without this split.
+
+    Raises:
+        RunError: If the dataset cannot be read, or its classes are not those of the model.
+    """
+    local = str(converted(data, 1.0, split))
+    try:
+        info = check_cls_dataset(local) if model.task == "classify" else check_det_dataset(local)
+    except Exception as e:  # as below
+        raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
+    if not info.get(split):
+        return None
+    dataset, validator, _ = _dataset(model, local, imgsz, split, {})
+    return dataset, validator.data
 
 
 def lacks_images(data: str | Path, task: str | None, split: str) -> bool:
@@ -122,7 +147,12 @@ def validator_at(model: Model, imgsz: ImageSize) -> Any:
 
 
 def _dataset(
-    model: Model, data: str | Path, imgsz: ImageSize, split: str, settings: Mapping[str, Any]
+    model: Model,
+    data: str | Path,
+    imgsz: ImageSize,
+    split: str,
+    settings: Mapping[str, Any],
+    kept: Classes | None = None,
 ) -> tuple[Any, Any, Any]:
     """A split of a dataset, prepared as for validation at exactly this size, the validator, and its settings."""
     module: Any = model.model
@@ -142,8 +172,9 @@ def _dataset(
             f"data={data} has images of {info.get('channels', 3)} channels, the model takes {channels}. Set "
             f"'channels: {channels}' in the file of the dataset, or pass the dataset on which the model was trained."
         )
-    names = getattr(module, "names", None)
-    if names and len(names) != info["nc"]:
+    names, kept = getattr(module, "names", None), kept or kept_classes(module)
+    other = relabelled(kept, info, data) if kept else None
+    if names and not other and len(names) != info["nc"]:
         raise RunError(
             f"data={data} has {info['nc']} classes, the model {len(names)}. Pass the dataset on which the model was "
             "trained."
@@ -153,11 +184,18 @@ def _dataset(
     validator.data, validator.stride, validator.device = info, stride(module), device
     if not (path := info.get(split)) or not has_images(path):
         raise RunError(f"data={data} has no images in its split '{split}', and this command needs them. Add them.")
+    build = partial(validator.build_dataset, path, *(() if model.task == "classify" else ("val", 1)))
     try:
-        dataset = validator.build_dataset(path) if model.task == "classify" else validator.build_dataset(path, "val", 1)
+        dataset = other.built(validator, build) if other else build()
     except Exception as e:  # as above
         raise RunError(f"data={data}: the split '{split}' cannot be read: {e}") from e
     return dataset, validator, args
+
+
+def kept_classes(module: nn.Module) -> Classes | None:
+    """The classes that a model keeps, if some were removed from it."""
+    plan = composed_plan(module)
+    return plan.classes if plan else None
 
 
 def pixels(source: Any, imgsz: ImageSize, channels: int = 3) -> npt.NDArray[np.float32]:

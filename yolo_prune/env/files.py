@@ -87,6 +87,15 @@ def move(source: str | Path, target: str | Path) -> None:
             remove(source)
 
 
+def link(source: Path, target: Path) -> None:
+    """Let `target` be the same file as `source`, by a link if the folder can have one, else as a copy."""
+    for make in (os.link, os.symlink):
+        with contextlib.suppress(OSError, NotImplementedError):
+            make(source.resolve(), target)
+            return
+    _copy(source, target)
+
+
 def _copy(source: Path, target: Path) -> None:
     """Copy the content, without the permissions, which cannot be set everywhere."""
     with source.open("rb") as old, target.open("wb") as new:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ultralytics.utils import LOGGER
 
+from yolo_prune.cut.classes import names_of
 from yolo_prune.data import datasets
 from yolo_prune.env import outputs, trained
 from yolo_prune.env.checkpoints import open_model
@@ -68,6 +69,8 @@ def compare(
     setting = setting.sized(opened)
     imgsz, different = setting.imgsz, trained.differences(opened)
     notes = [f"trained and validated with different {', '.join(different)}"] if different else []
+    if len({len(names_of(model.model)) for model in opened}) > 1:
+        notes.append("validated on different classes, each on its own: compare the accuracy of single classes")
     # All datasets are checked first; timing comes before validation, which fuses the models.
     images = [datasets.validation_set(model, data, imgsz) for model in opened]
     if not all(datasets.labelled(each, model.task) for each, model in zip(images, opened, strict=True)):

@@ -29,7 +29,7 @@ def load_recipe(
 
     Args:
         source: a bundled name, a path to a YAML file, a mapping or a `Recipe`; None is the default recipe, or no recipe
-            if `overrides` ask for `sparsity` and for no `target`.
+            if `overrides` ask for `sparsity` or `structure`, and for no `target`.
         overrides: values of single fields: `{"target.flops": 0.4}`. A string is read as YAML. A target in another
             metric replaces the target of the recipe.
 
@@ -43,7 +43,7 @@ def load_recipe(
         (0.4, 128, 'obs')
     """
     overrides = overrides or {}
-    data, origin = ({}, "no recipe") if source is None and _only_zeros(overrides) else _read(source)
+    data, origin = ({}, "no recipe") if source is None and _no_channels(overrides) else _read(source)
     if named := {str(key).removeprefix("target.") for key in overrides if str(key).startswith("target.")}:
         data["target"] = _compatible(data.get("target"), named)
     for key, value in overrides.items():
@@ -58,10 +58,13 @@ def load_recipe(
     return recipe
 
 
-def _only_zeros(overrides: Mapping[str, Any]) -> bool:
-    """Whether single fields ask for zeros and for no target: then there is no default recipe, and no channel is cut."""
+def _no_channels(overrides: Mapping[str, Any]) -> bool:
+    """Whether single fields ask for zeros or fewer classes, and for no target.
+
+    There is no default recipe then, and no channel is cut.
+    """
     fields = {str(key).partition(".")[0] for key in overrides}
-    return "sparsity" in fields and "target" not in fields
+    return bool(fields & {"sparsity", "structure"}) and "target" not in fields
 
 
 def bundled_names() -> list[str]:

@@ -118,5 +118,6 @@ def _allowed(node: dict[str, Any]) -> str:
     if node["type"] == "object":
         return f"a mapping with {', '.join(node['properties'])}" if "properties" in node else "a mapping"
     if node["type"] == "array":
-        return "a list of texts"
+        numbers = any(o.get("type") == "integer" for o in _options(node["items"]))
+        return "a list of names or numbers" if numbers else "a list of texts"
     return f"{words[node['type']]} {limits}".strip()

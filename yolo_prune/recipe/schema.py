@@ -162,6 +162,42 @@ class Sparsity(_Part):
         return {"unstructured": 1, "2:4": 16}.get(self.pattern) or int(self.pattern.split(":")[1])
 
 
+class Structure(_Part):
+    """What goes whole: classes that are not needed."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+    keep_classes: tuple[str | int, ...] | None = Field(
+        None, strict=False, description="classes that stay, by name or number; all others are removed"
+    )
+    drop_classes: tuple[str | int, ...] | None = Field(
+        None, strict=False, description="classes that are removed, by name or number; all others stay"
+    )
+
+    @field_validator("keep_classes", "drop_classes", mode="before")
+    @classmethod
+    def _one_class(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, str | int) else value
+        for each in given if isinstance(given, list | tuple) else ():
+            if isinstance(each, bool) or not isinstance(each, str | int):
+                raise ValueError("must be names or numbers of classes; put quotes around a name such as 'no'")
+        return given
+
+    @field_validator("keep_classes", "drop_classes")
+    @classmethod
+    def _some_classes(cls, value: tuple[str | int, ...] | None) -> tuple[str | int, ...] | None:
+        if value is not None and not value:
+            raise ValueError("names no class; give at least one name or number")
+        if again := next((name for i, name in enumerate(value or ()) if name in (value or ())[:i]), None):
+            raise ValueError(f"names the class {again!r} twice; name it once")
+        return value
+
+    @model_validator(mode="after")
+    def _one(self) -> Structure:
+        if (self.keep_classes is None) == (self.drop_classes is None):
+            raise ValueError("give exactly one of keep_classes and drop_classes, for example {keep_classes: [person]}")
+        return self
+
+
 class Schedule(_Part):
     """When the model is cut, and how much each cut removes."""
 
@@ -326,6 +362,11 @@ class Recipe(_Part):
         title="Sparsity",
         description="single weights that become zero, after the channels of target or without it",
     )
+    structure: Structure | None = Field(
+        None,
+        title="Structure",
+        description="what goes whole, before the channels of target and the zeros of sparsity, or without them",
+    )
     schedule: Schedule = Field(Schedule(), description="when, and how much each time")
     criterion: CriterionSpec = Field(CriterionSpec(), description="a name, or a mapping with options")
     allocation: AllocationSpec = Field(
@@ -362,10 +403,10 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _one_limit(self) -> Recipe:
-        if self.target is None and self.sparsity is None:
+        if self.target is None and self.sparsity is None and self.structure is None:
             raise ValueError(
                 "target: is missing; add it, for example 'target: {flops: 0.5}'. For zeros instead of fewer channels, "
-                "add 'sparsity: {amount: 0.5}'"
+                "add 'sparsity: {amount: 0.5}'; to remove classes, add 'structure: {keep_classes: [person]}'"
             )
         if self.sparsity and self.searches:
             raise ValueError(
@@ -486,7 +527,8 @@ def as_yaml(data: Mapping[str, Any]) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of recipes, for completion in editors."""
-    return {**fields_schema(), "anyOf": [{"required": ["target"]}, {"required": ["sparsity"]}]}
+    needed = ("target", "sparsity", "structure")
+    return {**fields_schema(), "anyOf": [{"required": [field]} for field in needed]}
 
 
 def fields_schema() -> dict[str, Any]:

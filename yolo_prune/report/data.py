@@ -180,6 +180,8 @@ class ProtectedRow(_Row):
 class Report(_Row):
     """The content of `prune.json`. It can be filled in and saved again and again during a run.
 
+    `kept_classes` says which classes are left if some were removed.
+
     `arguments` holds the training arguments that differ from Ultralytics' defaults and have no key of their own.
     """
 
@@ -200,6 +202,7 @@ class Report(_Row):
     epochs_log: list[EpochRow] = Field(default_factory=list)
     layers: list[LayerRow] = Field(default_factory=list)
     protected: list[ProtectedRow] = Field(default_factory=list)
+    kept_classes: _Text = ""
 
     @property
     def timed(self) -> LatencyRow | None:

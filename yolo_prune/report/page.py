@@ -182,6 +182,7 @@ def _facts(report: Report) -> list[str]:
     rounds = len(report.rounds)
     facts = [Path(report.data).name, "" if report.imgsz is None else f"imgsz {report.imgsz}"]
     facts += ["" if report.epochs is None else f"{report.epochs} epoch{'s' * (report.epochs != 1)}"]
+    facts += [report.kept_classes]
     facts += [f"{rounds} round{'s' * (rounds != 1)}" if rounds else ""]
     facts += [f"cuts timed in {report.timed.place}" if report.timed else ""]
     facts += [f"criterion {name}" if (name := (report.recipe.get("criterion") or {}).get("name")) else ""]

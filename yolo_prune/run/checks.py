@@ -12,10 +12,11 @@ from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils import __version__ as ULTRALYTICS
 from ultralytics.utils.checks import check_imgsz
 
+from yolo_prune.cut import proof
 from yolo_prune.cut.masks import Masks
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import composed_plan, is_pruned, is_rebuilt
@@ -24,7 +25,7 @@ from yolo_prune.env import log
 from yolo_prune.env.releases import load_checkpoint, shares_callbacks
 from yolo_prune.errors import NothingToRemoveError, RunError
 from yolo_prune.graph.probes import stride
-from yolo_prune.planning import planner
+from yolo_prune.planning import classes, planner
 from yolo_prune.recipe import Recipe
 from yolo_prune.run import schedule
 from yolo_prune.zeros import planner as zeros
@@ -63,6 +64,34 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise RunError(f"{key}={settings[key]!r} does not work with callbacks=prune: {why}. Instead, {remedy}.")
     if settings.get("save") is False:
         raise RunError("save=False does not work with callbacks=prune: the pruned model would be lost. Leave save out.")
+
+
+def check_structure(recipe: Recipe) -> None:
+    """Refuse a run that only removes classes: this needs no training."""
+    if recipe.structure and recipe.target is None and recipe.sparsity is None:
+        raise RunError(
+            "structure: to remove classes, no training is needed. Remove them with 'yolo-prune apply model=... "
+            "recipe.structure.keep_classes=[...] save=fewer.pt', then train fewer.pt on the same dataset: its labels "
+            "are matched by name. To prune in the same run, add a target or sparsity."
+        )
+
+
+def without_classes(module: nn.Module, recipe: Recipe, imgsz: int) -> nn.Module | None:
+    """The model that a run starts from if the recipe removes classes; None if it does not.
+
+    Args:
+        module: the model; it is not changed.
+        recipe: the recipe of the run.
+        imgsz: image size in pixels.
+    """
+    if recipe.structure is None:
+        return None
+    classes.refuse_other_tasks(module)
+    plan = classes.plan_for(module, planner.survey(module, recipe, imgsz), recipe.structure)
+    if recipe.proof:
+        proof.prove(module, plan)
+    LOGGER.info(f"{log.PREFIX}{plan.classes.describe() if plan.classes else ''}")
+    return classes.removed(module, plan)
 
 
 def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:
@@ -126,10 +155,16 @@ def _levels(module: Any) -> int:
     return next((len(layer.f) for layer in module.model if isinstance(layer, Detect)), 0)
 
 
+def image_size(module: nn.Module, settings: Mapping[str, Any]) -> int:
+    """The image size of a run, as the trainer will find it."""
+    step = stride(module)
+    size: int = check_imgsz(settings["imgsz"], stride=step, floor=step, max_dim=1)
+    return size
+
+
 def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -> None:
     """Try the whole recipe on the model before a run folder exists, to refuse a recipe that does not fit."""
-    step = stride(module)
-    size: int = check_imgsz(settings["imgsz"], stride=step, floor=step, max_dim=1)  # as the trainer will do it
+    size = image_size(module, settings)
     freeze = settings.get("freeze")
     frozen = freeze if isinstance(freeze, list | tuple) else range(freeze) if isinstance(freeze, int) else ()
     names = [f"model.{layer}" for layer in frozen]
@@ -141,10 +176,16 @@ def check_fits(module: nn.Module, recipe: Recipe, settings: Mapping[str, Any]) -
     schedule.rounds(recipe, int(settings["epochs"]), present)
 
 
-def check_keeps_structure(model: Model, settings: Mapping[str, Any]) -> None:
-    """Refuse a run that would replace a pruned structure by a dense one, or a dense structure by a pruned one."""
+def check_keeps_structure(model: Model, settings: Mapping[str, Any], cut: bool = False) -> None:
+    """Refuse a run that would replace a pruned structure by a dense one, or a dense structure by a pruned one.
+
+    Args:
+        model: the `YOLO` object.
+        settings: the settings of the run.
+        cut: whether the run starts from a pruned copy of the model.
+    """
     pretrained = settings.get("pretrained", True)
-    if is_pruned(model.model):
+    if cut or is_pruned(model.model):
         if pretrained is False:
             raise RunError(
                 "pretrained=False would rebuild the dense model and lose the pruned structure. Leave pretrained out. "
@@ -180,9 +221,10 @@ def check_load(module: nn.Module, weights: nn.Module) -> Masks:
     """
     mine, theirs = composed_plan(module), composed_plan(weights)
     ours, others = mine or Plan({}, {}, {}), theirs or Plan({}, {}, {})
-    if ours.keep == others.keep and others.masks in ({}, ours.masks):
+    alike = (ours.keep, ours.classes) == (others.keep, others.classes)
+    if alike and others.masks in ({}, ours.masks):
         return ours.masks
-    if ours.keep == others.keep:
+    if alike:
         differ = "The weights to load have zeros, which this model would not keep"
     elif mine and theirs:
         differ = "This model and the weights to load were pruned differently"
@@ -192,7 +234,7 @@ def check_load(module: nn.Module, weights: nn.Module) -> Masks:
     known = file and Path(str(file)).is_file()
     raise RunError(
         f"{differ}. "
-        + ("" if ours.keep == others.keep else "Loading would mix two structures and damage the model. ")
+        + ("" if alike else "Loading would mix two structures and damage the model. ")
         + "Instead, "
         + ("" if known else "save the model of the weights with its save(), and ")
         + f"start from the file of the weights: YOLO('{file if known else 'weights.pt'}').train(...)."

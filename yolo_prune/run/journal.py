@@ -12,6 +12,7 @@ from yolo_prune.cut.census import census, compressed_mb
 from yolo_prune.cut.copies import checkpoint_bytes, size_mb
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, RoundFacts
+from yolo_prune.data import datasets
 from yolo_prune.env import ranks
 from yolo_prune.env.log import PREFIX
 from yolo_prune.env.metrics import class_ap
@@ -100,6 +101,7 @@ def _identity(trainer: PruningTrainer, recipe: Recipe) -> dict[str, Any]:
         "versions": installed(),
         "recipe": recipe.to_dict(),
         "model": str(trainer.args.model),
+        "kept_classes": kept.describe() if (kept := datasets.kept_classes(live.model_of(trainer))) else "",
         "data": str(trainer.args.data),
         "imgsz": trainer.args.imgsz,
         "epochs": trainer.epochs,

@@ -95,11 +95,13 @@ class Launch:
         callback: cuts the model while it trains; None if this run only keeps the structure.
         settings: arguments for Ultralytics, in addition to those of the user.
         resumed: the settings in the checkpoint from which a run is resumed; empty for a new run.
+        start: the model to start from, if the recipe removes classes; None for the model as it is.
     """
 
     callback: PruneCallback | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     resumed: Mapping[str, Any] = field(default_factory=dict)
+    start: nn.Module | None = None
 
 
 def train(
@@ -153,7 +155,10 @@ def _run(
 ) -> Any:
     """Train. If training fails, restore the model, so that the run can be started again."""
     before = model.model, model.ckpt
-    if is_pruned(model.model) and not model.ckpt:
+    if launch.start is not None:  # without the optimizer and the epoch of the model with all classes
+        model.ckpt = {"model": launch.start, "train_args": (model.ckpt or {}).get("train_args", {})}
+        model.model = launch.start
+    elif is_pruned(model.model) and not model.ckpt:
         model.ckpt = {"model": model.model}  # the model was pruned in memory: do not train a new one from its YAML
     if launch.callback:
         launch.callback.attach(model.callbacks)
@@ -193,11 +198,13 @@ def _prune(model: Model, request: Request) -> Launch:
     settings = request.settings
     recipe = load_recipe(request.ours.get("recipe"), _keys.overrides(request.ours))
     _warn(model, recipe, settings)
+    checks.check_structure(recipe)
     checks.check_settings(settings)
     checks.check_validates(recipe, settings)
     checks.check_teacher(model, recipe, settings)
-    checks.check_fits(model.model, recipe, settings)
-    checks.check_keeps_structure(model, settings)
+    start = checks.without_classes(model.model, recipe, checks.image_size(model.model, settings))
+    checks.check_fits(start or model.model, recipe, settings)
+    checks.check_keeps_structure(model, settings, cut=start is not None)
     added: dict[str, Any] = {}
     if recipe.recover.distill:
         added["distill_model"] = str(checks.origin(model))
@@ -205,7 +212,7 @@ def _prune(model: Model, request: Request) -> Launch:
         gentle = recommended(recipe, settings, request.explicit)
         LOGGER.info(f"{PREFIX}the model is trained already, so these settings are used: {as_arguments(gentle)}")
         added |= gentle
-    return Launch(PruneCallback(recipe), added)
+    return Launch(PruneCallback(recipe), added, start=start)
 
 
 def _warn(model: Model, recipe: Recipe, settings: Mapping[str, Any]) -> None:

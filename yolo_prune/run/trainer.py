@@ -19,9 +19,12 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolo_prune.cut.record import delete_record, is_pruned
+from yolo_prune.cut.record import delete_record, is_pruned, student_of
+from yolo_prune.data import datasets
+from yolo_prune.data.relabel import Relabelled, relabelled, relabelling
 from yolo_prune.env import ranks
 from yolo_prune.env.files import WholeFile, move, write_bytes
+from yolo_prune.env.log import PREFIX
 from yolo_prune.env.releases import strip_qat, unwrap_model
 from yolo_prune.errors import RunError
 from yolo_prune.run import inputs, keep, resume, rounds, schedule
@@ -50,6 +53,7 @@ class KeepStructure(_Base):
         stopped_early: whether the resumed run had already stopped early when it was killed.
         keeps: whether the run trains a model that was pruned before.
         claim: keeps other runs out of the folder of this run; None if this process does not write there.
+        relabelled: how the dataset is read for a model with fewer classes; None if no class was removed.
     """
 
     data: Any
@@ -60,6 +64,7 @@ class KeepStructure(_Base):
     stopped_early = False
     keeps = False
     claim: Claim | None = None
+    relabelled: Relabelled | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -95,6 +100,8 @@ class KeepStructure(_Base):
     def get_model(self, cfg: Any = None, weights: Any = None, **options: Any) -> Any:
         """The model to train, from the user's trainer or Ultralytics' own. If `weights` is pruned, it stays pruned."""
         trained = isinstance(weights, nn.Module)
+        if trained:
+            self._read_by_name(weights)
         if trained and self.resume:
             keep.check_same_data(weights, self.data, self._by_name)
         if not trained or not is_pruned(weights):
@@ -115,6 +122,26 @@ class KeepStructure(_Base):
         keep.adopt(built, pruned, edited=built is given, builder=_user_class(self).__name__, stock=stock)
         self.keeps = True
         return built
+
+    def _read_by_name(self, model: nn.Module) -> None:
+        """Let the dataset have the classes of the model if some were removed from it."""
+        kept = datasets.kept_classes(student_of(model))
+        if kept and self.relabelled is None:
+            self.relabelled = relabelled(kept, self.data, self.args.data)
+            self.data = dict(self.relabelled.facts)
+            LOGGER.info(f"{PREFIX}{kept.describe()}; labels are matched by name")
+
+    def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Ultralytics, but labels of removed classes are left out, and the others renumbered."""
+        build = partial(super().build_dataset, *args, **kwargs)  # type: ignore[misc]
+        return self.relabelled.built(self, build) if self.relabelled else build()
+
+    def get_validator(self) -> Any:
+        """As in Ultralytics, for the classes of the model."""
+        validator = super().get_validator()  # type: ignore[misc]
+        if self.relabelled and (kept := datasets.kept_classes(student_of(unwrap_model(self.model)))):
+            validator.__class__ = relabelling(type(validator), kept)
+        return validator
 
     def _fitted(self, weights: Any) -> Any:
         """A copy of a pruned model, ready to be trained on the dataset of this run."""
@@ -145,6 +172,7 @@ class KeepStructure(_Base):
         """As in Ultralytics, but a pruned model must not be replaced by a model with another structure."""
         keeps = self.keeps or (isinstance(self.model, nn.Module) and is_pruned(self.model))
         checkpoint = super().setup_model()  # type: ignore[misc]
+        self._read_by_name(unwrap_model(self.model))  # in a run on several devices, each process gets the model here
         if (keeps or self.keeps) and not is_pruned(unwrap_model(self.model)):
             name = _user_class(self).__name__
             raise RunError(
