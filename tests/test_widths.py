@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from copy import deepcopy
 from pathlib import Path
@@ -21,6 +22,7 @@ from yolo_prune.cut.proof import prove
 from yolo_prune.errors import UnsupportedModelError
 from yolo_prune.graph import Facts, Graph, trace
 from yolo_prune.graph.rules import RULES
+from yolo_prune.planning import planner
 from yolo_prune.planning.cost import cost_of
 from yolo_prune.planning.planner import build_plan
 
@@ -199,7 +201,7 @@ class Attention(Block):
 class SameShapes(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        return self.b(x + y if x.shape == y.shape and x.shape[1] != 7 else y)
+        return self.b(x + y if x.shape == y.shape else y)
 
 
 class Remembered(Block):
@@ -735,3 +737,146 @@ def test_the_benchmark_counts_the_channels_of_a_block_and_judges_its_cut() -> No
         row = benchmark.row(blocks, name)
         assert row.startswith(f"| {name} | {counts} |")
         assert float(row.split("|")[-2]) < 1e-10
+
+
+class Numbered(Block):
+    """Stores numbers that are equal to its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = self.n = self._k = C
+
+
+class PrivateNumber(Numbered):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y.view(y.shape[0], self._k, *y.shape[2:]))
+
+
+class NumberAsPadding(Numbered):
+    def forward(self, x: Tensor) -> Tensor:
+        y, kernel = self.a(x), x.new_ones(1, C, 1, 1)
+        z = F.conv2d(x, kernel, padding=self.k)[..., self.k : -self.k, self.k : -self.k]
+        return self.b(y.view(y.shape[0], self.k, *y.shape[2:])) + z
+
+
+class WithinLimits(Numbered):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y.view(y.shape[0], self.k, *y.shape[2:]) * (2.0 if self.k > 12 else 1.0))
+
+
+class NotEight(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * (3.0 if y.shape[1] == 8 else 2.0))
+
+
+class WidthAsValue(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y / y.new_full((1, 1, 1, 1), y.shape[1]))
+
+
+class WidthWritten(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y, factor = self.a(x), x.new_zeros(1)
+        factor[:] = y.shape[1]
+        return self.b(y / factor)
+
+
+class AttentionByName(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.a(x).flatten(2).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query=q, key=q, value=q)
+        return self.b(out.transpose(1, 2).view_as(x))
+
+
+class WindowsOfChannels(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        b, c, h, w = y.shape
+        return self.b(y.unfold(1, 4, 4).permute(0, 4, 1, 2, 3).reshape(b, c, h, w))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        *(PrivateNumber, NumberAsPadding, WithinLimits, NotEight, WidthAsValue, WidthWritten, AttentionByName),
+        WindowsOfChannels,
+    ],
+)
+def test_another_use_of_a_width_protects_it(block: type[Block]) -> None:
+    model = built(block)
+    graph = trace(model, imgsz=64)
+    reasons = {g.protected for g in graph.groups if "model.2.1.a" in g.layers}
+    assert None not in reasons
+    plan = scattered(model, graph)
+    assert "model.2.1" not in plan.attributes
+    assert prove(model, plan).error < 1e-10
+
+
+class ChunksByName(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.chunk(input=self.a(x), chunks=2, dim=1)
+        return self.b(torch.cat((second, first), 1))
+
+
+class RolledRound(Block):
+    """By more than the number of channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.roll(self.a(x), C + 4, 1))
+
+
+class CopiesItsShape(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y.view(deepcopy(tuple(y.shape))))
+
+
+@functools.lru_cache(None)
+def half(number: int) -> int:
+    return number // 2
+
+
+class Cached(Numbered):
+    """A cache keeps the width of an earlier trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.a(x).split(half(self.k), 1)
+        return self.b(torch.cat((second, first), 1))
+
+
+@pytest.mark.parametrize("block", [ChunksByName, RolledRound, CopiesItsShape, Cached])
+def test_cuts_of_such_blocks_are_right_in_every_trace(block: type[Block]) -> None:
+    for _ in range(3):
+        model = built(block)
+        assert prove(model, scattered(model, trace(model, imgsz=64))).error < 1e-10
+
+
+class OneByWidth(Block):
+    """Python gives torch a plain number: no trace can see where it comes from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * (1.0 / y.shape[1]))
+
+
+def test_a_use_that_no_trace_can_see_is_found_by_the_trial() -> None:
+    model = built(OneByWidth)
+    graph = planner.survey(model, models.recipe(target_flops=0.8), 64)
+    assert graph.opaque.keys() == {"model.2.1"}
+
+
+class NotOnRealNumbers(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_meta:
+            raise RuntimeError("only on another device")
+        return self.b(self.a(x))
+
+
+def test_a_protected_block_that_does_not_run_here_is_traced() -> None:
+    graph = trace(built(NotOnRealNumbers), imgsz=64, protect=["model.2.1"])
+    reasons = {g.protected for g in graph.groups if {"model.2.1.a", "model.2.1.b"} & set(g.layers)}
+    assert reasons == {"recipe: protect 'model.2.1'"}

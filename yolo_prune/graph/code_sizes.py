@@ -121,7 +121,7 @@ def _is_rest(size: int) -> bool:
     return not isinstance(size, Width) and size == REST
 
 
-@HANDLERS.register("view", "reshape", "unflatten", "view_as", "reshape_as", "resize")
+@HANDLERS.register("view", "reshape", "unflatten", "view_as", "reshape_as")
 def reshaped(use: Use) -> None:
     """The same elements in another shape. Channels may be divided, if only one of the new sizes follows a cut."""
     wanted = _new_shape(use)
@@ -221,15 +221,18 @@ def repeated(use: Use) -> None:
 @HANDLERS.register("new_zeros", "new_ones", "new_full", "new_empty")
 def made(use: Use) -> None:
     """A new tensor. On the meta device, it has the channels that its sizes count."""
-    for dim, size in enumerate(use.sizes_from(int(use.name.startswith("new_")), "size")):
+    position = int(use.name.startswith("new_"))
+    for dim, size in enumerate(use.sizes_from(position, "size")):
         _grow(use, dim, size)
+    if use.name.endswith("full"):
+        use.protect((), use.get(position + 1, "fill_value"))
 
 
 def _grow(use: Use, dim: int, size: int) -> None:
     """Give the elements along a new dimension the labels of the channels that its size counts."""
-    if not isinstance(size, Width) or not use.out.is_meta:
+    if not isinstance(size, Width):
         return
-    if not size.counts:
+    if not size.counts or not use.out.is_meta:
         size.protect()
         return
     plane = torch.from_numpy(size.ids).view([-1 if d == dim else 1 for d in range(use.out.ndim)])
@@ -273,13 +276,17 @@ def rolled(use: Use) -> None:
     if not dims:
         use.protect_all()
         return
-    for shift, dim in zip(shifts, dims, strict=True):
-        use.divide(dim, [REST, shift] if number(shift) >= 0 else [-shift, REST])
+    for by, dim in zip(shifts, dims, strict=True):
+        if abs(number(by)) > use.tensor.shape[dim]:  # what remains depends on the size
+            use.protect_all()
+        else:
+            use.divide(dim, [REST, by] if number(by) >= 0 else [-by, REST])
 
 
 @HANDLERS.register("__getitem__", "__setitem__")
 def indexed(use: Use) -> None:
     """Slices and single elements. What is picked by tensors is protected by the operation itself."""
+    use.protect((), use.get(2, "value"))
     index = use.get(1)
     items = list(index) if isinstance(index, tuple) else [index]
     if any(type(item) not in PLAIN_INDICES for item in items):
@@ -304,7 +311,7 @@ def _slice(use: Use, dim: int, item: slice) -> None:
     start, stop = item.start or 0, item.stop
     if stop is not None and number(stop) >= size and not isinstance(stop, Width):
         stop = None  # it is beyond the end
-    if (start, stop, item.step) == (0, None, None):
+    if not isinstance(start, Width) and (start, stop, item.step) == (0, None, None):
         return
     if item.step not in (None, 1) or (stop is not None and number(start) < 0):
         use.protect([p for p in use.planes if dim in varying(p)], item)
@@ -333,6 +340,15 @@ def _ids(planes: Sequence[Tensor]) -> set[int]:
     return {i for plane in planes for i in torch.unique(collapse(plane)).tolist()}
 
 
+@HANDLERS.register("unfold")
+def windows(use: Use) -> None:
+    """Windows along a dimension: a method of tensors, unlike the function of this name, which takes positions."""
+    if use.tensor.ndim == use.out.ndim - 1:
+        dim = use.get(1, "dimension") % use.tensor.ndim
+        use.protect([p for p in use.planes if dim in varying(p)], ())
+    use.protect((), (use.args[1:], use.kwargs))
+
+
 @HANDLERS.register("__len__", "__iter__", "numel", "nelement")
 def counted(use: Use) -> None:
     """A number that is read in another way: Python makes a plain number of it."""
@@ -345,6 +361,8 @@ def counted(use: Use) -> None:
 @HANDLERS.register("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def convolved(use: Use) -> None:
     """A convolution in as many groups as there are channels: their number is in the code."""
+    named = {key: value for key, value in use.kwargs.items() if key != "groups"}
+    use.protect((), [use.args[:6], use.args[7:], named])
     groups = use.get(6, "groups")
     if groups is None or number(groups) == 1:
         return
@@ -361,6 +379,6 @@ def convolved(use: Use) -> None:
 def attention(use: Use) -> None:
     """Without a scale, the products are divided by the root of a width."""
     if use.get(6, "scale") is None:
-        for tensor in use.args[:2]:
+        for tensor in (use.get(0, "query"), use.get(1, "key")):
             for plane in (tag_of(tensor) or Tag()).planes:
                 use.labels.pin(plane, "sets the scale of an attention")

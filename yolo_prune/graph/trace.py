@@ -19,7 +19,7 @@ from yolo_prune.graph import foreign, probes, rules
 from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Ids, Labels
 from yolo_prune.graph.opaque import Opaque, may_be_opaque
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
-from yolo_prune.graph.structure import Attribute, Graph, Rows, output_dimension
+from yolo_prune.graph.structure import Attribute, Graph, Rows, may_be_set, output_dimension
 from yolo_prune.graph.tracer import Tracer
 from yolo_prune.graph.twin import weightless
 from yolo_prune.graph.widths import Width
@@ -87,7 +87,11 @@ def trace(
             return replace(graph, opaque=hidden)
         except _StoppedError as stopped:
             path, error = foreign.block_around(model, stopped.where), stopped.__cause__
-            if path in hidden | closed or not may_be_opaque(model, path):
+            if closed.pop(
+                path, None
+            ):  # it does not run on real numbers here: it is traced, and its tensors are protected
+                continue
+            if path in hidden or not may_be_opaque(model, path):
                 raise UnsupportedModelError(
                     f"{foreign.shown(model, path)} cannot be traced: {foreign.said(error)}. If the forward of a block "
                     "depends on the values of its input, give the forward another path for inputs on the 'meta' device."
@@ -222,7 +226,7 @@ def _mark_numbers(twin: nn.Module, labels: Labels) -> None:
         if layer or not foreign.is_foreign(module) or rules.trusts(module):
             continue
         for name, value in vars(module).items():
-            if type(value) is int and value > 1 and name not in ULTRALYTICS_OWN:
+            if type(value) is int and value > 1 and name not in ULTRALYTICS_OWN and may_be_set(name):
                 vars(module)[name] = Width.of(value, labels, labels.number(path, name, value))
 
 

@@ -257,25 +257,27 @@ class _Functions(TorchFunctionMode):
         if name == "type" and args[0].is_meta:
             return _type(*args, **kwargs)
         out = func(*args, **kwargs)
-        if name == "chunk" and args:
+        if name == "chunk":
             self._equal_parts(args, kwargs, out)
         if self.tracer.trusted:
             return out
         if name == "size" or getattr(func, "__self__", None) is Tensor.shape:
             return widths.read(args[0], kwargs.get("dim", args[1] if len(args) > 1 else None), self.tracer.labels)
+        args, kwargs = widths.current((args, kwargs), self.tracer.labels)
         code_sizes.follow(code_sizes.Use(self.tracer.labels, name, args, kwargs, out, self.tracer.layers))
         return out
 
     def _equal_parts(self, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        planes = (tag_of(args[0]) or Tag()).planes
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % args[0].ndim
+        tensor = args[0] if args else kwargs["input"]
+        planes = (tag_of(tensor) or Tag()).planes
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % tensor.ndim
         if not any(dim in varying(p) for p in planes):
             return
         tags = [tag_of(o) or Tag() for o in out]
         if all(tag.planes for tag in tags):
             self.tracer.labels.equal([torch.cat([collapse(p).flatten() for p in tag.planes]).numpy() for tag in tags])
         else:
-            self.tracer.pin(args[0], "is cut up by 'chunk' into single channels")
+            self.tracer.pin(tensor, "is cut up by 'chunk' into single channels")
 
 
 def _type(tensor: Tensor, dtype: Any = None, non_blocking: bool = False) -> Any:

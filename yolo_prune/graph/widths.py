@@ -96,6 +96,8 @@ class Width(int):
 
     def __add__(self, other: Any) -> Any:
         """A sum of widths, or of a width and a fixed number, is a width."""
+        if isinstance(other, Width) and other.labels is not self.labels:
+            return self + other.plain
         if isinstance(other, Width) and other.stored != self.stored:
             return self + other.fixed() if other.stored else other + self.fixed()
         if isinstance(other, Width) and (self.without is not None or other.without is not None):
@@ -117,7 +119,7 @@ class Width(int):
 
     def __sub__(self, other: Any) -> Any:
         """A difference of widths is a width."""
-        if isinstance(other, Width) and other.stored and self.counts:
+        if isinstance(other, Width) and other.stored and self.counts and other.labels is self.labels:
             rest = self._new(self.plain - other.plain, self.ratio, Fraction(-other.plain))
             rest.without = other
             return rest
@@ -148,11 +150,12 @@ class Width(int):
         return self.plain % other if type(other) is int else self._computed(operator.mod, other)
 
     def __eq__(self, other: object) -> bool:
-        """Equal widths have to stay equal. The channels are protected if their number is equal to a fixed number."""
+        """Equal widths have to stay equal. Otherwise, a cut could change the answer, so the channels are protected."""
         equal = self.plain == (other.plain if isinstance(other, Width) else other)
-        if equal and isinstance(other, Width) and self.is_multiple and other.is_multiple:
-            self.labels.proportional([self.ids, other.ids], WHY)
-        elif equal:
+        together = isinstance(other, Width) and other.labels is self.labels
+        if equal and together and self.is_multiple and other.is_multiple:  # type: ignore[attr-defined]
+            self.labels.proportional([self.ids, other.ids], WHY)  # type: ignore[attr-defined]
+        elif isinstance(other, int | float):
             for width in widths_in((self, other)):
                 width.protect()
         return equal
@@ -164,6 +167,18 @@ class Width(int):
     def __hash__(self) -> int:
         """Unlike a plain number, so that a result that was stored for one is not found. Stored numbers are keys."""
         return hash(self.plain if self.stored else (self.plain, self.ids.tobytes(), id(self.labels)))
+
+    def __copy__(self) -> Width:
+        """The same width: it belongs to its trace."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Width:
+        """The same width, as for `copy`."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """In a file, it is a plain number."""
+        return int, (self.plain,)
 
     def _times(self, factor: Fraction) -> Width:
         return self._new(int(self.plain * factor), self.ratio * factor, self.extra * factor)
@@ -187,8 +202,28 @@ def _computing(name: str) -> Callable[..., Any]:
     return lambda self, *others: self._computed(getattr(int, name), *others)
 
 
-for _name in ("truediv", "rtruediv", "rfloordiv", "rmod", "pow", "rpow", "lshift", "rshift", "int", "float", "round"):
+COMPUTED = (
+    *("truediv", "rtruediv", "rfloordiv", "rmod", "divmod", "rdivmod", "pow", "rpow", "abs", "round", "ceil", "floor"),
+    *("lshift", "rlshift", "rshift", "rrshift", "and", "rand", "or", "ror", "xor", "rxor", "invert", "trunc"),
+    *("lt", "le", "gt", "ge", "int", "float", "format", "str", "repr"),
+)
+"""Python cannot tell of others: `0.5 * c`, `math.log(c)` and `range(c)` read the number itself. Trials find these."""
+for _name in COMPUTED:
     setattr(Width, f"__{_name}__", _computing(f"__{_name}__"))
+
+
+def current(value: Any, labels: Labels) -> Any:
+    """Arguments of a call, in which widths of other traces, which a cache has kept, are plain numbers."""
+    if isinstance(value, Width):
+        return value if value.labels is labels else value.plain
+    if isinstance(value, slice):
+        return slice(*current([value.start, value.stop, value.step], labels))
+    if type(value) is dict:
+        return {key: current(item, labels) for key, item in value.items()}
+    if type(value) in (list, tuple, torch.Size):
+        items = [current(item, labels) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
 
 
 def number(size: int) -> int:
