@@ -641,3 +641,32 @@ def test_after_some_trials_all_blocks_are_left_as_they_are(monkeypatch: pytest.M
     model = model_with(KnowsItsWidth)
     model.model[2].append(KeepsAList().double())
     assert surveyed(model).opaque.keys() == {"model.2.1", "model.2.2"}
+
+
+class Blurred(Block):
+    """A kernel in a buffer, and pooling over levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.rand(C, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.conv2d(self.a(x), self.kernel, padding=1, groups=C))
+
+
+class OverLevels(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.max_pool3d(torch.stack((self.a(x), x), 2), (2, 1, 1)).squeeze(2))
+
+
+def test_a_rule_that_names_a_buffer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rules.RULES, Blurred, lambda block, facts: facts.equal(facts.parameter("kernel")))
+    with pytest.raises(UnsupportedModelError, match=r"'model\.2\.1\.kernel' is no parameter.*requires_grad=False"):
+        trace(model_with(Blurred), imgsz=64)
+
+
+def test_pooling_over_levels_keeps_channels_apart() -> None:
+    model = model_with(OverLevels)
+    graph = trace(model, imgsz=64)
+    assert {g.protected for g in graph.groups if "model.2.1.a" in g.layers} == {None}
+    assert prove(model, halved(model, graph)).error < 1e-10

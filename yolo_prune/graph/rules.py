@@ -189,7 +189,17 @@ class Facts:
         return pieces
 
     def parameter(self, name: str, dim: int = 0) -> Rows:
-        """All indices along one dimension of a parameter of the block itself."""
+        """All indices along one dimension of a parameter of the block itself.
+
+        Raises:
+            RuleError: If it is a buffer or anything else that a cut does not make smaller.
+        """
+        if not isinstance(getattr(self.block, name), nn.Parameter):
+            raise RuleError(
+                f"The rule for {type(self.block).__name__} names '{name}', but '{self._inside(name)}' is no parameter, "
+                "and only parameters get smaller. Store it as nn.Parameter(..., requires_grad=False).",
+                f"'{name}' is no parameter",
+            )
         return Rows(self._inside(name), dim, 0, getattr(self.block, name).shape[dim])
 
     def equal(self, *parts: Rows) -> None:

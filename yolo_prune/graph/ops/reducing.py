@@ -59,7 +59,14 @@ def _without(plane: Tensor, dims: frozenset[int], out: Tensor) -> Tensor:
     return plane.expand(out.shape)
 
 
-@effect("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d")
+@effect(
+    "max_pool3d_with_indices",
+    "max_pool2d_with_indices",
+    "max_pool2d",
+    "avg_pool2d",
+    "_adaptive_avg_pool2d",
+    "adaptive_avg_pool2d",
+)
 @effect("adaptive_max_pool2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "avg_pool1d")
 @effect("upsample_bicubic2d", "_upsample_bilinear2d_aa", "grid_sampler_2d", "grid_sampler", "reflection_pad2d")
 @effect("replication_pad2d", "cudnn_grid_sampler", "upsample_linear1d", "upsample_nearest1d", "avg_pool3d")
