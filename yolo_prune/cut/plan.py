@@ -18,7 +18,6 @@ from yolo_prune.cut.masks import Mask
 from yolo_prune.env.files import write_text
 from yolo_prune.env.json_files import JsonFile
 from yolo_prune.errors import PlanError
-from yolo_prune.graph.structure import may_be_set
 
 VERSIONS = (1, 2, 3)
 """A plan is written in the oldest version that can hold it, so that earlier releases can read it.
@@ -401,7 +400,7 @@ class Plan:
 
         for name, values in self.attributes.items():
             for key, value in values.items():
-                if not may_be_set(key):
+                if key.startswith("_") or not key.isidentifier():
                     raise PlanError(f"The plan is damaged: '{name}.{key}' is not a width. Make the plan again.")
                 if any(v < 1 for v in (value if isinstance(value, list) else [value])):
                     raise PlanError(

@@ -98,11 +98,6 @@ class Group:
         return tuple(dict.fromkeys(name for s in self.sets for name in s.layers))
 
 
-def may_be_set(name: str) -> bool:
-    """Whether a plan may set an attribute of this name: a plan is a file from anywhere, so it sets no private ones."""
-    return name.isidentifier() and not name.startswith("_")
-
-
 @dataclass(frozen=True)
 class Attribute:
     """`module.name` is the number of kept indices in `rows`, divided by `per`; if `many`, a list of numbers."""

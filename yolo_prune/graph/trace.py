@@ -19,7 +19,7 @@ from yolo_prune.graph import foreign, probes, rules
 from yolo_prune.graph.labels import REQUESTED, RULE, TRACED, Ids, Labels
 from yolo_prune.graph.opaque import Opaque, may_be_opaque
 from yolo_prune.graph.sets import Sets, channel_sets, groups_of
-from yolo_prune.graph.structure import Attribute, Graph, Rows, may_be_set, output_dimension
+from yolo_prune.graph.structure import Attribute, Graph, Rows, output_dimension
 from yolo_prune.graph.tracer import Tracer
 from yolo_prune.graph.twin import weightless
 from yolo_prune.graph.widths import Width
@@ -226,7 +226,8 @@ def _mark_numbers(twin: nn.Module, labels: Labels) -> None:
         if layer or not foreign.is_foreign(module) or rules.trusts(module):
             continue
         for name, value in vars(module).items():
-            if type(value) is int and value > 1 and name not in ULTRALYTICS_OWN and may_be_set(name):
+            private = name.startswith("_")  # a plan sets no private attribute
+            if type(value) is int and value > 1 and name not in ULTRALYTICS_OWN and not private:
                 vars(module)[name] = Width.of(value, labels, labels.number(path, name, value))
 
 
