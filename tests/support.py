@@ -303,8 +303,9 @@ all heads. In an end-to-end head, both branches are pruned to the same widths (n
 layer. Examples are the outputs of the task, the channels of a transformer that pass through LayerNorm, and the width
 of a text embedding.
 
-**Your own blocks.** yolo-prune analyses the forward pass of a block. If the forward method uses sizes from attributes
-or constants, add [a rule for the block](blocks.md#a-rule).
+**Your own blocks.** yolo-prune analyses the forward pass of a block. Sizes that are read from a tensor or stored as a
+whole number follow a cut. If the plan protects a block because of another size, add [a rule for the
+block](blocks.md#a-rule).
 
 **What is refused.** Fused and quantized checkpoints, exported files, SAM, YOLO-NAS, and the class `FastSAM` (open the
 file with `YOLO(...)`). The error message says which file to pass instead.

@@ -32,6 +32,7 @@ from yolo_prune.cut import proof, surgery
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import read_record
 from yolo_prune.data import datasets
+from yolo_prune.env import files
 from yolo_prune.errors import PlanError, PruneError, RecipeError, RunError, UnsupportedModelError
 from yolo_prune.planning import planner
 from yolo_prune.recipe import load_recipe
@@ -660,3 +661,58 @@ def test_other_tasks_train_on_the_old_dataset(task: str, tmp_path: Path) -> None
         ]
         assert set(labels) == {"0", "1"}
         assert found.confusion_matrix is not None
+
+
+def test_a_written_dataset_changes_no_image_and_loses_none(folder: Path, tmp_path: Path) -> None:
+    """Images of one name lie in several folders, and others already have the names that they could get."""
+    info = yaml.safe_load(Path(data_of(folder)).read_text(encoding="utf-8"))
+    source = next((folder / "scenes/images/train").glob("*.*"))
+    places = ("images/a/x", "images/b/x", "images/c/x-0", "images/c/x-1")
+    for number, place in enumerate(places):
+        image = tmp_path / f"{place}{source.suffix}"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(source.read_bytes() + bytes([number]))
+        label = tmp_path / f"{place.replace('images', 'labels')}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text(f"0 0.5 0.5 0.{number + 1} 0.2\n")
+    before = {place: (tmp_path / f"{place}{source.suffix}").read_bytes() for place in places}
+    data = tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({"path": str(tmp_path), "train": "images", "val": "images", "names": info["names"]}))
+    written = yolo_prune.write_dataset(folder / "two.pt", data, tmp_path / "two")
+    assert {place: (tmp_path / f"{place}{source.suffix}").read_bytes() for place in places} == before
+    images = sorted((written.parent / "images/train").iterdir())
+    assert sorted(image.read_bytes() for image in images) == sorted(before.values())
+    for image in images:
+        label = written.parent / f"labels/train/{image.stem}.txt"
+        assert label.read_text().split()[3] == f"0.{image.read_bytes()[-1] + 1}"
+
+
+def test_a_link_never_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    with pytest.raises(FileExistsError):
+        files.link(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "b"
+
+
+def test_a_model_that_was_trained_for_other_classes_reads_its_own_dataset(folder: Path) -> None:
+    """Ultralytics without this package keeps the record, and gives the model the names of another dataset."""
+    model = YOLO(folder / "two.pt").model
+    assert datasets.kept_classes(model)
+    model.names = {0: "car", 1: "person"}
+    assert datasets.kept_classes(model) is None
+    record = read_record(model)
+    assert record is not None
+    assert record.plan is not None
+    assert record.plan.keep  # the structure is still known
+
+
+def test_a_single_class_is_refused(folder: Path) -> None:
+    with pytest.raises(RunError, match=r"single_cls=True does not work with a model from which classes were removed"):
+        YOLO(folder / "two.pt").val(data=data_of(folder), imgsz=32, single_cls=True, plots=False)
+
+
+@pytest.mark.parametrize("again", [[0, "disc"], ["Disc", "disc"]])
+def test_a_class_that_is_named_in_two_ways_is_named_twice(folder: Path, again: list[Any]) -> None:
+    with pytest.raises(RecipeError, match="the class 'disc' is named twice"):
+        yolo_prune.plan(folder / "dense.pt", {"structure": {"keep_classes": again}}, imgsz=32)

@@ -12,21 +12,20 @@ from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn import tasks
 
-from yolo_prune.env.releases import Blocks
-
 CONFIGURATIONS = Path(ultralytics.__file__).parent / "cfg/models"
 NAMES = sorted(p.stem for p in CONFIGURATIONS.rglob("*.yaml"))
 NC = 3
-TASKS = Blocks(tasks)  # early releases lack some of them
-MODELS: dict[str, type[Any]] = {
-    "detect": TASKS.DetectionModel,
-    "segment": TASKS.SegmentationModel,
-    "semantic": TASKS.SemanticSegmentationModel,
-    "depth": TASKS.DepthModel,
-    "pose": TASKS.PoseModel,
-    "obb": TASKS.OBBModel,
-    "classify": TASKS.ClassificationModel,
+CLASSES = {
+    "detect": "DetectionModel",
+    "segment": "SegmentationModel",
+    "semantic": "SemanticSegmentationModel",
+    "depth": "DepthModel",
+    "pose": "PoseModel",
+    "obb": "OBBModel",
+    "classify": "ClassificationModel",
 }
+MODELS: dict[str, type[Any]] = {task: getattr(tasks, name) for task, name in CLASSES.items() if hasattr(tasks, name)}
+"""Early releases lack some of them. This package is not imported here: this file is also used where it is missing."""
 
 
 def task_of(name: str) -> str:

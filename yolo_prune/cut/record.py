@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from yolo_prune._version import __version__
-from yolo_prune.cut.classes import names_of
+from yolo_prune.cut.classes import Classes, names_of
 from yolo_prune.cut.masks import Masked
 from yolo_prune.cut.plan import Plan
 from yolo_prune.errors import PlanError, PruneError
@@ -135,6 +135,9 @@ def _fitting(model: nn.Module, record: Record, plan: Plan) -> Record | None:
     """The record, as far as it is true of the model: Ultralytics without this package trains zeros like all weights."""
     if not _fits(model, plan):
         return None
+    if plan.classes and not _has_names(model, plan.classes):
+        plan = replace(plan, classes=None)  # it was trained for other classes by Ultralytics without this package
+        record = replace(record, plan=plan)
     if not plan.masks or Masked(model, plan.masks).holds():
         return record
     return replace(record, plan=replace(plan, masks={})) if plan.keep or plan.classes else None
@@ -153,6 +156,12 @@ def forget_lost_zeros(model: nn.Module) -> bool:
     else:
         write_record(model, true)
     return True
+
+
+def _has_names(model: nn.Module, classes: Classes) -> bool:
+    """Whether the classes of a model are those that a plan keeps. A model without names gets those of its dataset."""
+    unnamed = all(name == str(i) for i, name in enumerate(classes.names))
+    return unnamed or names_of(model) == classes.kept_names
 
 
 def _fits(model: nn.Module, plan: Plan) -> bool:

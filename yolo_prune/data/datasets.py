@@ -24,7 +24,7 @@ from ultralytics.utils.patches import imread
 from yolo_prune.cut.classes import Classes
 from yolo_prune.cut.record import composed_plan
 from yolo_prune.data.calibration import Calibration, draw
-from yolo_prune.data.relabel import relabelled
+from yolo_prune.data.relabel import refuse_single_class, relabelled
 from yolo_prune.env import outputs, trained
 from yolo_prune.env.image_size import ImageSize, height_width, plain
 from yolo_prune.env.releases import converted
@@ -165,14 +165,17 @@ def _dataset(
         info = check_cls_dataset(local, split) if model.task == "classify" else check_det_dataset(local)
     except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
         raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
-    if args.single_cls:  # as the trainer does
+    kept = kept or kept_classes(module)
+    if kept:
+        refuse_single_class(args)
+    elif args.single_cls:  # as the trainer does
         info |= {"names": {0: "item"}, "nc": 1}
     if (channels := image_channels(module) or 3) != info.get("channels", 3):
         raise RunError(
             f"data={data} has images of {info.get('channels', 3)} channels, the model takes {channels}. Set "
             f"'channels: {channels}' in the file of the dataset, or pass the dataset on which the model was trained."
         )
-    names, kept = getattr(module, "names", None), kept or kept_classes(module)
+    names = getattr(module, "names", None)
     other = relabelled(kept, info, data) if kept else None
     if names and not other and len(names) != info["nc"]:
         raise RunError(

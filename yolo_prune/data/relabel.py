@@ -75,6 +75,7 @@ def relabelling(stock: Any, classes: Classes) -> Any:
         data: Any
 
         def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
+            refuse_single_class(self.args)
             other = relabelled(classes, self.data, self.args.data)
             dataset = other.built(self, partial(super().build_dataset, *args, **kwargs))
             self.data = dict(other.facts)
@@ -90,6 +91,20 @@ def relabelling(stock: Any, classes: Classes) -> Any:
 
     Relabelling.__name__, Relabelling.__qualname__ = stock.__name__, stock.__qualname__
     return Relabelling
+
+
+def refuse_single_class(args: Any) -> None:
+    """Refuse `single_cls`: Ultralytics gives all labels one class before those of removed classes can be left out.
+
+    Raises:
+        RunError: If the settings have it.
+    """
+    if getattr(args, "single_cls", False):
+        raise RunError(
+            "single_cls=True does not work with a model from which classes were removed: labels of removed classes "
+            "would count, too. Write a dataset with the classes of the model first: yolo-prune dataset model=... "
+            "data=... save=folder, and train or validate on it with YOLO_PRUNE_HOOK=0."
+        )
 
 
 def relabelled(classes: Classes, data: Mapping[str, Any], shown: Any) -> Relabelled:

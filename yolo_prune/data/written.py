@@ -49,8 +49,9 @@ def write(model: Model, data: str | Path, folder: str | Path) -> Path:
     if model.task == "classify":
         for split, (dataset, _) in known.items():
             names = kept.kept_names
-            for file, number in ((sample[0], sample[1]) for sample in dataset.samples):
-                _place(Path(file), folder / split / names[number])
+            placed = _named([sample[0] for sample in dataset.samples])
+            for (file, name), sample in zip(placed, dataset.samples, strict=True):
+                _place(Path(file), folder / split / names[sample[1]], name)
         return folder
     facts: dict[str, Any] = {}
     for split, (dataset, info) in known.items():
@@ -70,14 +71,19 @@ def write(model: Model, data: str | Path, folder: str | Path) -> Path:
 def _named(files: list[str]) -> Iterator[tuple[str, str]]:
     """Files with new names: a name that several folders have gets a number. Labels have the name of their image."""
     counts = Counter(Path(file).stem for file in files)
+    taken = set(counts)
     for number, file in enumerate(files):
-        path = Path(file)
-        yield file, path.name if counts[path.stem] == 1 else f"{path.stem}-{number}{path.suffix}"
+        path, stem = Path(file), Path(file).stem
+        if counts[stem] > 1:
+            while stem in taken:  # another image may have such a name already
+                stem = f"{stem}-{number}"
+            taken.add(stem)
+        yield file, f"{stem}{path.suffix}"
 
 
-def _place(file: Path, folder: Path, name: str | None = None) -> None:
+def _place(file: Path, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    link(file, folder / (name or file.name))
+    link(file, folder / name)
 
 
 def _renumbered(text: str, other: Relabelled) -> str:

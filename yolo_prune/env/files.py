@@ -88,7 +88,13 @@ def move(source: str | Path, target: str | Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Let `target` be the same file as `source`, by a link if the folder can have one, else as a copy."""
+    """Let `target` be the same file as `source`, by a link if the folder can have one, else as a copy.
+
+    Raises:
+        FileExistsError: If there is such a file. To write into it could change the file to which it is a link.
+    """
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} is there already")
     for make in (os.link, os.symlink):
         with contextlib.suppress(OSError, NotImplementedError):
             make(source.resolve(), target)

@@ -21,7 +21,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolo_prune.cut.record import delete_record, is_pruned, student_of
 from yolo_prune.data import datasets
-from yolo_prune.data.relabel import Relabelled, relabelled, relabelling
+from yolo_prune.data.relabel import Relabelled, refuse_single_class, relabelled, relabelling
 from yolo_prune.env import ranks
 from yolo_prune.env.files import WholeFile, move, write_bytes
 from yolo_prune.env.log import PREFIX
@@ -127,6 +127,7 @@ class KeepStructure(_Base):
         """Let the dataset have the classes of the model if some were removed from it."""
         kept = datasets.kept_classes(student_of(model))
         if kept and self.relabelled is None:
+            refuse_single_class(self.args)
             self.relabelled = relabelled(kept, self.data, self.args.data)
             self.data = dict(self.relabelled.facts)
             LOGGER.info(f"{PREFIX}{kept.describe()}; labels are matched by name")
