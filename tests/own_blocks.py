@@ -57,16 +57,16 @@ class GateBN1d(nn.Module):
 
 
 class KnowsItsWidth(nn.Module):
-    """Cannot be cut, and does not say so."""
+    """Cannot be cut, and no trace can see it: Python counts by itself."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
-        self.a, self.c = nn.Conv2d(c, c, 1), c
+        self.a, self.labels = nn.Conv2d(c, c, 1), [str(i) for i in range(c)]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
-        if x.shape[1] != self.c:
-            raise ValueError(f"expected {self.c} channels, got {x.shape[1]}")
+        if len(range(x.shape[1])) != len(self.labels):
+            raise ValueError(f"expected {len(self.labels)} channels")
         return F.silu(y)
 
 
