@@ -30,7 +30,7 @@ import yolo_prune
 from yolo_prune import cli
 from yolo_prune.cut import proof, surgery
 from yolo_prune.cut.plan import Plan
-from yolo_prune.cut.record import read_record
+from yolo_prune.cut.record import forget_lost_zeros, read_record
 from yolo_prune.data import datasets
 from yolo_prune.env import files
 from yolo_prune.errors import PlanError, PruneError, RecipeError, RunError, UnsupportedModelError
@@ -354,6 +354,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Stop(Exception):
+    pass
+
+
+def stop(trainer: Any) -> None:
+    """A callback that ends a run in the middle."""
+    raise Stop
+
+
 def data_of(folder: Path) -> Path:
     return folder / "scenes/scenes.yaml"
 
@@ -446,12 +455,6 @@ def test_further_training_on_the_old_dataset_keeps_two_classes(folder: Path, tmp
 
 @slow
 def test_a_run_is_resumed_with_two_classes(folder: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(trainer: Any) -> None:
-        raise Stop
-
     model = YOLO(folder / "two.pt")
     model.add_callback("on_model_save", stop)
     with pytest.raises(Stop):
@@ -586,12 +589,6 @@ def test_a_run_removes_classes_before_it_begins(folder: Path, tmp_path: Path) ->
 
 @slow
 def test_a_run_that_removed_classes_is_resumed_and_a_failed_one_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(trainer: Any) -> None:
-        raise Stop
-
     model = YOLO(folder / "dense.pt")
     model.add_callback("on_model_save", stop)
     settings = {**RUN, "epochs": 3, "data": str(data_of(folder)), "project": str(tmp_path), "callbacks": "prune"}
@@ -701,6 +698,7 @@ def test_a_model_that_was_trained_for_other_classes_reads_its_own_dataset(folder
     assert datasets.kept_classes(model)
     model.names = {0: "car", 1: "person"}
     assert datasets.kept_classes(model) is None
+    assert not forget_lost_zeros(model)  # there are none to forget
     record = read_record(model)
     assert record is not None
     assert record.plan is not None

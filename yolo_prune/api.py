@@ -19,7 +19,7 @@ from yolo_prune.cut import record as records
 from yolo_prune.cut.census import census, compressed_mb
 from yolo_prune.cut.copies import bare_copy, checkpoint_bytes, make_ordinary
 from yolo_prune.cut.plan import Plan
-from yolo_prune.cut.record import Record, RoundFacts, read_record, write_record
+from yolo_prune.cut.record import Record, read_record, write_record
 from yolo_prune.data import datasets, written
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log, trained
@@ -87,7 +87,7 @@ def plan(
     first = classes.plan_for(module, graph, asked.structure)
     if asked.target is None and asked.sparsity is None:
         return first
-    after = classes.removed(module, first)
+    after = classes.removed(module, graph, first)
     try:
         rest = _channels_and_zeros(model, after, planner.survey(after, asked, size), known, asked, data)
     except NothingToRemoveError as e:
@@ -381,10 +381,7 @@ def finish_cut(
         shown: the plan that is shown as the last round: `plan`, or the plan that several cuts in a row make.
     """
     module = module_of(model)
-    composed = record.plan.then(plan) if record and record.plan else plan
-    flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
-    facts = RoundFacts(number=1, plan=shown.hash, flops=flops, params=params)
-    new = Record(record.recipe if record else {}, composed, widths, (facts,))
+    new = records.after_cut(record, plan, widths, shown)
     write_record(module, new)
     loaded_from = getattr(module, "pt_path", None)
     _export_elsewhere(module)

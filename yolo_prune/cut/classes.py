@@ -36,6 +36,11 @@ class Classes:
     tensors: tuple[str, ...] = ()
 
     @property
+    def unnamed(self) -> bool:
+        """Whether the dense model has numbers in place of names."""
+        return placeholders(dict(enumerate(self.names)))
+
+    @property
     def kept_names(self) -> tuple[str, ...]:
         """Names of the kept classes."""
         return tuple(self.names[i] for i in self.kept)
@@ -107,6 +112,11 @@ class Classes:
 
 
 SHOWN = 20  # classes that are named in a table
+
+
+def placeholders(names: Mapping[int, str]) -> bool:
+    """Whether names of classes are only their numbers."""
+    return all(str(key) == str(name) for key, name in names.items())
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from yolo_prune.cut.classes import placeholders
 from yolo_prune.cut.masks import Mask
 from yolo_prune.cut.record import Record, read_record, write_record
 from yolo_prune.errors import UnsupportedModelError
@@ -205,19 +206,15 @@ def same_names(old: Mapping[int, str], new: Mapping[int, str]) -> list[int | Non
         For each new class, the index of the old class with the same name, or None if there is none. None instead of
         the list if all classes keep their index.
     """
-    if len(old) == len(new) and _placeholders(old) | _placeholders(new):
+    if len(old) == len(new) and placeholders(old) | placeholders(new):
         return None
     index = {plain(name): i for i, name in old.items()}
     matches = [index.get(plain(new[i])) for i in sorted(new)]
     if len(old) == len(new) and (not any(i is not None for i in matches) or matches == sorted(old)):
         return None
-    return [None] * len(new) if _placeholders(old) or _placeholders(new) else matches
+    return [None] * len(new) if placeholders(old) or placeholders(new) else matches
 
 
 def plain(name: str) -> str:
     """A name of a class as Ultralytics compares it: without spaces around it, in small letters."""
     return str(name).strip().lower()
-
-
-def _placeholders(names: Mapping[int, str]) -> bool:
-    return all(str(key) == str(name) for key, name in names.items())

@@ -100,13 +100,14 @@ class Masked:
             masks: the masks.
         """
         self._model, layers = model, dict(model.named_modules(remove_duplicate=False))
-        places = [(layers.get(name.rpartition(".")[0]), name.rpartition(".")[2], mask) for name, mask in masks.items()]
-        self._places = [(layer, key) for layer, key, _ in places if hasattr(layer, key)]
-        self.gone: dict[Tensor, Tensor] = {
-            getattr(layer, key): (~mask.kept).to(getattr(layer, key).device)
-            for layer, key, mask in places
-            if hasattr(layer, key)
-        }
+        self._places: list[tuple[Any, str]] = []
+        self.gone: dict[Tensor, Tensor] = {}
+        for name, mask in masks.items():
+            path, _, key = name.rpartition(".")
+            tensor = getattr(layers.get(path), key, None)
+            if tensor is not None:
+                self._places.append((layers[path], key))
+                self.gone[tensor] = (~mask.kept).to(tensor.device)
 
     def current(self, model: nn.Module) -> bool:
         """Whether this is the model, and the masked parameters still are its own. It is asked at every step."""

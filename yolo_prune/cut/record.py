@@ -146,10 +146,10 @@ def _fitting(model: nn.Module, record: Record, plan: Plan) -> Record | None:
 def forget_lost_zeros(model: nn.Module) -> bool:
     """Delete the masks from a record whose zeros are not zero any more. Returns whether there were any."""
     stored = stored_record(model)
-    if stored is None or stored.plan is None or not _fits(model, stored.plan):
+    if stored is None or stored.plan is None or not stored.plan.masks or not _fits(model, stored.plan):
         return False
     true = _fitting(model, stored, stored.plan)
-    if true is stored:
+    if true and true.plan and true.plan.masks:
         return False
     if true is None:
         delete_record(model)
@@ -160,8 +160,7 @@ def forget_lost_zeros(model: nn.Module) -> bool:
 
 def _has_names(model: nn.Module, classes: Classes) -> bool:
     """Whether the classes of a model are those that a plan keeps. A model without names gets those of its dataset."""
-    unnamed = all(name == str(i) for i, name in enumerate(classes.names))
-    return unnamed or names_of(model) == classes.kept_names
+    return classes.unnamed or names_of(model) == classes.kept_names
 
 
 def _fits(model: nn.Module, plan: Plan) -> bool:
@@ -205,6 +204,21 @@ def write_record(model: nn.Module, record: Record) -> None:
         "active": record.active,
     }
     model.yaml = yaml  # type: ignore[assignment]  # an Ultralytics attribute
+
+
+def after_cut(record: Record | None, plan: Plan, widths: Mapping[str, int], shown: Plan | None = None) -> Record:
+    """The record of a model after a cut without training.
+
+    Args:
+        record: the record before the cut.
+        plan: the plan that was applied.
+        widths: `{set name: channels}` of the dense model.
+        shown: the plan that is shown as the last round, if it is not `plan`.
+    """
+    composed = record.plan.then(plan) if record and record.plan else plan
+    flops, params = (plan.forecast.flops_after, plan.forecast.params_after) if plan.forecast else (None, None)
+    facts = RoundFacts(number=1, plan=(shown or plan).hash, flops=flops, params=params)
+    return Record(record.recipe if record else {}, composed, widths, (facts,))
 
 
 def close_record(model: nn.Module) -> None:

@@ -85,14 +85,10 @@ def read(model: Model, data: str | Path, imgsz: ImageSize, split: str) -> tuple[
     Raises:
         RunError: If the dataset cannot be read, or its classes are not those of the model.
     """
-    local = str(converted(data, 1.0, split))
-    try:
-        info = check_cls_dataset(local) if model.task == "classify" else check_det_dataset(local)
-    except Exception as e:  # as below
-        raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
-    if not info.get(split):
+    settings = {"fraction": 1.0, "split": split}
+    if not _facts(model.task, data, settings, split).get(split):
         return None
-    dataset, validator, _ = _dataset(model, local, imgsz, split, {})
+    dataset, validator, _ = _dataset(model, data, imgsz, split, settings)
     return dataset, validator.data
 
 
@@ -146,6 +142,16 @@ def validator_at(model: Model, imgsz: ImageSize) -> Any:
     return AtSize
 
 
+def _facts(task: str | None, data: str | Path, settings: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """A dataset as Ultralytics reads it from its file; `fraction` and `split` of the settings choose its images."""
+    try:
+        local = str(converted(data, settings["fraction"], str(settings["split"])))
+        facts: dict[str, Any] = check_cls_dataset(local, split) if task == "classify" else check_det_dataset(local)
+    except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
+        raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
+    return facts
+
+
 def _dataset(
     model: Model,
     data: str | Path,
@@ -160,11 +166,7 @@ def _dataset(
     overrides = {"task": model.task, "mode": "val", "data": str(data), "imgsz": max(size), "batch": 1, "workers": 0}
     fixed = {"device": device.type, "rect": False, "split": split}
     args = get_cfg(overrides={**settings, **overrides, **fixed})
-    try:
-        local = str(converted(data, args.fraction, str(settings.get("split", "val"))))
-        info = check_cls_dataset(local, split) if model.task == "classify" else check_det_dataset(local)
-    except Exception as e:  # Ultralytics raises many kinds of errors here; their messages say the reason
-        raise RunError(f"data={data}: the dataset cannot be read: {e}") from e
+    info = _facts(model.task, data, {"split": "val", **settings, "fraction": args.fraction}, split)
     kept = kept or kept_classes(module)
     if kept:
         refuse_single_class(args)

@@ -22,11 +22,13 @@ class Relabelled:
     """How a dataset is read for a model with fewer classes.
 
     Attributes:
+        classes: the classes of the dense model, and those that the model keeps.
         original: the dataset as its file describes it.
         facts: the same, with the names and the number of the model's classes.
         numbers: `{class in the dataset: class in the model}`; other classes have no entry.
     """
 
+    classes: Classes
     original: Mapping[str, Any]
     facts: Mapping[str, Any]
     numbers: Mapping[int, int]
@@ -121,14 +123,14 @@ def relabelled(classes: Classes, data: Mapping[str, Any], shown: Any) -> Relabel
     found: Mapping[int, str] = data["names"] if isinstance(data["names"], Mapping) else dict(enumerate(data["names"]))
     numbers = _by_number(classes, found) or _by_name(classes, found, shown)
     names = dict(enumerate(classes.kept_names))
-    if all(name == str(i) for i, name in enumerate(classes.names)):  # the model has no names: those of the dataset
+    if classes.unnamed:  # the names are those of the dataset
         names = {new: found[old] for old, new in sorted(numbers.items(), key=lambda item: item[1])}
-    return Relabelled(data, {**data, "names": names, "nc": len(names)}, numbers)
+    return Relabelled(classes, data, {**data, "names": names, "nc": len(names)}, numbers)
 
 
 def _by_number(classes: Classes, found: Mapping[int, str]) -> dict[int, int] | None:
     """The numbers for a model without names; None if it has names."""
-    if any(name != str(i) for i, name in enumerate(classes.names)):
+    if not classes.unnamed:
         return None
     if len(found) == len(classes.names):
         return {old: new for new, old in enumerate(classes.kept)}

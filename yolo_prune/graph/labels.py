@@ -218,10 +218,11 @@ class Labels:
     def settle(self) -> None:
         """Turn the proportions between different channels into constraints, once all labels are known."""
         self._settle_numbers()
-        root = self.roots() if self.proportions else None
+        if not self.proportions:
+            return
+        root = self.roots()
         for parts, _ in self.proportions:
-            counted = [np.unique(root[p], return_counts=True) for p in parts if root is not None]
-            (ids, counts), *others = counted
+            (ids, counts), *others = [np.unique(root[p], return_counts=True) for p in parts]
             same = [np.array_equal(i, ids) and (n * counts.sum() == counts * n.sum()).all() for i, n in others]
             if not all(same):
                 self.equals.append(parts)

@@ -87,9 +87,7 @@ def trace(
             return replace(graph, opaque=hidden)
         except _StoppedError as stopped:
             path, error = foreign.block_around(model, stopped.where), stopped.__cause__
-            if closed.pop(
-                path, None
-            ):  # it does not run on real numbers here: it is traced, and its tensors are protected
+            if closed.pop(path, None):  # it does not run on real numbers: trace it; its tensors are protected anyway
                 continue
             if path in hidden or not may_be_opaque(model, path):
                 raise UnsupportedModelError(

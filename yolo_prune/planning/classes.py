@@ -17,7 +17,7 @@ from yolo_prune.cut.classes import COUNTS, PROMPTS, Classes, names_of
 from yolo_prune.cut.copies import bare_copy
 from yolo_prune.cut.heads import Affine, Followers
 from yolo_prune.cut.plan import Attributes, Plan
-from yolo_prune.cut.record import KEY, Record, RoundFacts, read_record, write_record
+from yolo_prune.cut.record import KEY, after_cut, read_record, write_record
 from yolo_prune.errors import RecipeError, UnsupportedModelError
 from yolo_prune.graph import Graph
 from yolo_prune.graph.probes import image_channels
@@ -68,18 +68,18 @@ def plan_for(model: Any, graph: Graph, asked: Structure) -> Plan:
     return replace(plan, protected=planner.protected_parts(graph), forecast=_forecast(model, graph, plan))
 
 
-def removed(model: nn.Module, plan: Plan) -> nn.Module:
+def removed(model: nn.Module, graph: Graph, plan: Plan) -> nn.Module:
     """A copy of a model after the removal of classes, with its record: targets stay fractions of the dense model.
 
     Args:
         model: the model before; it is not changed.
+        graph: its graph.
         plan: the plan of `plan_for`.
     """
     record, after = read_record(model), bare_copy(model)
-    earlier = record if record and record.plan else Record({}, None, planner.widths(model))
-    facts = RoundFacts(1, plan.hash, flops=plan.predicted.flops_after, params=plan.predicted.params_after)
+    widths = record.widths if record and record.plan else planner.widths(model, graph)
     surgery.apply(after, plan)
-    write_record(after, Record({}, earlier.plan.then(plan) if earlier.plan else plan, earlier.widths, (facts,)))
+    write_record(after, after_cut(record, plan, widths))
     return after
 
 

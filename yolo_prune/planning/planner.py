@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count as count_up
 from typing import Any
 
 from torch import Tensor, nn
@@ -453,7 +452,7 @@ def tried_out(
     if not blocks:
         return graph
     opaque, tried = dict[str, str](), graph
-    for trial in progress(count_up(1)):
+    for trial in progress(iter(range(1, TRIALS + 2))):
         kept = {name: k for g in tried.groups if not g.protected for name, k in about_half(g, step).items()}
         trial_plan = build_plan(tried, cost_of(model, tried), kept, {})
         if not trial_plan.keep:
@@ -462,7 +461,7 @@ def tried_out(
             prove(model, trial_plan)
             return tried
         except RefutedError as e:
-            cause = next((s for s in e.suspects if s in blocks and s not in {**tried.opaque, **opaque}), None)
+            cause = next((s for s in e.suspects if s in blocks and s not in tried.opaque and s not in opaque), None)
             why = e.why
         except ProofError:  # the model itself does not run
             return graph

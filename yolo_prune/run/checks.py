@@ -87,11 +87,12 @@ def without_classes(module: nn.Module, recipe: Recipe, imgsz: int) -> nn.Module 
     if recipe.structure is None:
         return None
     classes.refuse_other_tasks(module)
-    plan = classes.plan_for(module, planner.survey(module, recipe, imgsz), recipe.structure)
+    graph = planner.survey(module, recipe, imgsz)
+    plan = classes.plan_for(module, graph, recipe.structure)
     if recipe.proof:
         proof.prove(module, plan)
     LOGGER.info(f"{log.PREFIX}{plan.classes.describe() if plan.classes else ''}")
-    return classes.removed(module, plan)
+    return classes.removed(module, graph, plan)
 
 
 def check_validates(recipe: Recipe, settings: Mapping[str, Any]) -> None:

@@ -140,8 +140,8 @@ class KeepStructure(_Base):
     def get_validator(self) -> Any:
         """As in Ultralytics, for the classes of the model."""
         validator = super().get_validator()  # type: ignore[misc]
-        if self.relabelled and (kept := datasets.kept_classes(student_of(unwrap_model(self.model)))):
-            validator.__class__ = relabelling(type(validator), kept)
+        if self.relabelled:
+            validator.__class__ = relabelling(type(validator), self.relabelled.classes)
         return validator
 
     def _fitted(self, weights: Any) -> Any:
