@@ -10,7 +10,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,14 @@ def unbroken(zygote: Zygote) -> Path:
     return zygote.folder / "unbroken"
 
 
+def train_killed(zygote: Zygote, name: str, kills: Iterable[tuple[str, int]], **settings: Any) -> None:
+    """A run that is killed, resumed each time, and ends."""
+    for kill in kills:
+        status = zygote.train(name, kill, **settings)
+        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log(name)}"
+    assert zygote.train(name, None, **settings) == 0, zygote.log(name)
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     table = csv.DictReader((folder / "results.csv").open())
     left_out = ("time",) if NEW else ("time", "metrics/")  # see below
@@ -196,10 +204,12 @@ def test_early_stopping_waits_across_kills_and_is_not_forgotten(zygote: Zygote) 
     trained = len(rows(zygote.folder / "stopped"))
     assert trained < 30, "the run did not stop early"
     batches = 5 * (trained - 2)  # two epochs before its end, while it waits
-    for kill in (("in a batch", batches + 2), ("in a batch", 7), ("stripping best.pt", 1), ("written best.pt", 1)):
-        status = zygote.train("waiting", kill, **settings)
-        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('waiting')}"
-    assert zygote.train("waiting", None, **settings) == 0, zygote.log("waiting")
+    train_killed(
+        zygote,
+        "waiting",
+        (("in a batch", batches + 2), ("in a batch", 7), ("stripping best.pt", 1), ("written best.pt", 1)),
+        **settings,
+    )
     assert_same_run(zygote.folder / "waiting", zygote.folder / "stopped", rounds=1)
 
 
@@ -212,10 +222,7 @@ def test_a_round_with_nothing_to_remove_is_resumed_like_any_other(zygote: Zygote
     assert zygote.train("skipping", None, **settings) == 0, zygote.log("skipping")
     performed = len(Report.load(zygote.folder / "skipping").rounds)
     assert performed < 7, "no round was skipped"
-    for kill in (("in a batch", 28), ("in a batch", 8)):
-        status = zygote.train("skipped", kill, **settings)
-        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('skipped')}"
-    assert zygote.train("skipped", None, **settings) == 0, zygote.log("skipped")
+    train_killed(zygote, "skipped", (("in a batch", 28), ("in a batch", 8)), **settings)
     assert "continues from last.pt alone" not in zygote.log("skipped")
     assert_same_run(zygote.folder / "skipped", zygote.folder / "skipping", rounds=performed)
 
@@ -230,10 +237,12 @@ def test_rounds_that_look_at_data_and_refit_are_resumed_to_the_bit(zygote: Zygot
     }
     settings: dict[str, Any] = {"epochs": 5, "recipe": recipe}
     assert zygote.train("fitted", None, **settings) == 0, zygote.log("fitted")
-    for kill in (("in a batch", 8), ("writing round1.pt", 1), ("written last.pt", 1), ("in a batch", 3)):
-        status = zygote.train("refitted", kill, **settings)
-        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('refitted')}"
-    assert zygote.train("refitted", None, **settings) == 0, zygote.log("refitted")
+    train_killed(
+        zygote,
+        "refitted",
+        (("in a batch", 8), ("writing round1.pt", 1), ("written last.pt", 1), ("in a batch", 3)),
+        **settings,
+    )
     assert_same_run(zygote.folder / "refitted", zygote.folder / "fitted", rounds=2)
 
 
@@ -281,10 +290,7 @@ def test_a_run_with_a_limit_goes_the_same_way_however_often_it_is_killed(zygote:
     assert zygote.train(f"{kind}-whole", None, **settings) == 0, zygote.log(f"{kind}-whole")
     whole = Report.load(zygote.folder / f"{kind}-whole")
     assert {row.held for row in whole.rounds} == {True, False}
-    for kill in kills:
-        status = zygote.train(f"{kind}-killed", kill, **settings)
-        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log(f'{kind}-killed')}"
-    assert zygote.train(f"{kind}-killed", None, **settings) == 0, zygote.log(f"{kind}-killed")
+    train_killed(zygote, f"{kind}-killed", kills, **settings)
     assert "continues from last.pt alone" not in zygote.log(f"{kind}-killed")
     killed = zygote.folder / f"{kind}-killed"
     assert_same_run(killed, zygote.folder / f"{kind}-whole", rounds=len(whole.rounds))
@@ -301,17 +307,19 @@ def test_rounds_that_rewind_are_resumed_to_the_bit(zygote: Zygote) -> None:
     }
     settings: dict[str, Any] = {"epochs": 4, "warmup_epochs": 1.0, "recipe": recipe}
     assert zygote.train("rewound", None, **settings) == 0, zygote.log("rewound")
-    for kill in (
-        ("writing rewind.pt", 1),
-        ("in a batch", 3),
-        ("writing round0.pt", 1),
-        ("written last.pt", 1),
-        ("in a batch", 8),
-        ("writing last.pt", 1),
-    ):
-        status = zygote.train("rewinding", kill, **settings)
-        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('rewinding')}"
-    assert zygote.train("rewinding", None, **settings) == 0, zygote.log("rewinding")
+    train_killed(
+        zygote,
+        "rewinding",
+        (
+            ("writing rewind.pt", 1),
+            ("in a batch", 3),
+            ("writing round0.pt", 1),
+            ("written last.pt", 1),
+            ("in a batch", 8),
+            ("writing last.pt", 1),
+        ),
+        **settings,
+    )
     assert_same_run(zygote.folder / "rewinding", zygote.folder / "rewound", rounds=2)
 
 
@@ -326,10 +334,12 @@ def test_a_run_over_blocks_of_users_is_resumed_to_the_bit(zygote: Zygote) -> Non
     recipe = {**RUN["recipe"], "sparsity": None, "schedule": {"rounds": 2, "start": 1, "interval": 2}}
     settings: dict[str, Any] = {"dense": "blocks.pt", "epochs": 5, "recipe": recipe}
     assert zygote.train("own", None, **settings) == 0, zygote.log("own")
-    for kill in (("in a batch", 8), ("writing round1.pt", 1), ("written last.pt", 1), ("in a batch", 3)):
-        status = zygote.train("owned", kill, **settings)
-        assert os.WIFSIGNALED(status), f"not killed {kill}: {zygote.log('owned')}"
-    assert zygote.train("owned", None, **settings) == 0, zygote.log("owned")
+    train_killed(
+        zygote,
+        "owned",
+        (("in a batch", 8), ("writing round1.pt", 1), ("written last.pt", 1), ("in a batch", 3)),
+        **settings,
+    )
     assert_same_run(zygote.folder / "owned", zygote.folder / "own", rounds=2)
     best = load_checkpoint(zygote.folder / "owned/weights/best.pt")[0]
     plan = read_record(best).plan
