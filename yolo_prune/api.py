@@ -20,7 +20,7 @@ from yolo_prune.cut.census import census, compressed_mb
 from yolo_prune.cut.copies import bare_copy, checkpoint_bytes, make_ordinary
 from yolo_prune.cut.plan import Plan
 from yolo_prune.cut.record import Record, read_record, write_record
-from yolo_prune.data import datasets, written
+from yolo_prune.data import dataset_writer, datasets
 from yolo_prune.data.calibration import Calibration
 from yolo_prune.env import log, trained
 from yolo_prune.env.checkpoints import open_model, save
@@ -305,7 +305,7 @@ def write_dataset(model: Model | str | Path, data: str | Path, folder: str | Pat
         >>> path.name
         'data.yaml'
     """
-    return written.write(open_model(model) if isinstance(model, str | Path) else model, data, folder)
+    return dataset_writer.write(open_model(model) if isinstance(model, str | Path) else model, data, folder)
 
 
 def describe(model: Model | nn.Module | str | Path) -> str:
