@@ -273,6 +273,7 @@ def test_a_plan_is_for_the_classes_it_was_made_for() -> None:
         ({"keep_classes": list(range(5))}, "structure.keep_classes: all 5 classes would stay"),
         ({"drop_classes": list(NAMES)}, "structure.drop_classes: no class would stay"),
         ({"keep_classes": ["a", "a"]}, "names the class 'a' twice"),
+        ({"keep_classes": [0, 0]}, "names the class 0 twice"),
         ({"keep_classes": []}, "structure.keep_classes: names no class"),
         ({"keep_classes": [True]}, "structure.keep_classes: must be names or numbers of classes; put quotes"),
         ({"keep_classes": {"a": 1}}, "structure.keep_classes: must be a list of names or numbers"),

@@ -192,6 +192,10 @@ def test_overrides(overrides: dict[str, object], field: str, value: object) -> N
             "channels.layers.model.0.mn: unknown key; did you mean 'min'?",
         ),
         (
+            f"{T}\nsparsity: {{amount: 0.5, layers: {{model.0: {{xyzzy: 8}}}}}}",
+            "sparsity.layers.model.0.xyzzy: unknown key; known keys are amount",
+        ),
+        (
             f"{T}\nchannels: {{layers: {{model.0: {{xyzzy: 8}}}}}}",
             "channels.layers.model.0.xyzzy: unknown key; known keys are round_to, min, max_removed",
         ),

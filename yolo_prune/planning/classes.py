@@ -128,9 +128,8 @@ def kept_by(asked: Structure, names: Sequence[str]) -> tuple[int, ...]:
     """
     field = "keep_classes" if asked.keep_classes is not None else "drop_classes"
     numbers = [_number(each, names, field) for each in getattr(asked, field)]
-    again = next((n for i, n in enumerate(numbers) if n in numbers[:i]), None)
-    if again is not None:
-        raise RecipeError(f"structure.{field}: the class '{names[again]}' is named twice. Name it once.")
+    if twice := [n for i, n in enumerate(numbers) if n in numbers[:i]]:
+        raise RecipeError(f"structure.{field}: the class '{names[twice[0]]}' is named twice. Name it once.")
     kept = set(numbers) if field == "keep_classes" else set(range(len(names))) - set(numbers)
     if not kept:
         raise RecipeError(f"structure.{field}: no class would stay. Leave at least one class out.")

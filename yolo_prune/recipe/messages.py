@@ -60,8 +60,8 @@ def _line(e: ErrorDetails) -> str:
 def _remedy(where: list[str], got: str) -> str:
     """What to write instead of an unknown key."""
     key, keys = where[-1], _keys()
-    if where[:2] == ["channels", "layers"]:
-        where = ["channels", "layers", ANY, *where[3:]]
+    if any(k.startswith(f"{'.'.join(where[:2])}.{ANY}.") for k in keys):  # a mapping by names of layers
+        where = [*where[:2], ANY, *where[3:]]
     here = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == ".".join(where[:-1])]
     if "." in key and key in keys:
         parent, _, field = key.partition(".")

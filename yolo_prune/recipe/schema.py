@@ -187,8 +187,8 @@ class Structure(_Part):
     def _some_classes(cls, value: tuple[str | int, ...] | None) -> tuple[str | int, ...] | None:
         if value is not None and not value:
             raise ValueError("names no class; give at least one name or number")
-        if again := next((name for i, name in enumerate(value or ()) if name in (value or ())[:i]), None):
-            raise ValueError(f"names the class {again!r} twice; name it once")
+        if twice := [name for i, name in enumerate(value or ()) if name in (value or ())[:i]]:
+            raise ValueError(f"names the class {twice[0]!r} twice; name it once")
         return value
 
     @model_validator(mode="after")
