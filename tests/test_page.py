@@ -81,6 +81,15 @@ def full() -> Report:
     return report
 
 
+def sparse() -> Report:
+    """A run that cut channels and set weights to zero."""
+    report = make_report()
+    report.pruned.zeros, report.pruned.zipped_mb = 0.5, 0.71
+    for row in report.layers:
+        row.dense, row.pruned, row.zeros = 1024, 1000, 0.616
+    return report
+
+
 def failed() -> Report:
     report = Report(model="a.pt", data="d.yaml", epochs=9, status="failed", error="RunError: the disk is full")
     report.dense = Figures(flops=1e9, params=10_000, size_mb=1.0, fitness=0.5)
@@ -145,6 +154,7 @@ class Page(HTMLParser):
 PAGES = {
     "full": lambda: render(full(), front(), [photo()], "runs/train"),
     "nothing": lambda: render(Report()),
+    "sparse": lambda: render(sparse()),
     "failed": lambda: render(failed()),
     "guarded": lambda: render(guarded(), front()),
     "no validation": lambda: render(make_report(fit=False)),
@@ -667,6 +677,7 @@ def test_pages_fit_screens(browser: Browser, name: str, width: int, dark: bool, 
     colours = browser.value("[...document.querySelectorAll('.plot text')].map(t => getComputedStyle(t).fill)")
     assert not {"rgb(0, 0, 0)"} & set(colours)  # the page's, in light and in dark
     assert browser.value("[...document.querySelectorAll('.layers')].every(l => l.scrollWidth <= l.clientWidth)")
+    assert browser.value("[...document.querySelectorAll('.layer .width')].every(w => w.scrollWidth <= w.clientWidth)")
 
 
 INK, PAPER = "getComputedStyle(document.body).color", "getComputedStyle(document.body).backgroundColor"
